@@ -1,0 +1,47 @@
+"""Digests that several rooms must compute alike."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+from alveary_contracts.common.v1 import common_pb2 as c
+from google.protobuf.json_format import MessageToDict
+
+
+def _canonical(value: object) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def manifest_json(manifest: c.Manifest) -> bytes:
+    """The canonical JSON of a manifest: files sorted by path, keys sorted, no white space."""
+    files = [
+        {"executable": f.executable, "path": f.path, "sha256": f.sha256, "size": f.size}
+        for f in sorted(manifest.files, key=lambda f: f.path)
+    ]
+    return _canonical({"files": files})
+
+
+def manifest_from_json(data: bytes) -> c.Manifest:
+    """The inverse of `manifest_json`.
+
+    Raises:
+        ValueError, KeyError: `data` is not such JSON.
+    """
+    return c.Manifest(files=[c.FileEntry(**f) for f in json.loads(data)["files"]])
+
+
+def manifest_digest(manifest: c.Manifest) -> str:
+    """Hex SHA-256 of `manifest_json`."""
+    return hashlib.sha256(manifest_json(manifest)).hexdigest()
+
+
+def environment_digest(environment: c.Environment) -> str:
+    """Hex SHA-256 over all of the environment but its name and version: package order and case do not matter."""
+    copy = c.Environment()
+    copy.CopyFrom(environment)
+    copy.name, copy.version = "", 0
+    packages = sorted({" ".join(p.split()) for p in copy.pip_packages}, key=str.lower)
+    del copy.pip_packages[:]
+    copy.pip_packages.extend(packages)
+    return hashlib.sha256(_canonical(MessageToDict(copy))).hexdigest()

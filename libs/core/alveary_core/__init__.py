@@ -1,0 +1,1 @@
+"""What every service needs, once: event log, object store, gRPC scaffold, settings, telemetry, tokens."""

@@ -1,0 +1,309 @@
+"""The event log: one JetStream stream that is the only truth. Append, read, follow."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+import nats
+import nats.errors
+import stamina
+from alveary_core import telemetry
+from alveary_core.errors import Unavailable
+from alveary_core.events import STREAM, Event, Key, body, decode, envelope, name_of
+from alveary_contracts.ids import new_id
+from google.protobuf.message import Message
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+from nats.js import JetStreamContext
+from nats.js.api import (
+    AckPolicy,
+    ConsumerConfig,
+    DeliverPolicy,
+    DiscardPolicy,
+    RetentionPolicy,
+    StorageType,
+    StreamConfig,
+)
+from nats.js.errors import APIError, BadRequestError, NotFoundError
+
+LOGS, METRICS = "ALVEARY_LOGS", "ALVEARY_METRICS"
+# JetStream's error for a missed Nats-Expected-Last-Subject-Sequence.
+_WRONG_LAST_SEQUENCE = (10071, 10164)
+_HEARTBEAT = 2.0
+_TRANSIENT = (nats.errors.Error, asyncio.TimeoutError, ConnectionError, OSError)
+
+
+class Conflict(Exception):
+    """Somebody appended to the aggregate since it was read."""
+
+
+@dataclass(frozen=True)
+class Appended:
+    """Where an append ended."""
+
+    sequence: int
+
+
+async def connect(url: str, user: str, password: str, name: str, patience: float = 30.0) -> Client:
+    """A connection that comes back by itself, for as long as it takes.
+
+    Raises:
+        Unavailable: no server answered within `patience` seconds at first.
+    """
+    log = telemetry.logger()
+
+    async def on_error(error: Exception) -> None:
+        log.warning("nats", error=str(error) or type(error).__name__)
+
+    try:
+        async for attempt in stamina.retry_context(on=_TRANSIENT, attempts=None, timeout=patience, wait_max=1.0):
+            with attempt:
+                return await nats.connect(
+                    url, user=user or None, password=password or None, name=name, error_cb=on_error,
+                    max_reconnect_attempts=-1, reconnect_time_wait=0.2, connect_timeout=3, ping_interval=5,
+                    max_outstanding_pings=2, pending_size=64 * 1024 * 1024,
+                )  # fmt: skip
+    except _TRANSIENT as error:
+        raise Unavailable(f"the message bus at {url} does not answer within {patience:g} s: is it started?") from error
+    raise AssertionError("unreachable")
+
+
+async def ensure_streams(connection: Client, patience: float = 30.0) -> None:
+    """Create the three streams where they are missing. Idempotent and safe to race."""
+    js = connection.jetstream(timeout=5)
+    day = 24 * 3600.0
+    wanted = [
+        StreamConfig(
+            name=STREAM, subjects=["alveary.>"], retention=RetentionPolicy.LIMITS, storage=StorageType.FILE,
+            discard=DiscardPolicy.NEW, duplicate_window=120, allow_direct=True,
+            description="Every fact of Alveary. Nothing else is a source of truth.",
+        ),
+        StreamConfig(
+            name=LOGS, subjects=["alveary-logs.>"], storage=StorageType.FILE, duplicate_window=120,
+            discard=DiscardPolicy.NEW, max_bytes=20 * 2**30, allow_direct=True,
+            description="Log lines of runs that are not archived yet.",
+        ),
+        StreamConfig(
+            name=METRICS, subjects=["alveary-metrics.>"], storage=StorageType.FILE, duplicate_window=120,
+            max_age=3650 * day, allow_direct=True, description="Metric points of runs.",
+        ),
+    ]  # fmt: skip
+    async for attempt in stamina.retry_context(on=_TRANSIENT, attempts=None, timeout=patience, wait_max=1.0):
+        with attempt:
+            for config in wanted:
+                try:
+                    await js.stream_info(str(config.name))
+                except NotFoundError:
+                    with contextlib.suppress(BadRequestError):  # another service was faster
+                        await js.add_stream(config)
+
+
+class EventLog:
+    """The log through one connection. `source` is the service that writes."""
+
+    def __init__(self, connection: Client, source: str) -> None:
+        self.connection = connection
+        self.js: JetStreamContext = connection.jetstream(timeout=5)
+        self.source = source
+
+    async def append(self, key: Key, messages: Sequence[Message], expected: int) -> Appended:
+        """Append events to an aggregate whose newest event is `expected` (0: it has none).
+
+        Each event is durable when this returns. A lost acknowledgement is retried under the same id, which the
+        server deduplicates.
+
+        Raises:
+            Conflict: the aggregate has a newer event. Reload and decide again.
+            Unavailable: the log did not answer in time; what was appended of `messages` is a prefix of them.
+        """
+        for message in messages:
+            aggregate, name = name_of(message)
+            if aggregate != key.aggregate:
+                raise ValueError(f"{message.DESCRIPTOR.name} does not belong to {key}")
+            headers = envelope(key, message, new_id(), self.source, telemetry.traceparent.get())
+            headers["Nats-Expected-Last-Subject-Sequence"] = str(expected)
+            headers["Nats-Expected-Last-Subject-Sequence-Subject"] = key.subject()
+            expected = await self._publish(key.subject(name), body(message), headers, aggregate)
+            telemetry.APPENDS.labels(f"{aggregate}.{name}").inc()
+        return Appended(expected)
+
+    async def _publish(self, subject: str, data: bytes, headers: dict[str, str], aggregate: str) -> int:
+        try:
+            async for attempt in stamina.retry_context(on=_retriable, attempts=20, timeout=60, wait_max=5.0):
+                with attempt:
+                    return (await self.js.publish(subject, data, headers=headers)).seq
+        except BadRequestError as error:
+            if error.err_code in _WRONG_LAST_SEQUENCE:
+                telemetry.CONFLICTS.labels(aggregate).inc()
+                raise Conflict(subject) from error
+            raise
+        except _TRANSIENT as error:
+            raise Unavailable(f"the event log does not take {subject}: {error or type(error).__name__}") from error
+        raise AssertionError("unreachable")
+
+    async def read(self, key: Key) -> list[Event]:
+        """All events of one aggregate, from the server itself: never stale.
+
+        Raises:
+            Unavailable: the log did not answer in time.
+        """
+        events: list[Event] = []
+        try:
+            while True:
+                # Direct gets, one event after another: an aggregate has few, and this needs no consumer.
+                start = events[-1].sequence + 1 if events else 1
+                try:
+                    raw = await self.js.get_msg(STREAM, seq=start, subject=key.subject(), next=True)
+                except NotFoundError:
+                    return events
+                assert raw.subject is not None and raw.seq is not None
+                events.append(decode(raw.subject, dict(raw.headers or {}), raw.data or b"", raw.seq))
+        except _TRANSIENT as error:
+            raise Unavailable(f"the event log does not answer: {error or type(error).__name__}") from error
+
+    async def last_sequence(self) -> int:
+        """Sequence of the newest event of all."""
+        return (await self.js.stream_info(STREAM)).state.last_seq
+
+    async def follow(
+        self, subjects: Sequence[str], start: int, stream: str = STREAM
+    ) -> AsyncIterator[tuple[Msg, int] | None]:
+        """Every message from sequence `start` on, in order and without gaps, for ever; None when caught up.
+
+        Survives reconnects and a lost consumer: it is made anew behind the last message that was yielded.
+        """
+        log = telemetry.logger()
+        position = start - 1
+        pause = 0.1
+        while True:
+            inbox = self.connection.new_inbox()
+            subscription = None
+            name = ""
+            try:
+                subscription = await self.connection.subscribe(inbox, pending_msgs_limit=-1, pending_bytes_limit=-1)
+                info = await self.js.add_consumer(
+                    stream,
+                    ConsumerConfig(
+                        deliver_policy=DeliverPolicy.BY_START_SEQUENCE, opt_start_seq=position + 1,
+                        ack_policy=AckPolicy.NONE, filter_subjects=list(subjects), deliver_subject=inbox,
+                        idle_heartbeat=_HEARTBEAT, flow_control=True, inactive_threshold=30, mem_storage=True,
+                        num_replicas=1,
+                    ),
+                )  # fmt: skip
+                name = info.name
+                pending = info.num_pending or 0
+                delivered = 0
+                if pending == 0:
+                    yield None
+                while True:
+                    message = await subscription.next_msg(timeout=3 * _HEARTBEAT)
+                    if message.headers and message.headers.get("Status") == "100":
+                        if message.reply:  # flow control: the answer opens the window
+                            await self.connection.publish(message.reply)
+                        last = message.headers.get("Nats-Last-Consumer")
+                        if last is not None and int(last) != delivered:
+                            raise _Gap(f"consumer is at {last}, {delivered} arrived")
+                        continue
+                    meta = message.metadata
+                    if meta.sequence.consumer != delivered + 1:
+                        raise _Gap(f"message {meta.sequence.consumer} after {delivered}")
+                    delivered += 1
+                    position = meta.sequence.stream
+                    pause = 0.1
+                    yield message, position
+                    if meta.num_pending == 0:
+                        yield None
+            except (_Gap, *_TRANSIENT) as error:
+                if self.connection.is_closed:
+                    raise Unavailable("the connection to the message bus was closed") from error
+                log.info("follow.restart", stream=stream, after=position, error=str(error) or type(error).__name__)
+                await asyncio.sleep(pause)
+                pause = min(pause * 2, 2.0)
+            finally:
+                with contextlib.suppress(*_TRANSIENT):
+                    if subscription is not None:
+                        await subscription.unsubscribe()
+                    if name and self.connection.is_connected:
+                        await self.js.delete_consumer(stream, name)
+
+    async def consume(
+        self, durable: str, subjects: Sequence[str], handler: Callable[[Event], Awaitable[None]], *, start: int = 1
+    ) -> None:
+        """Hand each event to `handler`, at least once, in order; replicas of a service share one `durable`.
+
+        An event whose handler raised comes again, later and later (up to 30 s); others are not held up by it.
+        Runs until cancelled.
+        """
+        log = telemetry.logger()
+        group = f"alveary-deliver-{durable}"
+        config = ConsumerConfig(
+            durable_name=durable, deliver_group=group, deliver_subject=group, ack_policy=AckPolicy.EXPLICIT,
+            ack_wait=30, max_ack_pending=512, filter_subjects=list(subjects), idle_heartbeat=None,
+            deliver_policy=DeliverPolicy.BY_START_SEQUENCE, opt_start_seq=start,
+        )  # fmt: skip
+        subscription = await self.connection.subscribe(
+            group, queue=group, pending_msgs_limit=-1, pending_bytes_limit=-1
+        )
+        ready = False
+        while True:
+            try:
+                if not ready:
+                    await self._ensure_consumer(config)
+                    ready = True
+                message = await subscription.next_msg(timeout=30)
+            except TimeoutError:
+                ready = False  # make sure once in a while that the consumer is still there
+                continue
+            except _TRANSIENT as error:
+                if self.connection.is_closed:
+                    raise Unavailable("the connection to the message bus was closed") from error
+                log.info("consume.retry", durable=durable, error=str(error) or type(error).__name__)
+                ready = False
+                await asyncio.sleep(0.5)
+                continue
+            await self._handle(durable, message, handler)
+
+    async def _ensure_consumer(self, config: ConsumerConfig) -> None:
+        try:
+            await self.js.consumer_info(STREAM, str(config.durable_name))
+        except NotFoundError:
+            await self.js.add_consumer(STREAM, config)
+
+    async def _handle(self, durable: str, message: Msg, handler: Callable[[Event], Awaitable[None]]) -> None:
+        log = telemetry.logger()
+        tries = message.metadata.num_delivered or 1
+        try:
+            event = decode(
+                message.subject, dict(message.headers or {}), message.data, message.metadata.sequence.stream
+            )
+        except ValueError as error:
+            log.warning("event.unknown", error=str(error))
+            await message.term()
+            return
+        telemetry.start_trace(event.traceparent)
+        try:
+            await handler(event)
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:
+            telemetry.HANDLED.labels(durable, "error").inc()
+            log.error("handler.failed", durable=durable, type=event.type, id=event.key.id, tries=tries, exc_info=error)
+            with contextlib.suppress(*_TRANSIENT):
+                await message.nak(delay=min(0.2 * 2 ** min(tries, 8), 30.0))
+            return
+        telemetry.HANDLED.labels(durable, "ok").inc()
+        with contextlib.suppress(*_TRANSIENT):  # a lost ack means that it comes again: handlers are idempotent
+            await message.ack()
+
+
+class _Gap(Exception):
+    """A message is missing between two."""
+
+
+def _retriable(error: Exception) -> bool:
+    if isinstance(error, APIError):
+        return (error.code or 0) >= 500 or isinstance(error, nats.js.errors.ServiceUnavailableError)
+    return isinstance(error, _TRANSIENT)

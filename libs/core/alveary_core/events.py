@@ -1,0 +1,100 @@
+"""An event and its envelope: CloudEvents 1.0, binary mode, in NATS headers; the body in proto3 JSON."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from alveary_contracts.events.v1 import events_pb2
+from alveary_contracts.names import event_name, message_name, token, untoken
+from google.protobuf.json_format import MessageToJson, Parse
+from google.protobuf.message import Message
+
+STREAM = "ALVEARY"
+
+
+@dataclass(frozen=True)
+class Key:
+    """Which aggregate: its workspace, kind and id."""
+
+    workspace: str
+    aggregate: str
+    id: str
+
+    def subject(self, event: str = "*") -> str:
+        """Subject of its `event`, or of all its events."""
+        return f"alveary.{token(self.workspace)}.{self.aggregate}.{token(self.id)}.{event}"
+
+
+@dataclass(frozen=True)
+class Event:
+    """One fact. `sequence` is its position in the stream, `time` seconds since the epoch."""
+
+    id: str
+    key: Key
+    name: str
+    message: Message
+    sequence: int
+    time: float
+    traceparent: str = ""
+
+    @property
+    def type(self) -> str:
+        """Like "run.completed"."""
+        return f"{self.key.aggregate}.{self.name}"
+
+
+def name_of(message: Message) -> tuple[str, str]:
+    """(aggregate, event) of a message.
+
+    Raises:
+        ValueError: it is no event.
+    """
+    kind = event_name(message.DESCRIPTOR.name)
+    if kind is None:
+        raise ValueError(f"{message.DESCRIPTOR.full_name} is no event")
+    return kind
+
+
+def body(message: Message) -> bytes:
+    """A message in proto3 JSON."""
+    return MessageToJson(message, indent=None, ensure_ascii=False).encode()
+
+
+def envelope(key: Key, message: Message, event_id: str, source: str, trace: str) -> dict[str, str]:
+    """The headers of an event."""
+    aggregate, name = name_of(message)
+    headers = {
+        "Nats-Msg-Id": event_id,
+        "ce-specversion": "1.0",
+        "ce-id": event_id,
+        "ce-type": f"alveary.{aggregate}.{name}.v1",
+        "ce-source": f"/alveary/{source}",
+        "ce-subject": f"{aggregate}/{token(key.id)}",
+        "ce-time": datetime.fromtimestamp(time.time(), UTC).isoformat(timespec="microseconds").replace("+00:00", "Z"),
+        "content-type": "application/json",
+    }
+    if trace:
+        headers["traceparent"] = trace
+    return headers
+
+
+def decode(subject: str, headers: dict[str, str], data: bytes, sequence: int) -> Event:
+    """An event from what the stream holds.
+
+    Raises:
+        ValueError: it is none of ours.
+    """
+    parts = subject.split(".")
+    if len(parts) != 5 or parts[0] != "alveary":
+        raise ValueError(f"{subject}: not an event subject")
+    _, workspace, aggregate, ident, name = parts
+    kind = getattr(events_pb2, message_name(aggregate, name), None)
+    if kind is None:
+        raise ValueError(f"{subject}: this version knows no event {aggregate}.{name}")
+    # Fields of a newer version are ignored, so that services can be upgraded one after another.
+    message: Message = Parse(data, kind(), ignore_unknown_fields=True)
+    at = datetime.fromisoformat(headers["ce-time"].replace("Z", "+00:00")).timestamp()
+    key = Key(untoken(workspace), aggregate, untoken(ident))
+    return Event(headers["ce-id"], key, name, message, sequence, at, headers.get("traceparent", ""))

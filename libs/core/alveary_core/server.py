@@ -1,0 +1,178 @@
+"""The gRPC server that all services share: authentication, logs, deadlines, error mapping, metrics, drain."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from typing import Any
+
+import grpc
+import grpc.aio
+import structlog
+from alveary_core import auth, telemetry
+from alveary_core.errors import AlvearyError, Unauthenticated
+from google.protobuf.descriptor import ServiceDescriptor
+from google.rpc import code_pb2, status_pb2
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from grpc_status import rpc_status
+
+# Unary calls that name no deadline get this one, seconds.
+DEFAULT_DEADLINE = 60.0
+MAX_MESSAGE = 64 << 20
+# Anybody may ask whether the server lives and what it speaks.
+_OPEN = ("/grpc.health.v1.Health/", "/grpc.reflection.")
+
+
+class Interceptor(grpc.aio.ServerInterceptor):
+    """Everything that surrounds a call, in one place."""
+
+    def __init__(self, token_secret: str) -> None:
+        self._secret = token_secret
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any]:
+        """Wrap the handler of a call."""
+        handler = await continuation(handler_call_details)
+        method = str(handler_call_details.method)
+        if handler is None or method.startswith(_OPEN):
+            return handler
+        metadata = {k: v for k, v in handler_call_details.invocation_metadata or () if isinstance(v, str)}
+
+        if handler.response_streaming:
+            make = grpc.stream_stream_rpc_method_handler if handler.request_streaming else grpc.unary_stream_rpc_method_handler
+            inner = handler.stream_stream if handler.request_streaming else handler.unary_stream
+
+            async def stream(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+                call = _Call(self._secret, method, metadata, context)
+                try:
+                    call.enter()
+                    async for reply in inner(request, context):  # type: ignore[misc]
+                        yield reply
+                except BaseException as error:
+                    await call.failed(error)
+                    raise
+                call.done("OK")
+
+            return make(stream, handler.request_deserializer, handler.response_serializer)  # type: ignore[arg-type]
+
+        make_unary = grpc.stream_unary_rpc_method_handler if handler.request_streaming else grpc.unary_unary_rpc_method_handler
+        inner_unary = handler.stream_unary if handler.request_streaming else handler.unary_unary
+
+        async def unary(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+            call = _Call(self._secret, method, metadata, context)
+            try:
+                call.enter()
+                remaining = context.time_remaining()
+                limit = None if handler.request_streaming else min(remaining or DEFAULT_DEADLINE, DEFAULT_DEADLINE * 10)
+                async with asyncio.timeout(limit):
+                    result = inner_unary(request, context)  # type: ignore[misc]
+                    reply = await result if inspect.isawaitable(result) else result
+            except BaseException as error:
+                await call.failed(error)
+                raise
+            call.done("OK")
+            return reply
+
+        return make_unary(unary, handler.request_deserializer, handler.response_serializer)  # type: ignore[arg-type]
+
+
+class _Call:
+    """One call: who, how long, how it ended."""
+
+    def __init__(
+        self, secret: str, method: str, metadata: dict[str, str], context: grpc.aio.ServicerContext[Any, Any]
+    ) -> None:
+        self._secret, self._metadata, self._context = secret, metadata, context
+        _, self._service, self._method = method.split("/")
+        self._start = time.monotonic()
+
+    def enter(self) -> None:
+        telemetry.start_trace(self._metadata.get("traceparent", ""))
+        scheme, _, token = self._metadata.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not token:
+            raise Unauthenticated("this call carries no token: send metadata 'authorization: Bearer <token>'")
+        principal = auth.verify(self._secret, token)
+        auth.caller.set(principal)
+        structlog.contextvars.bind_contextvars(workspace=principal.workspace, subject=principal.subject)
+
+    def done(self, code: str) -> None:
+        seconds = time.monotonic() - self._start
+        telemetry.RPCS.labels(self._service, self._method, code).inc()
+        telemetry.RPC_SECONDS.labels(self._service, self._method).observe(seconds)
+        log = telemetry.logger()
+        write = log.debug if code in ("OK", "CANCELLED") else log.info
+        write("rpc", rpc=f"{self._service}/{self._method}", code=code, seconds=round(seconds, 4))
+
+    async def failed(self, error: BaseException) -> None:
+        """Map what a handler raised to a status; does not return for exceptions that the client must see."""
+        if isinstance(error, (asyncio.CancelledError, GeneratorExit)):
+            self.done("CANCELLED")
+            return
+        if isinstance(error, grpc.aio.AbortError):
+            self.done("ABORTED")
+            return
+        if isinstance(error, AlvearyError):
+            status = error.status()
+        elif isinstance(error, TimeoutError):
+            status = status_pb2.Status(
+                code=code_pb2.DEADLINE_EXCEEDED, message=f"{self._method} did not finish before its deadline"
+            )
+        else:
+            telemetry.logger().error("rpc.bug", rpc=f"{self._service}/{self._method}", exc_info=error)
+            status = status_pb2.Status(
+                code=code_pb2.INTERNAL,
+                message=f"{self._method} failed inside the platform; its log has trace {telemetry.traceparent.get()[3:35]}",
+            )
+        self.done(code_pb2.Code.Name(status.code))
+        await self._context.abort_with_status(rpc_status.to_status(status))
+
+
+class Server:
+    """A gRPC server with health and reflection."""
+
+    def __init__(self, token_secret: str) -> None:
+        self.server = grpc.aio.server(
+            interceptors=[Interceptor(token_secret)],
+            options=[
+                ("grpc.max_receive_message_length", MAX_MESSAGE),
+                ("grpc.max_send_message_length", MAX_MESSAGE),
+                ("grpc.so_reuseport", 0),  # a second server on the port must fail, not share
+                ("grpc.http2.min_ping_interval_without_data_ms", 5000),
+                ("grpc.keepalive_permit_without_calls", 1),
+                ("grpc.keepalive_time_ms", 30000),
+            ],
+        )
+        self._health = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self.server)
+        self._names: list[str] = []
+        self.port = 0
+
+    def add(self, descriptors: Iterable[ServiceDescriptor]) -> None:
+        """Say which services were added to `server`."""
+        self._names += [d.full_name for d in descriptors]
+
+    async def start(self, listen: str) -> int:
+        """Begin to serve on host:port; returns the port.
+
+        Raises:
+            RuntimeError: the port is taken.
+        """
+        reflection.enable_server_reflection(
+            [*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME], self.server
+        )
+        self.port = self.server.add_insecure_port(listen)
+        await self.server.start()
+        for name in ["", *self._names]:
+            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        return self.port
+
+    async def stop(self, grace: float = 5.0) -> None:
+        """Drain: say so, refuse new calls, let those under way end within `grace` seconds."""
+        await self._health.enter_graceful_shutdown()
+        await self.server.stop(grace)

@@ -1,0 +1,95 @@
+"""What the composition roots share: connections up, tasks running, everything down again in order."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
+
+from alveary_core import telemetry
+from alveary_core.eventlog import EventLog, connect, ensure_streams
+from alveary_core.objectstore import ObjectStore
+from alveary_core.server import Server
+from alveary_core.settings import CoreSettings
+from nats.aio.client import Client
+from prometheus_client import start_http_server
+
+
+class Service:
+    """One running service. `start` functions of the services receive it and add what they are."""
+
+    def __init__(self, name: str, settings: CoreSettings, server: Server | None = None) -> None:
+        self.name, self.settings = name, settings
+        self.server = server or Server(settings.token_secret.get_secret_value())
+        self._own_server = server is None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._closers: list[Callable[[], Awaitable[None]]] = []
+        self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.connection: Client
+        self.log: EventLog
+        self.store: ObjectStore
+
+    async def open(self) -> None:
+        """Connect to the bus and the object store."""
+        s = self.settings
+        s.state_dir.mkdir(parents=True, exist_ok=True)
+        self.connection = await connect(s.nats_url, s.nats_user, s.nats_password.get_secret_value(), f"alveary-{self.name}")
+        await ensure_streams(self.connection)
+        self.log = EventLog(self.connection, self.name)
+        self.store = ObjectStore(
+            s.s3_endpoint, s.s3_access_key.get_secret_value(), s.s3_secret_key.get_secret_value(),
+            secure=s.s3_secure, public_endpoint=s.s3_public_endpoint,
+        )  # fmt: skip
+
+    def spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        """Run a task for the service's life; its failure is the service's."""
+        task = asyncio.create_task(work, name=f"{self.name}.{name}")
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            telemetry.logger().error("task.failed", task=task.get_name(), exc_info=error)
+            if not self.failed.done():
+                self.failed.set_exception(error)
+
+    def on_close(self, closer: Callable[[], Awaitable[None]]) -> None:
+        """Call `closer` when the service stops, last added first."""
+        self._closers.append(closer)
+
+    async def close(self) -> None:
+        """Drain calls, stop tasks, close connections."""
+        if self._own_server:
+            await self.server.stop()
+        for closer in reversed(self._closers):
+            await closer()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.connection.drain()
+        self.store.close()
+
+
+async def serve(name: str, settings: CoreSettings, start: Callable[[Service], Awaitable[None]]) -> None:
+    """Run one service as a process of its own until SIGTERM or SIGINT."""
+    telemetry.configure(settings.log_level, name)
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    service = Service(name, settings)
+    await service.open()
+    await service.store.ensure_buckets()
+    await start(service)
+    port = await service.server.start(settings.listen)
+    if settings.metrics_port:
+        start_http_server(settings.metrics_port)
+    telemetry.logger().info("serving", service=name, port=port)
+    waiter = asyncio.create_task(stop.wait())
+    await asyncio.wait({waiter, service.failed}, return_when=asyncio.FIRST_COMPLETED)
+    waiter.cancel()
+    await service.close()
+    if service.failed.done():
+        service.failed.result()

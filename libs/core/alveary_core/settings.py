@@ -1,0 +1,33 @@
+"""What a service is told from outside: environment variables ALVEARY_*, see each field."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field, SecretStr
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class CoreSettings(BaseSettings):
+    """Common to all services. Secrets are SecretStr, so that printing settings shows none."""
+
+    model_config = SettingsConfigDict(env_prefix="ALVEARY_", extra="ignore")
+
+    nats_url: str = "nats://127.0.0.1:4222"
+    nats_user: str = ""
+    nats_password: SecretStr = SecretStr("")
+    s3_endpoint: str = "127.0.0.1:9000"
+    s3_secure: bool = False
+    s3_access_key: SecretStr = SecretStr("")
+    s3_secret_key: SecretStr = SecretStr("")
+    # Host and port that clients reach the object store at, for presigned URLs; empty: s3_endpoint.
+    s3_public_endpoint: str = ""
+    token_secret: SecretStr = SecretStr("")
+    listen: str = "127.0.0.1:0"
+    # Port of the Prometheus metrics; 0: none.
+    metrics_port: int = 0
+    state_dir: Path = Path(".alveary")
+    log_level: str = "info"
+    # How long a node may be silent before it is lost, and how long a trainer goes on unanswered, seconds.
+    lease_seconds: float = Field(default=30.0, ge=1.0)
+    beat_seconds: float = Field(default=1.0, gt=0.0)

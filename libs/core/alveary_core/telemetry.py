@@ -1,0 +1,72 @@
+"""Structured logs, trace context, metrics."""
+
+from __future__ import annotations
+
+import logging
+import re
+import secrets
+import sys
+from contextvars import ContextVar
+from typing import Any
+
+import structlog
+from prometheus_client import Counter, Histogram
+
+# W3C trace context of the work at hand (https://www.w3.org/TR/trace-context/).
+traceparent: ContextVar[str] = ContextVar("traceparent", default="")
+_TRACEPARENT = re.compile(r"00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+_SECRET = re.compile(r"(eyJ[\w-]{8,}\.[\w-]+\.[\w-]+|X-Amz-Signature=[0-9a-f]+)")
+
+RPCS = Counter("alveary_grpc_requests_total", "gRPC calls", ["service", "method", "code"])
+RPC_SECONDS = Histogram("alveary_grpc_seconds", "Duration of gRPC calls, s", ["service", "method"])
+APPENDS = Counter("alveary_events_appended_total", "Events appended", ["type"])
+CONFLICTS = Counter("alveary_append_conflicts_total", "Appends that met a newer event", ["aggregate"])
+HANDLED = Counter("alveary_events_handled_total", "Events handled", ["handler", "outcome"])
+
+
+def start_trace(parent: str = "") -> str:
+    """Enter the caller's trace as a child, or begin one; returns the traceparent."""
+    trace = parent[3:35] if _TRACEPARENT.fullmatch(parent) else secrets.token_hex(16)
+    value = f"00-{trace}-{secrets.token_hex(8)}-01"
+    traceparent.set(value)
+    return value
+
+
+def _add_trace(_: Any, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    current = traceparent.get()
+    if current:
+        event["trace_id"] = current[3:35]
+    return event
+
+
+def _redact(_: Any, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    for key, value in event.items():
+        if isinstance(value, str):
+            event[key] = _SECRET.sub("[secret]", value)
+    return event
+
+
+def configure(level: str, service: str) -> None:
+    """JSON lines on stderr, each with service, level, time and the ids bound to its context."""
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(name)s: %(message)s")
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            _add_trace,
+            structlog.processors.format_exc_info,
+            _redact,
+            structlog.processors.JSONRenderer(default=str),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=True,
+    )
+    structlog.contextvars.bind_contextvars(service=service)
+
+
+def logger() -> structlog.typing.FilteringBoundLogger:
+    """The structured logger."""
+    log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
+    return log

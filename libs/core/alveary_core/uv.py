@@ -1,0 +1,76 @@
+"""uv with this machine's pip settings: index, extra indexes, find-links, constraints, certificates.
+
+Runs as a script too (`python uv.py install ARGS...`), for the Makefile: so this module needs the standard library
+alone.
+"""
+
+from __future__ import annotations
+
+import configparser
+import os
+import shutil
+import sys
+from pathlib import Path
+
+# pip's option -> uv's variable (https://docs.astral.sh/uv/reference/environment/)
+_VARIABLES = {
+    "index-url": "UV_DEFAULT_INDEX",
+    "extra-index-url": "UV_INDEX",
+    "find-links": "UV_FIND_LINKS",
+    "constraint": "UV_CONSTRAINT",
+    "trusted-host": "UV_INSECURE_HOST",
+    "cert": "SSL_CERT_FILE",
+}
+
+
+def pip_settings() -> dict[str, str]:
+    """pip's own settings as it would read them: its files, later ones first to yield, then PIP_* variables."""
+    files = [Path(d) / "pip/pip.conf" for d in os.environ.get("XDG_CONFIG_DIRS", "/etc/xdg").split(":") if d]
+    files += [Path("/etc/pip.conf"), Path.home() / ".pip/pip.conf"]
+    files.append(Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "pip/pip.conf")
+    files.append(Path(sys.prefix) / "pip.conf")
+    if os.environ.get("PIP_CONFIG_FILE"):
+        files.append(Path(os.environ["PIP_CONFIG_FILE"]))
+    found: dict[str, str] = {}
+    for file in files:
+        parser = configparser.RawConfigParser()
+        try:
+            parser.read(file)
+        except (configparser.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{file}: pip's settings cannot be read: {error}") from error
+        for section in ("global", "install"):
+            if parser.has_section(section):
+                found.update({k: " ".join(v.split()) for k, v in parser.items(section) if k in _VARIABLES})
+    for option in _VARIABLES:
+        value = os.environ.get("PIP_" + option.upper().replace("-", "_"))
+        if value:
+            found[option] = " ".join(value.split())
+    return found
+
+
+def uv_environment(base: dict[str, str] | None = None) -> dict[str, str]:
+    """Environment for a uv process. What UV_* says already wins over what pip says."""
+    env = dict(os.environ if base is None else base)
+    for option, value in pip_settings().items():
+        env.setdefault(_VARIABLES[option], value)
+    # pip takes the best version of all indexes; uv would take the first index that knows the name.
+    env.setdefault("UV_INDEX_STRATEGY", "unsafe-best-match")
+    env.setdefault("UV_HTTP_TIMEOUT", "180")
+    return env
+
+
+def uv_binary() -> str:
+    """Path of uv: the one of this environment.
+
+    Raises:
+        FileNotFoundError: it is not installed.
+    """
+    beside = Path(sys.executable).parent / "uv"
+    found = str(beside) if beside.exists() else shutil.which("uv")
+    if not found:
+        raise FileNotFoundError("uv is not installed: pip install uv")
+    return found
+
+
+if __name__ == "__main__":
+    os.execve(uv_binary(), ["uv", *sys.argv[1:]], uv_environment())

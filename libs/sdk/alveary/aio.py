@@ -1,0 +1,468 @@
+"""The asynchronous client; the synchronous classes are a thin facade over it."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import grpc
+import grpc.aio
+import urllib3
+from alveary.config import Config
+from alveary.errors import AlvearyError
+from alveary.source import manifest_of
+from alveary_contracts.common.v1 import common_pb2 as c
+from alveary_contracts.ids import new_id
+from alveary_contracts.events.v1 import events_pb2 as ev
+from alveary_contracts.images.v1 import images_pb2, images_pb2_grpc
+from alveary_contracts.logs.v1 import logs_pb2, logs_pb2_grpc
+from alveary_contracts.registry.v1 import registry_pb2 as reg
+from alveary_contracts.registry.v1 import registry_pb2_grpc
+from alveary_contracts.runs.v1 import runs_pb2 as pb
+from alveary_contracts.runs.v1 import runs_pb2_grpc
+from alveary_contracts.scheduler.v1 import scheduler_pb2, scheduler_pb2_grpc
+from google.protobuf.json_format import MessageToDict
+
+T = TypeVar("T")
+FINAL = (c.RUN_STATE_COMPLETED, c.RUN_STATE_FAILED, c.RUN_STATE_CANCELED)
+TIMEOUT = 60.0
+_TRIES = 8
+_PARALLEL = 8
+_CHUNK = 1 << 20
+
+
+def state_name(state: int) -> str:
+    """ "NotStarted" of RUN_STATE_NOT_STARTED."""
+    return "".join(w.capitalize() for w in c.RunState.Name(state).removeprefix("RUN_STATE_").split("_"))  # type: ignore[arg-type]
+
+
+def run_details(run: pb.Run) -> dict[str, Any]:
+    """A run as plain data."""
+    plain: dict[str, Any] = MessageToDict(run, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
+    plain["status"] = state_name(run.state)
+    plain["runId"] = run.id
+    plain.setdefault("exit", {})
+    return plain
+
+
+class Client:
+    """Talks to a platform. Make it inside a running loop; `await close()` it.
+
+    Every call has a deadline; calls that may be repeated are, with backoff, while the platform is unavailable.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        options = [
+            ("grpc.max_receive_message_length", 64 << 20), ("grpc.max_send_message_length", 64 << 20),
+            ("grpc.keepalive_time_ms", 20000), ("grpc.keepalive_timeout_ms", 10000), ("grpc.max_reconnect_backoff_ms", 2000),
+        ]  # fmt: skip
+        channels = {e: grpc.aio.insecure_channel(e, options=options) for e in {config.endpoint, *config.endpoints.values()}}
+        self._channels = channels
+
+        def at(service: str) -> grpc.aio.Channel:
+            return channels[config.endpoints.get(service, config.endpoint)]
+
+        self.runs = runs_pb2_grpc.RunServiceStub(at("runs"))
+        self.experiments = runs_pb2_grpc.ExperimentServiceStub(at("runs"))
+        self.workspaces = runs_pb2_grpc.WorkspaceServiceStub(at("runs"))
+        self.events = runs_pb2_grpc.EventServiceStub(at("runs"))
+        self.images = images_pb2_grpc.ImageServiceStub(at("images"))
+        self.compute = scheduler_pb2_grpc.ComputeServiceStub(at("scheduler"))
+        self.nodes = scheduler_pb2_grpc.NodeServiceStub(at("scheduler"))
+        self.queue = scheduler_pb2_grpc.QueueServiceStub(at("scheduler"))
+        self.logs = logs_pb2_grpc.LogServiceStub(at("logs"))
+        self.models = registry_pb2_grpc.ModelServiceStub(at("registry"))
+        self.datasets = registry_pb2_grpc.DatasetServiceStub(at("registry"))
+        self.metadata = (("authorization", f"Bearer {config.token}"),)
+        self._http = urllib3.PoolManager(maxsize=_PARALLEL, retries=urllib3.Retry(5, backoff_factor=0.2), timeout=urllib3.Timeout(10, read=120))
+        self._slots = asyncio.Semaphore(_PARALLEL)
+
+    async def close(self) -> None:
+        """Close the connections."""
+        for channel in self._channels.values():
+            await channel.close()
+
+    async def call(self, method: Any, request: Any, *, timeout: float = TIMEOUT) -> Any:
+        """One unary call, repeated while the platform is unavailable: all requests of this client are idempotent.
+
+        Raises:
+            AlvearyError: it refused, or did not answer in time.
+        """
+        pause = 0.1
+        for attempt in range(_TRIES):
+            try:
+                return await method(request, metadata=self.metadata, timeout=timeout)
+            except grpc.aio.AioRpcError as error:
+                if error.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.ABORTED) or attempt == _TRIES - 1:
+                    raise translate(error, self.config) from error
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, 3.0)
+        raise AssertionError("unreachable")
+
+    # ---- runs -----------------------------------------------------------------------------------------------------
+
+    async def submit(self, spec: c.RunSpec, source: Path | None, progress: Callable[[int, int], None] | None = None) -> pb.Run:
+        """Upload a source directory where it is new, and submit a run of it."""
+        if source is not None:
+            spec.snapshot = await self.upload_snapshot(source, progress)
+        # The key makes repeating the call harmless.
+        request = pb.SubmitRunRequest(spec=spec, idempotency_key=new_id())
+        return (await self.call(self.runs.SubmitRun, request)).run  # type: ignore[no-any-return]
+
+    async def upload_snapshot(self, source: Path, progress: Callable[[int, int], None] | None = None) -> str:
+        """Digest of a source directory, stored."""
+        manifest, paths = await asyncio.to_thread(manifest_of, source, True)
+        reply = await self.call(self.runs.PrepareSnapshot, pb.PrepareSnapshotRequest(manifest=manifest))
+        await self._upload(reply.slots, manifest, paths, progress)
+        return str((await self.call(self.runs.CommitSnapshot, pb.CommitSnapshotRequest(manifest=manifest))).digest)
+
+    async def get_run(self, run_id: str) -> pb.Run:
+        """A run."""
+        return (await self.call(self.runs.GetRun, pb.GetRunRequest(run_id=run_id))).run  # type: ignore[no-any-return]
+
+    async def list_runs(self, filter: str = "", order_by: str = "", limit: int = 0) -> list[pb.Run]:
+        """Runs, newest first; limit 0: all."""
+        found: list[pb.Run] = []
+        token = ""
+        while True:
+            size = min(limit - len(found), 1000) if limit else 1000
+            request = pb.ListRunsRequest(filter=filter, order_by=order_by, page_size=size, page_token=token)
+            reply = await self.call(self.runs.ListRuns, request)
+            found += reply.runs
+            token = reply.next_page_token
+            if not token or (limit and len(found) >= limit):
+                return found
+
+    async def watch(self, run_id: str) -> AsyncIterator[pb.Run]:
+        """The run now and whenever it changes, to its final state; reconnects as often as needed."""
+        seen, pause = 0, 0.1
+        while True:
+            try:
+                stream = self.runs.WatchRun(pb.WatchRunRequest(run_id=run_id, after_sequence=seen), metadata=self.metadata)
+                async for reply in stream:
+                    seen, pause = reply.run.sequence, 0.1
+                    yield reply.run
+                    if reply.run.state in FINAL:
+                        return
+                if (await self.get_run(run_id)).state in FINAL:
+                    return
+            except grpc.aio.AioRpcError as error:
+                if error.code() not in _RECONNECT:
+                    raise translate(error, self.config) from error
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, 3.0)
+
+    async def wait(self, run_id: str) -> pb.Run:
+        """The run in its final state."""
+        async for run in self.watch(run_id):
+            if run.state in FINAL:
+                return run
+        return await self.get_run(run_id)
+
+    async def cancel_run(self, run_id: str, reason: str = "") -> pb.Run:
+        """Ask for a run's end."""
+        return (await self.call(self.runs.CancelRun, pb.CancelRunRequest(run_id=run_id, reason=reason))).run  # type: ignore[no-any-return]
+
+    async def tag_run(
+        self, run_id: str, set: Mapping[str, str] | None = None, remove: Sequence[str] = (), properties: Mapping[str, str] | None = None
+    ) -> None:
+        """Change tags, add properties."""
+        await self.call(self.runs.TagRun, pb.TagRunRequest(run_id=run_id, set=set, remove=remove, properties=properties))
+
+    async def log_metric(self, run_id: str, name: str, value: float, step: int | None) -> None:
+        """Log one number from outside."""
+        point = pb.MetricPoint(name=name, scalar=value, step=step)
+        point.time.GetCurrentTime()
+
+        async def one() -> AsyncIterator[pb.LogMetricsRequest]:
+            yield pb.LogMetricsRequest(run_id=run_id, points=[point])
+
+        try:
+            await self.runs.LogMetrics(one(), metadata=self.metadata, timeout=TIMEOUT)
+        except grpc.aio.AioRpcError as error:
+            raise translate(error, self.config) from error
+
+    async def metric_series(self, run_id: str, name: str = "", recursive: bool = False) -> list[pb.MetricSeries]:
+        """All points of a run's metrics."""
+        request = pb.GetMetricsRequest(run_id=run_id, name=name, recursive=recursive)
+        return list((await self.call(self.runs.GetMetrics, request)).series)
+
+    async def get_metrics(self, run_id: str, name: str = "", recursive: bool = False) -> dict[str, Any]:
+        """Values by name: one logged once is a value, one logged repeatedly a list."""
+        found: dict[str, Any] = {}
+        for series in await self.metric_series(run_id, name, recursive):
+            values: list[Any] = []
+            columns: dict[str, Any] = {}
+            for point in series.points:
+                kind = point.WhichOneof("value")
+                if kind == "list":
+                    values += point.list.values
+                elif kind in ("row_json", "table_json"):
+                    for column, value in json.loads(getattr(point, kind)).items():
+                        columns.setdefault(column, []).extend(value if kind == "table_json" and isinstance(value, list) else [value])
+                elif kind is not None:
+                    values.append(getattr(point, kind))
+            if columns:
+                found[series.name] = {k: v[0] if len(v) == 1 else v for k, v in columns.items()}
+            elif values:
+                found[series.name] = values[0] if len(values) == 1 else values
+        return found
+
+    async def list_run_files(self, run_id: str, prefix: str = "", with_urls: bool = False) -> list[c.FileLink]:
+        """Files that a run stored."""
+        request = pb.ListFilesRequest(run_id=run_id, prefix=prefix, with_urls=with_urls)
+        return list((await self.call(self.runs.ListFiles, request)).files)
+
+    async def snapshot_files(self, digest: str) -> list[c.FileLink]:
+        """Files of a snapshot."""
+        return list((await self.call(self.runs.GetSnapshot, pb.GetSnapshotRequest(digest=digest))).files)
+
+    # ---- logs -----------------------------------------------------------------------------------------------------
+
+    async def tail(
+        self, run_id: str, after: int = 0, follow: bool = True, streams: Sequence[str] = (), rank: int | None = None
+    ) -> AsyncIterator[logs_pb2.TailLine]:
+        """Log lines; reconnects behind the last line seen, so that none is missed or seen twice."""
+        pause = 0.1
+        while True:
+            try:
+                request = logs_pb2.TailRequest(run_id=run_id, after=after, follow=follow, streams=streams, rank=rank)
+                async for reply in self.logs.Tail(request, metadata=self.metadata):
+                    pause = 0.1
+                    for line in reply.lines:
+                        after = line.cursor
+                        yield line
+                return
+            except grpc.aio.AioRpcError as error:
+                if error.code() not in _RECONNECT:
+                    raise translate(error, self.config) from error
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, 3.0)
+
+    async def show(
+        self, run_id: str, line: Callable[[str, str], None], state: Callable[[str, str], None], streams: Sequence[str] = ()
+    ) -> None:
+        """States and log lines as they come, until the run is final and its log complete."""
+
+        async def states() -> None:
+            last = ("", "")
+            async for run in self.watch(run_id):
+                now = (state_name(run.state), run.reason)
+                if now != last:
+                    state(*now)
+                last = now
+
+        async def lines() -> None:
+            rest: dict[tuple[str, int], bytes] = {}
+            async for one in self.tail(run_id, streams=streams):
+                key = (one.line.stream, one.line.rank)
+                data = rest.pop(key, b"") + one.line.data
+                if one.line.partial:
+                    rest[key] = data
+                else:
+                    line(one.line.stream, data.decode(errors="replace"))
+
+        await asyncio.gather(states(), lines())
+
+    async def write_logs(self, run_id: str, folder: Path) -> list[Path]:
+        """Each stream of a run's log as a file."""
+        files: dict[Path, Any] = {}
+        try:
+            async for one in self.tail(run_id, follow=False):
+                name = one.line.stream.replace("..", "_").strip("/")
+                if name in ("stdout", "stderr"):
+                    name = f"{name}_{one.line.rank}"
+                path = folder / (name if "." in name else f"{name}.txt")
+                if path not in files:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    files[path] = path.open("wb")
+                files[path].write(one.line.data + (b"" if one.line.partial else b"\n"))
+        finally:
+            for file in files.values():
+                file.close()
+        return sorted(files)
+
+    # ---- bytes ----------------------------------------------------------------------------------------------------
+
+    async def _upload(
+        self, slots: Iterable[c.UploadSlot], manifest: c.Manifest, paths: Mapping[str, Path], progress: Callable[[int, int], None] | None
+    ) -> None:
+        by_digest = {f.sha256: f for f in manifest.files}
+        todo = list(slots)
+        total = sum(by_digest[s.sha256].size for s in todo)
+        done = 0
+
+        async def one(slot: c.UploadSlot) -> None:
+            nonlocal done
+            file = by_digest[slot.sha256]
+            async with self._slots:
+                await asyncio.to_thread(self._put, slot.url, paths[file.path], file)
+            done += file.size
+            if progress:
+                progress(done, total)
+
+        await _all(one(slot) for slot in todo)
+
+    def _put(self, url: str, path: Path, file: c.FileEntry) -> None:
+        with path.open("rb") as opened:
+            reply = self._http.request("PUT", url, body=opened, headers={"Content-Length": str(file.size)})
+        if reply.status >= 300:
+            raise AlvearyError(f"upload of {path} failed: the object store said {reply.status}: {reply.data[:200]!r}", "UNAVAILABLE")
+
+    async def download(self, link: c.FileLink, path: Path, progress: Callable[[int], None] | None = None) -> None:
+        """Store a file here: whole and verified, or not at all."""
+        async with self._slots:
+            await asyncio.to_thread(self._fetch, link, path, progress)
+
+    def _fetch(self, link: c.FileLink, path: Path, progress: Callable[[int], None] | None) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.part{os.getpid()}")
+        digest = hashlib.sha256()
+        reply = self._http.request("GET", link.url, preload_content=False)
+        try:
+            if reply.status >= 300:
+                raise AlvearyError(f"download of {link.file.path} failed: the object store said {reply.status}", "UNAVAILABLE")
+            with part.open("wb") as file:
+                for chunk in reply.stream(_CHUNK):
+                    digest.update(chunk)
+                    file.write(chunk)
+                    if progress:
+                        progress(len(chunk))
+            if link.file.sha256 and digest.hexdigest() != link.file.sha256:
+                raise AlvearyError(f"{link.file.path} is damaged: its sha256 is {digest.hexdigest()}, not {link.file.sha256}", "DATA_LOSS")
+            if link.file.executable:
+                part.chmod(part.stat().st_mode | 0o111)
+            part.rename(path)
+        finally:
+            reply.release_conn()
+            part.unlink(missing_ok=True)
+
+    async def download_all(self, links: Iterable[c.FileLink], folder: Path, progress: Callable[[int], None] | None = None) -> None:
+        """Store files here with their folders; a path that would leave `folder` is refused."""
+        from alveary_contracts.names import path_problem
+
+        todo = list(links)
+        for link in todo:
+            if problem := path_problem(link.file.path):
+                raise AlvearyError(problem, "DATA_LOSS")
+        await _all(self.download(link, folder / link.file.path, progress) for link in todo)
+
+    # ---- models and datasets --------------------------------------------------------------------------------------
+
+    async def register_from_run(
+        self, run_id: str, name: str, path: str, tags: Mapping[str, str], properties: Mapping[str, str], description: str,
+        framework: str = "", framework_version: str = "",
+    ) -> reg.ModelVersion:  # fmt: skip
+        """The next version of a model, from what a run stored."""
+        request = reg.RegisterModelRequest(
+            name=name, run_output=reg.RunOutput(run_id=run_id, path=path), tags=tags, properties=properties,
+            description=description, framework=framework, framework_version=framework_version,
+            idempotency_key=new_id(),
+        )  # fmt: skip
+        return (await self.call(self.models.RegisterModel, request)).model  # type: ignore[no-any-return]
+
+    async def register_local(
+        self, path: Path, name: str, tags: Mapping[str, str], properties: Mapping[str, str], description: str,
+        framework: str = "", environment: c.Environment | None = None, progress: Callable[[int, int], None] | None = None,
+    ) -> reg.ModelVersion:  # fmt: skip
+        """The next version of a model, from a file or folder here."""
+        manifest, paths = await asyncio.to_thread(manifest_of, path, False)
+        reply = await self.call(self.models.PrepareModel, reg.PrepareModelRequest(manifest=manifest))
+        await self._upload(reply.slots, manifest, paths, progress)
+        request = reg.RegisterModelRequest(
+            name=name, manifest=manifest, tags=tags, properties=properties, description=description, framework=framework,
+            environment=environment, idempotency_key=new_id(),
+        )  # fmt: skip
+        return (await self.call(self.models.RegisterModel, request)).model  # type: ignore[no-any-return]
+
+    async def get_model(self, name: str, version: int = 0, alias: str = "") -> reg.ModelVersion:
+        """A version of a model; 0: the latest."""
+        request = reg.GetModelRequest(name=name, version=version, alias=alias)
+        return (await self.call(self.models.GetModel, request)).model  # type: ignore[no-any-return]
+
+    async def export_model(self, name: str, version: int, spec: ev.OnnxSpec) -> reg.ExportModelResponse:
+        """Begin an ONNX export."""
+        request = reg.ExportModelRequest(name=name, version=version, spec=spec)
+        return await self.call(self.models.ExportModel, request)  # type: ignore[no-any-return]
+
+    async def wait_for_export(self, name: str, version: int, export_id: str) -> reg.ModelVersion:
+        """The version when its export is over, however it ended."""
+        await self.wait(export_id)
+        pause = 0.05
+        while True:  # the registry checks the result and records it shortly after the run's end
+            model = await self.get_model(name, version)
+            if model.export_pending != export_id:
+                return model
+            await asyncio.sleep(pause)
+            pause = min(pause * 1.5, 1.0)
+
+    async def upload_dataset(
+        self, folder: Path, name: str, description: str = "", tags: Mapping[str, str] | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> reg.DatasetVersion:  # fmt: skip
+        """Register a folder; identical content answers with the version that has it."""
+        manifest, paths = await asyncio.to_thread(manifest_of, folder, False)
+        reply = await self.call(self.datasets.PrepareDataset, reg.PrepareDatasetRequest(manifest=manifest))
+        await self._upload(reply.slots, manifest, paths, progress)
+        request = reg.RegisterDatasetRequest(name=name, manifest=manifest, description=description, tags=tags)
+        return (await self.call(self.datasets.RegisterDataset, request)).dataset  # type: ignore[no-any-return]
+
+    # ---- events ---------------------------------------------------------------------------------------------------
+
+    async def subscribe(
+        self, pattern: str, handler: Callable[[pb.Event], Awaitable[None]], *, durable: str = "",
+        from_sequence: int | None = None, from_time: Any = None,
+    ) -> None:  # fmt: skip
+        """Hand events to `handler`, for ever; each is acknowledged when the handler returns, else it comes again."""
+        start = pb.SubscribeStart(pattern=pattern, durable=durable, from_sequence=from_sequence)
+        if from_time is not None:
+            start.from_time.FromDatetime(from_time)
+        pause = 0.1
+        while True:
+            try:
+                stream = self.events.Subscribe(metadata=self.metadata)
+                await stream.write(pb.SubscribeRequest(start=start))
+                async for reply in stream:
+                    pause = 0.1
+                    await handler(reply.event)
+                    await stream.write(pb.SubscribeRequest(ack=pb.SubscribeAck(sequences=[reply.event.sequence])))
+                    if not durable:  # a new connection goes on behind what was seen
+                        start.ClearField("from_time")
+                        start.from_sequence = reply.event.sequence + 1
+            except grpc.aio.AioRpcError as error:
+                if error.code() not in _RECONNECT:
+                    raise translate(error, self.config) from error
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, 3.0)
+
+
+_RECONNECT = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INTERNAL, grpc.StatusCode.CANCELLED, grpc.StatusCode.UNKNOWN)
+
+
+def translate(error: grpc.aio.AioRpcError, config: Config) -> AlvearyError:
+    """The platform's own words."""
+    code = error.code()
+    if code == grpc.StatusCode.UNAVAILABLE and "Alveary" not in (error.details() or "") and "connect" in (error.details() or ""):
+        return AlvearyError(f"no platform answers at {config.endpoint} (from {config.source}): start it with `alveary up`", code.name)
+    return AlvearyError(error.details() or code.name, code.name)
+
+
+async def _all(work: Iterable[Awaitable[None]]) -> None:
+    """All of them; the first failure stops the rest and is raised as it is."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            for one in work:
+                group.create_task(one)  # type: ignore[arg-type]
+    except BaseExceptionGroup as group_error:
+        raise group_error.exceptions[0] from group_error
+
+
+
+
+__all__ = ["Client", "images_pb2", "run_details", "scheduler_pb2", "state_name", "translate"]

@@ -1,0 +1,151 @@
+"""Compute targets."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from alveary.errors import AlvearyError, ComputeTargetException
+from alveary_contracts.common.v1 import common_pb2 as c
+from alveary_contracts.events.v1 import events_pb2 as ev
+from alveary_contracts.scheduler.v1 import scheduler_pb2 as pb
+
+if TYPE_CHECKING:
+    from alveary.workspace import Workspace
+
+
+class ComputeTarget:
+    """Where runs run. `ComputeTarget(workspace, name)` finds one."""
+
+    def __init__(self, workspace: Workspace, name: str) -> None:
+        self.workspace, self.name = workspace, name
+        try:
+            self.refresh_state()
+        except AlvearyError as error:
+            if error.code == "NOT_FOUND":
+                raise ComputeTargetException(str(error), error.code) from error
+            raise
+
+    @classmethod
+    def _of(cls, workspace: Workspace, found: pb.Target) -> ComputeTarget:
+        target = AmlCompute.__new__(AmlCompute)
+        target.workspace, target.name, target._found = workspace, found.name, found
+        return target
+
+    def refresh_state(self) -> None:
+        """Look again."""
+        client = self.workspace._client
+        self._found: pb.Target = self.workspace._call(client.call(client.compute.GetTarget, pb.GetTargetRequest(name=self.name))).target
+
+    @property
+    def node_resources(self) -> c.Resources:
+        """What one node has."""
+        return self._found.spec.node_resources
+
+    @property
+    def provisioning_state(self) -> str:
+        """"Succeeded", or "Resizing" while nodes come or go."""
+        return self._found.state
+
+    def __repr__(self) -> str:
+        return f"ComputeTarget({self.name}, {self._found.current_nodes} of {self._found.spec.max_nodes} nodes)"
+
+    @classmethod
+    def create(cls, workspace: Workspace, name: str, provisioning_configuration: ev.ComputeSpec) -> ComputeTarget:
+        """Create a target; one of the same name and specification is taken as it is.
+
+        Raises:
+            ComputeTargetException: the name is taken by another one, or the specification cannot be met.
+        """
+        client = workspace._client
+        request = pb.CreateTargetRequest(name=name, spec=provisioning_configuration)
+        try:
+            return cls._of(workspace, workspace._call(client.call(client.compute.CreateTarget, request)).target)
+        except AlvearyError as error:
+            raise ComputeTargetException(str(error), error.code) from error
+
+    @staticmethod
+    def list(workspace: Workspace) -> list[ComputeTarget]:
+        """All targets of a workspace."""
+        client = workspace._client
+        reply = workspace._call(client.call(client.compute.ListTargets, pb.ListTargetsRequest()))
+        return [ComputeTarget._of(workspace, t) for t in reply.targets]
+
+    def wait_for_completion(
+        self, show_output: bool = False, min_node_count: int | None = None, timeout_in_minutes: float = 20, is_delete_operation: bool = False
+    ) -> None:
+        """Wait until it has its min_nodes (or min_node_count) nodes.
+
+        Raises:
+            ComputeTargetException: not within the time.
+        """
+        deadline = time.monotonic() + timeout_in_minutes * 60
+        wanted = self._found.spec.min_nodes if min_node_count is None else min_node_count
+        while True:
+            self.refresh_state()
+            if self._found.current_nodes >= wanted:
+                if show_output:
+                    print(f"Succeeded: {self.name} has {self._found.current_nodes} nodes", file=sys.stderr)
+                return
+            if time.monotonic() > deadline:
+                raise ComputeTargetException(f"{self.name} has {self._found.current_nodes} of {wanted} nodes after {timeout_in_minutes:g} minutes", "DEADLINE_EXCEEDED")
+            time.sleep(0.1)
+
+    def get_status(self) -> pb.Target:
+        """Its present state."""
+        self.refresh_state()
+        return self._found
+
+    def delete(self) -> None:
+        """Delete it.
+
+        Raises:
+            AlvearyError: runs use it or wait for it.
+        """
+        client = self.workspace._client
+        self.workspace._call(client.call(client.compute.DeleteTarget, pb.DeleteTargetRequest(name=self.name)))
+
+    def list_nodes(self) -> list[pb.Node]:
+        """Its nodes."""
+        client = self.workspace._client
+        return list(self.workspace._call(client.call(client.nodes.ListNodes, pb.ListNodesRequest(target=self.name))).nodes)
+
+
+class AmlCompute(ComputeTarget):
+    """A target whose nodes come and go with the work."""
+
+    @staticmethod
+    def provisioning_configuration(
+        vm_size: str = "", vm_priority: str = "dedicated", min_nodes: int = 0, max_nodes: int | None = None,
+        idle_seconds_before_scaledown: float = 1800, admin_username: str | None = None, admin_user_password: str | None = None,
+        admin_user_ssh_key: str | None = None, vnet_resourcegroup_name: str | None = None, vnet_name: str | None = None,
+        subnet_name: str | None = None, tags: Mapping[str, str] | None = None, description: str | None = None,
+        remote_login_port_public_access: str = "NotSpecified", identity_type: str | None = None, identity_id: Any = None,
+        location: str | None = None, enable_node_public_ip: bool | None = None, *, cpus: float = 0, memory_gb: float = 0,
+        gpus: int | None = None,
+    ) -> ev.ComputeSpec:  # fmt: skip
+        """What to create. A node has this machine's CPUs, memory and its share of the GPUs, unless cpus, memory_gb or gpus say less.
+
+        Raises:
+            ComputeTargetException: something that only makes sense in Azure was asked for.
+        """
+        azure = {
+            "admin_username": admin_username, "admin_user_password": admin_user_password, "admin_user_ssh_key": admin_user_ssh_key,
+            "vnet_resourcegroup_name": vnet_resourcegroup_name, "vnet_name": vnet_name, "subnet_name": subnet_name,
+            "identity_type": identity_type, "identity_id": identity_id, "location": location,
+            "enable_node_public_ip": enable_node_public_ip,
+        }  # fmt: skip
+        for name, value in azure.items():
+            if value is not None:
+                raise ComputeTargetException(f"{name} only makes sense in Azure: leave it out", "INVALID_ARGUMENT")
+        spec = ev.ComputeSpec(
+            vm_size=vm_size, vm_priority=vm_priority, min_nodes=min_nodes, max_nodes=max_nodes or 0,
+            idle_seconds_before_scaledown=idle_seconds_before_scaledown, tags=tags, description=description or "",
+        )  # fmt: skip
+        if cpus or memory_gb or gpus is not None:
+            if gpus is None:
+                gpus = 0
+            spec.node_resources.CopyFrom(c.Resources(cpus=cpus, memory_bytes=int(memory_gb * 2**30), gpus=gpus))
+        return spec

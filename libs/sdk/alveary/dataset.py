@@ -1,0 +1,76 @@
+"""Datasets: folders, content-addressed, versioned, read-only in runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from alveary.workspace import Workspace
+    from alveary_contracts.registry.v1 import registry_pb2 as reg
+
+
+@dataclass(frozen=True)
+class Input:
+    """A dataset as a run sees it: a folder named in $ALVEARY_INPUT_<NAME> and in its arguments."""
+
+    name: str
+    dataset: Dataset
+
+
+class Dataset:
+    """One version of a dataset."""
+
+    def __init__(self, workspace: Workspace, found: reg.DatasetVersion) -> None:
+        self._workspace = workspace
+        self.name, self.version, self.description = found.name, found.version, found.description
+        self.tags, self.id = dict(found.tags), found.manifest_digest
+        self.file_count, self.total_size = found.file_count, found.total_size
+
+    def __repr__(self) -> str:
+        return f"Dataset({self.name}:{self.version}, {self.file_count} files, {self.total_size / 1e6:.1f} MB)"
+
+    @classmethod
+    def upload(cls, workspace: Workspace, path: str, name: str, description: str = "", tags: Mapping[str, str] | None = None) -> Dataset:
+        """Register a folder. Only what is new is uploaded; identical content is the version that has it."""
+        from alveary.progress import upload_progress
+
+        with upload_progress(name) as progress:
+            found = workspace._call(workspace._client.upload_dataset(Path(path), name, description, tags, progress))
+        return cls(workspace, found)
+
+    @classmethod
+    def get_by_name(cls, workspace: Workspace, name: str, version: int | str = "latest") -> Dataset:
+        """A version; the latest where none is said."""
+        from alveary_contracts.registry.v1 import registry_pb2 as reg
+
+        request = reg.GetDatasetRequest(name=name, version=0 if version == "latest" else int(version))
+        return cls(workspace, workspace._call(workspace._client.call(workspace._client.datasets.GetDataset, request)).dataset)
+
+    @classmethod
+    def list(cls, workspace: Workspace, name: str = "") -> list[Dataset]:
+        """All versions, the latest of a name first."""
+        from alveary_contracts.registry.v1 import registry_pb2 as reg
+
+        reply = workspace._call(workspace._client.call(workspace._client.datasets.ListDatasets, reg.ListDatasetsRequest(name=name)))
+        return [cls(workspace, d) for d in reply.datasets]
+
+    def as_mount(self, name: str | None = None) -> Input:
+        """As an input of a run, under `name` (default: the dataset's)."""
+        return Input(name or self.name, self)
+
+    def as_named_input(self, name: str) -> Input:
+        """As an input of a run, under `name`."""
+        return Input(name, self)
+
+    def download(self, target_path: str = ".", **_: Any) -> str:
+        """Store its files here; returns the folder."""
+        from alveary_contracts.registry.v1 import registry_pb2 as reg
+
+        client = self._workspace._client
+        request = reg.ListDatasetFilesRequest(name=self.name, version=self.version)
+        links = self._workspace._call(client.call(client.datasets.ListDatasetFiles, request)).files
+        self._workspace._call(client.download_all(links, Path(target_path)))
+        return target_path

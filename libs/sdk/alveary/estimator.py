@@ -1,0 +1,176 @@
+"""What to run: estimators and script configurations, with Azure ML's parameter names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from alveary.dataset import Dataset, Input
+from alveary.environment import Environment, requirements_of
+from alveary.errors import AlvearyError
+from alveary_contracts.common.v1 import common_pb2 as c
+
+# What a PyTorch run has without asking. The ONNX packages are there so that its models export in this very image.
+PYTORCH_PACKAGES = ("torch", "torchvision", "onnx", "onnxruntime", "onnxscript")
+
+
+class MpiConfiguration:
+    """Distributed training over MPI."""
+
+    def __init__(self, process_count_per_node: int = 1, node_count: int = 1) -> None:
+        self.process_count_per_node, self.node_count = process_count_per_node, node_count
+
+
+class PyTorchConfiguration:
+    """Distributed training with torchrun: `process_count` processes in all, over `node_count` nodes."""
+
+    def __init__(self, communication_backend: str = "Nccl", process_count: int | None = None, node_count: int = 1) -> None:
+        self.communication_backend, self.process_count, self.node_count = communication_backend, process_count, node_count
+
+
+class ScriptRunConfig:
+    """A script or command of a source directory, and what it needs."""
+
+    def __init__(
+        self, source_directory: str, script: str | None = None, arguments: Sequence[Any] | None = None, run_config: Any = None,
+        compute_target: Any = "local", environment: Environment | None = None, distributed_job_config: Any = None,
+        resume_from: Any = None, max_run_duration_seconds: float | None = None, command: Sequence[str] | None = None,
+        docker_runtime_config: Any = None, *, cpus: float = 0, memory_gb: float = 0, gpus: int = 0, use_gpu: bool = False,
+        priority: int = 0, max_attempts: int = 0, inputs: Sequence[Any] = (), display_name: str = "",
+        properties: Mapping[str, str] | None = None, grace_seconds: float = 0, parent_run_id: str = "",
+    ) -> None:  # fmt: skip
+        for name, value in (("run_config", run_config), ("resume_from", resume_from), ("docker_runtime_config", docker_runtime_config)):
+            if value is not None:
+                raise AlvearyError(f"{name} is not offered by this version", "UNIMPLEMENTED")
+        if not Path(source_directory).is_dir():
+            raise AlvearyError(f"source_directory {source_directory!r} is not a folder", "INVALID_ARGUMENT")
+        self.source_directory = source_directory
+        self.script, self.arguments, self.command = script, list(arguments or []), list(command or [])
+        self.compute_target, self.environment = compute_target, environment or Environment("empty")
+        self.distributed, self.max_run_duration_seconds = distributed_job_config, max_run_duration_seconds
+        self.resources = c.Resources(cpus=cpus, memory_bytes=int(memory_gb * 2**30), gpus=gpus)
+        self.use_gpu, self.priority, self.max_attempts, self.display_name = use_gpu, priority, max_attempts, display_name
+        self.inputs, self.properties, self.grace_seconds, self.parent_run_id = list(inputs), dict(properties or {}), grace_seconds, parent_run_id
+        self.process_count_per_node, self.node_count = 1, 1
+
+    def _spec(self) -> c.RunSpec:
+        target = getattr(self.compute_target, "name", self.compute_target)
+        spec = c.RunSpec(
+            entry_script=self.script or "", command=self.command, environment=self.environment._proto(), compute_target=target,
+            resources=self.resources, max_run_duration_seconds=self.max_run_duration_seconds or 0, use_gpu=self.use_gpu,
+            priority=self.priority, max_attempts=self.max_attempts, display_name=self.display_name, properties=self.properties,
+            grace_seconds=self.grace_seconds, process_count_per_node=self.process_count_per_node, node_count=self.node_count,
+            parent_run_id=self.parent_run_id,
+        )  # fmt: skip
+        self._distribute(spec)
+        inputs = [_as_input(i) for i in self.inputs]
+        for argument in self.arguments:
+            if isinstance(argument, (Dataset, Input)):
+                one = _as_input(argument)
+                inputs.append(one)
+                spec.arguments.append(f"{{inputs.{one.name}}}")
+            else:
+                spec.arguments.append(str(argument))
+        unique = {i.name: i for i in inputs}
+        spec.inputs.extend(c.InputDataset(name=i.name, dataset=i.dataset.name, version=i.dataset.version) for i in unique.values())
+        return spec
+
+    def _distribute(self, spec: c.RunSpec) -> None:
+        match self.distributed:
+            case MpiConfiguration():
+                raise AlvearyError(
+                    "MpiConfiguration needs an MPI launcher, which this version does not have: use PyTorchConfiguration(), which runs torchrun", "UNIMPLEMENTED"
+                )
+            case PyTorchConfiguration() as torch:
+                spec.launcher = c.LAUNCHER_TORCHRUN
+                spec.node_count = max(spec.node_count, torch.node_count)
+                if torch.process_count:
+                    spec.process_count_per_node = torch.process_count // torch.node_count
+            case None:
+                if spec.process_count_per_node > 1:
+                    spec.launcher = c.LAUNCHER_TORCHRUN
+            case other:
+                raise AlvearyError(f"distributed_training: {other!r} is neither PyTorchConfiguration nor MpiConfiguration", "INVALID_ARGUMENT")
+
+
+def _as_input(value: Any) -> Input:
+    if isinstance(value, Dataset):
+        return value.as_mount()
+    if isinstance(value, Input):
+        return value
+    raise AlvearyError(f"inputs: {value!r} is no dataset: use Dataset.get_by_name(...) or Dataset.upload(...)", "INVALID_ARGUMENT")
+
+
+class Estimator(ScriptRunConfig):
+    """A training script with its parameters and packages."""
+
+    _packages: tuple[str, ...] = ()
+
+    def __init__(
+        self, source_directory: str, *, compute_target: Any = "local", vm_size: str | None = None, vm_priority: str | None = None,
+        entry_script: str | None = None, script_params: Mapping[str, Any] | None = None, node_count: int = 1,
+        process_count_per_node: int = 1, distributed_backend: str | None = None, distributed_training: Any = None,
+        use_gpu: bool = False, use_docker: bool = True, custom_docker_base_image: str | None = None,
+        custom_docker_image: str | None = None, image_registry_details: Any = None, user_managed: bool = False,
+        conda_packages: Sequence[str] | None = None, pip_packages: Sequence[str] | None = None,
+        conda_dependencies_file_path: str | None = None, pip_requirements_file_path: str | None = None,
+        conda_dependencies_file: str | None = None, pip_requirements_file: str | None = None,
+        environment_variables: Mapping[str, str] | None = None, environment_definition: Environment | None = None,
+        inputs: Sequence[Any] | None = None, source_directory_data_store: Any = None, shm_size: str | None = None,
+        resume_from: Any = None, max_run_duration_seconds: float | None = None, framework_version: str | None = None,
+        **extra: Any,
+    ) -> None:  # fmt: skip
+        refused = {
+            "vm_size": vm_size, "vm_priority": vm_priority, "custom_docker_base_image": custom_docker_base_image,
+            "custom_docker_image": custom_docker_image, "image_registry_details": image_registry_details,
+            "conda_packages": conda_packages, "conda_dependencies_file_path": conda_dependencies_file_path,
+            "conda_dependencies_file": conda_dependencies_file, "source_directory_data_store": source_directory_data_store,
+            "shm_size": shm_size,
+        }  # fmt: skip
+        for name, value in refused.items():
+            if value is not None:
+                raise AlvearyError(f"{name} is not offered by this version: environments are virtual environments made with pip packages", "UNIMPLEMENTED")
+        if distributed_backend not in (None, "mpi", "gloo", "nccl"):
+            raise AlvearyError(f"distributed_backend {distributed_backend!r}: 'gloo' or 'nccl'", "INVALID_ARGUMENT")
+        if distributed_backend == "mpi":
+            distributed_training = MpiConfiguration()
+        elif distributed_backend and distributed_training is None:
+            distributed_training = PyTorchConfiguration(distributed_backend)
+        if environment_definition is None:
+            packages = [] if user_managed else list(self._framework(framework_version))
+            requirements = pip_requirements_file or pip_requirements_file_path
+            if requirements:
+                file = Path(source_directory, requirements)
+                packages += requirements_of(file if file.exists() else Path(requirements))
+            packages += pip_packages or []
+            environment_definition = Environment(
+                type(self).__name__, packages, environment_variables=environment_variables, user_managed=user_managed
+            )
+        elif pip_packages or pip_requirements_file or environment_variables:
+            raise AlvearyError("environment_definition already says which packages and variables there are: give them there", "INVALID_ARGUMENT")
+        arguments: list[Any] = []
+        for flag, value in (script_params or {}).items():
+            arguments += [flag] if value in ("", None) else [flag, value]
+        super().__init__(
+            source_directory, entry_script, arguments, None, compute_target, environment_definition, distributed_training,
+            resume_from, max_run_duration_seconds, use_gpu=use_gpu, inputs=inputs or (), **extra,
+        )  # fmt: skip
+        self.node_count = max(node_count, getattr(distributed_training, "node_count", 1))
+        self.process_count_per_node = process_count_per_node
+
+    def _framework(self, version: str | None) -> Sequence[str]:
+        if version is not None:
+            raise AlvearyError("framework_version belongs to PyTorch: name the package in pip_packages", "INVALID_ARGUMENT")
+        return self._packages
+
+
+class PyTorch(Estimator):
+    """A PyTorch training script. torch and torchvision are there; `pip_packages` adds to them."""
+
+    _packages = PYTORCH_PACKAGES
+
+    def _framework(self, version: str | None) -> Sequence[str]:
+        if version is None:
+            return self._packages
+        return (f"torch=={version}", *self._packages[1:])

@@ -1,0 +1,186 @@
+"""Where an embedded stack keeps things: ports, secrets, files."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import socket
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from alveary.errors import AlvearyError
+
+DEFAULT_PORT = 7460
+SERVICES = ("runs", "images", "scheduler", "logs", "registry")
+# What each NATS user may write: the aggregates that its service owns, and its high-rate streams.
+WRITES = {
+    "runs": ("alveary.*.run.>", "alveary-metrics.>"),
+    "images": ("alveary.*.image.>", "alveary-logs.>"),
+    "scheduler": ("alveary.*.target.>", "alveary.*.node.>", "alveary.*.placement.>"),
+    "trainer": ("alveary.*.attempt.>", "alveary-logs.>", "alveary-metrics.>", "alveary-beat.>"),
+    "logs": ("alveary.*.log.>",),
+    "registry": ("alveary.*.model.>", "alveary.*.dataset.>"),
+}
+_WEED = ("master", "volume", "filer", "s3")
+
+
+@dataclass(frozen=True)
+class Ports:
+    """Ports of one stack, all on 127.0.0.1."""
+
+    grpc: int
+    nats: int
+    master: int
+    volume: int
+    filer: int
+    s3: int
+    master_grpc: int
+    volume_grpc: int
+    filer_grpc: int
+    s3_grpc: int
+    admin: int
+    admin_grpc: int
+    # One each, for a stack whose services are processes of their own.
+    runs: int
+    images: int
+    scheduler: int
+    logs: int
+    registry: int
+
+    @classmethod
+    def choose(cls, base: int) -> Ports:
+        """Consecutive ports from `base`; 0: whatever is free."""
+        names = list(cls.__dataclass_fields__)
+        if base:
+            return cls(**{name: base + i for i, name in enumerate(names)})
+        held = [socket.socket() for _ in names]
+        try:
+            for one in held:
+                one.bind(("127.0.0.1", 0))
+            return cls(**{name: one.getsockname()[1] for name, one in zip(names, held, strict=True)})
+        finally:
+            for one in held:
+                one.close()
+
+    def taken(self) -> list[str]:
+        """Those that somebody listens on, with their names."""
+        found = []
+        for name, port in asdict(self).items():
+            with socket.socket() as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                try:
+                    probe.bind(("127.0.0.1", port))
+                except OSError:
+                    found.append(f"{port} ({name})")
+        return found
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One stack's directory."""
+
+    state_dir: Path
+    ports: Ports
+    secrets: dict[str, str]
+    lease_seconds: float = 30.0
+    beat_seconds: float = 1.0
+    separate: bool = False
+
+    @classmethod
+    def open(cls, state_dir: Path, port: int | None, *, lease_seconds: float = 30.0, beat_seconds: float = 1.0, separate: bool = False) -> Layout:
+        """Read or make the directory; ports and secrets stay what they were.
+
+        Raises:
+            AlvearyError: what is there cannot be read.
+        """
+        state_dir = state_dir.resolve()
+        state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        file = state_dir / "stack.json"
+        try:
+            known = json.loads(file.read_text()) if file.exists() else {}
+        except ValueError as error:
+            raise AlvearyError(f"{file} cannot be read ({error}): is {state_dir} a stack's directory?", "DATA_LOSS") from error
+        if port is None and "ports" in known:
+            ports = Ports(**known["ports"])
+        else:
+            ports = Ports.choose(DEFAULT_PORT if port is None else port)
+        names = [*WRITES, "subscriber", "s3_access", "s3_secret", "tokens"]
+        made = known.get("secrets", {})
+        hidden = {name: made.get(name) or secrets.token_hex(24) for name in names}
+        write_private(file, json.dumps({"ports": asdict(ports), "secrets": hidden}, indent=1))
+        return cls(state_dir, ports, hidden, lease_seconds, beat_seconds, separate)
+
+    @property
+    def endpoint(self) -> str:
+        """Where clients go."""
+        return f"127.0.0.1:{self.ports.runs if self.separate else self.ports.grpc}"
+
+    def endpoint_of(self, service: str) -> str:
+        """Where one service is."""
+        return f"127.0.0.1:{getattr(self.ports, service)}" if self.separate else self.endpoint
+
+    def nats_config(self) -> str:
+        """nats-server.conf: a user per service that may write its own subjects alone."""
+        common = ["$JS.API.>", "$JS.ACK.>", "$JS.FC.>", "_INBOX.>", "_FC.>"]
+        deny = ["$JS.API.STREAM.DELETE.>", "$JS.API.STREAM.UPDATE.>", "$JS.API.STREAM.MSG.DELETE.>", "$JS.API.STREAM.PURGE.ALVEARY"]
+        users = []
+        for name, own in WRITES.items():
+            allow = json.dumps([*own, *common])
+            users.append(f'{{user: {name}, password: "{self.secrets[name]}", permissions: {{publish: {{allow: {allow}, deny: {json.dumps(deny)}}}}}}}')
+        reads = ["$JS.API.CONSUMER.>", "$JS.API.STREAM.INFO.>", "$JS.API.STREAM.NAMES", "$JS.API.INFO", "$JS.ACK.>", "$JS.FC.>", "_INBOX.>"]
+        users.append(
+            f'{{user: subscriber, password: "{self.secrets["subscriber"]}", permissions: {{publish: {{allow: {json.dumps(reads)}}}, '
+            'subscribe: {allow: ["alveary.>", "_INBOX.>"]}}}'
+        )
+        return f"""# Written by `alveary up`.
+listen: 127.0.0.1:{self.ports.nats}
+server_name: alveary
+max_payload: 8MB
+# An acknowledged event survives kill -9 of every process and a power cut: each write is flushed before its answer.
+jetstream {{ store_dir: "{self.state_dir / "nats"}", sync_interval: always }}
+authorization {{ users: [
+  {(chr(10) + "  ").join(users)}
+] }}
+"""
+
+    def environment(self, service: str) -> dict[str, str]:
+        """ALVEARY_* variables of a service."""
+        return {
+            "ALVEARY_NATS_URL": f"nats://127.0.0.1:{self.ports.nats}", "ALVEARY_NATS_USER": service,
+            "ALVEARY_NATS_PASSWORD": self.secrets[service], "ALVEARY_S3_ENDPOINT": f"127.0.0.1:{self.ports.s3}",
+            "ALVEARY_S3_ACCESS_KEY": self.secrets["s3_access"], "ALVEARY_S3_SECRET_KEY": self.secrets["s3_secret"],
+            "ALVEARY_TOKEN_SECRET": self.secrets["tokens"], "ALVEARY_STATE_DIR": str(self.state_dir / "services"),
+            "ALVEARY_LEASE_SECONDS": str(self.lease_seconds), "ALVEARY_BEAT_SECONDS": str(self.beat_seconds),
+            "ALVEARY_LISTEN": self.endpoint_of(service) if service in SERVICES else "127.0.0.1:0",
+        }  # fmt: skip
+
+    def weed_command(self, binary: str) -> list[str]:
+        """The object store's command line."""
+        p = self.ports
+        command = [
+            binary, "mini", f"-dir={self.state_dir / 'objects'}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-webdav=false",
+            "-admin.ui=false", "-s3.port.iceberg=0", "-s3.port.lance=0", f"-admin.port={p.admin}", f"-admin.port.grpc={p.admin_grpc}",
+        ]  # fmt: skip
+        for name in _WEED:
+            command += [f"-{name}.port={getattr(p, name)}", f"-{name}.port.grpc={getattr(p, name + '_grpc')}"]
+        return command
+
+    def client_config(self, token: str) -> str:
+        """config.json for clients."""
+        config: dict[str, object] = {
+            "endpoint": self.endpoint, "token": token, "workspace": "default",
+            "nats_url": f"nats://127.0.0.1:{self.ports.nats}", "nats_user": "subscriber", "nats_password": self.secrets["subscriber"],
+        }  # fmt: skip
+        if self.separate:
+            config["endpoints"] = {s: self.endpoint_of(s) for s in SERVICES}
+        return json.dumps(config, indent=1) + "\n"
+
+
+def write_private(file: Path, text: str) -> None:
+    """Write a file that only its owner may read; whole or not at all."""
+    part = file.with_name(f".{file.name}.{os.getpid()}")
+    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "w") as opened:
+        opened.write(text)
+    part.rename(file)

@@ -1,0 +1,200 @@
+"""Models: immutable numbered versions, with lineage and ONNX exports."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from alveary.errors import AlvearyError
+from alveary_contracts.events.v1 import events_pb2 as ev
+from alveary_contracts.registry.v1 import registry_pb2 as reg
+
+if TYPE_CHECKING:
+    from alveary.environment import Environment
+    from alveary.run import Run
+    from alveary.workspace import Workspace
+
+
+class Model:
+    """One version of a model; the latest where none is said."""
+
+    def __init__(
+        self, workspace: Workspace, name: str | None = None, id: str | None = None, tags: Any = None, properties: Any = None,
+        version: int | None = None, run_id: str | None = None, model_framework: str | None = None, **_: Any,
+    ) -> None:  # fmt: skip
+        if id is not None:
+            name, _colon, number = id.partition(":")
+            version = int(number) if number else version
+        if name is None:
+            raise AlvearyError("a model has a name or an id 'name:version'", "INVALID_ARGUMENT")
+        self._fill(workspace, workspace._call(workspace._client.get_model(name, version or 0)))
+
+    @classmethod
+    def _of(cls, workspace: Workspace, found: reg.ModelVersion) -> Model:
+        model = cls.__new__(cls)
+        model._fill(workspace, found)
+        return model
+
+    def _fill(self, workspace: Workspace, found: reg.ModelVersion) -> None:
+        self._workspace, self._found = workspace, found
+        self.workspace = workspace
+        self.name, self.version, self.id = found.name, found.version, f"{found.name}:{found.version}"
+        self.description, self.framework = found.description, found.framework
+        self.tags, self.properties = dict(found.tags), dict(found.properties)
+        self.run_id, self.created_time = found.lineage.run_id, found.registered_at.ToDatetime()
+        self.aliases = list(found.aliases)
+
+    def __repr__(self) -> str:
+        return f"Model({self.id}, run: {self.run_id or 'none'})"
+
+    @property
+    def lineage(self) -> dict[str, Any]:
+        """The run, source snapshot, image and datasets that it comes from."""
+        line = self._found.lineage
+        return {
+            "run_id": line.run_id, "snapshot": line.snapshot, "image_digest": line.image_digest, "datasets": list(line.datasets),
+            "parent": line.parent, "experiment": line.experiment,
+        }  # fmt: skip
+
+    @property
+    def run(self) -> Run | None:
+        """The run that made it."""
+        return self._workspace.get_run(self.run_id) if self.run_id else None
+
+    @property
+    def onnx(self) -> dict[str, Any] | None:
+        """Figures of its newest export: opset, max_abs_diff, checked_batch_sizes ...; None: it has none."""
+        if not self._found.HasField("export"):
+            return None
+        done = self._found.export
+        return {
+            "opset": done.opset, "max_abs_diff": done.max_abs_diff, "max_rel_diff": done.max_rel_diff,
+            "checked_batch_sizes": list(done.checked_batch_sizes), "export_seconds": done.export_seconds,
+            "exporter": done.exporter, "size": done.file.size, "sha256": done.file.sha256,
+        }  # fmt: skip
+
+    def refresh(self) -> Model:
+        """Look again."""
+        self._fill(self._workspace, self._workspace._call(self._workspace._client.get_model(self.name, self.version)))
+        return self
+
+    @classmethod
+    def register(
+        cls, workspace: Workspace, model_path: str, model_name: str, tags: Mapping[str, str] | None = None,
+        properties: Mapping[str, str] | None = None, description: str | None = None, datasets: Any = None,
+        model_framework: str | None = None, model_framework_version: str | None = None,
+        environment: Environment | None = None, **_: Any,
+    ) -> Model:  # fmt: skip
+        """Register a file or folder of this machine as the next version."""
+        from alveary.progress import upload_progress
+
+        with upload_progress(model_name) as progress:
+            work = workspace._client.register_local(
+                Path(model_path), model_name, tags or {}, properties or {}, description or "", model_framework or "",
+                environment._proto() if environment else None, progress,
+            )  # fmt: skip
+            return cls._of(workspace, workspace._call(work))
+
+    @classmethod
+    def list(
+        cls, workspace: Workspace, name: str | None = None, tags: Any = None, properties: Any = None, run_id: str | None = None,
+        latest: bool = False, **_: Any,
+    ) -> list[Model]:  # fmt: skip
+        """Versions, the newest of a name first."""
+        found: list[Model] = []
+        token = ""
+        while True:
+            request = reg.ListModelsRequest(name=name or "", run_id=run_id or "", latest_only=latest, page_token=token, page_size=1000)
+            request.tags.update(dict(tags or {}))
+            reply = workspace._call(workspace._client.call(workspace._client.models.ListModels, request))
+            found += [cls._of(workspace, m) for m in reply.models]
+            token = reply.next_page_token
+            if not token:
+                return found
+
+    def _tag(self, **change: Any) -> None:
+        request = reg.TagModelRequest(name=self.name, version=self.version, **change)
+        client = self._workspace._client
+        self._fill(self._workspace, self._workspace._call(client.call(client.models.TagModel, request)).model)
+
+    def add_tags(self, tags: Mapping[str, str]) -> None:
+        """Set tags."""
+        self._tag(set=tags)
+
+    def remove_tags(self, tags: Sequence[str]) -> None:
+        """Remove tags."""
+        self._tag(remove=tags)
+
+    def add_properties(self, properties: Mapping[str, str]) -> None:
+        """Add properties; existing ones cannot change."""
+        self._tag(properties=properties)
+
+    def update(self, tags: Mapping[str, str] | None = None, description: str | None = None, **_: Any) -> None:
+        """Set tags and the description."""
+        self._tag(set=tags or {}, description=description)
+
+    def set_alias(self, alias: str) -> None:
+        """Point an alias at this version."""
+        client = self._workspace._client
+        self._workspace._call(client.call(client.models.SetAlias, reg.SetAliasRequest(name=self.name, alias=alias, version=self.version)))
+        self.refresh()
+
+    def delete(self) -> None:
+        """Hide this version from lists. Nothing is ever removed: what it was stays known."""
+        client = self._workspace._client
+        self._workspace._call(client.call(client.models.ArchiveModel, reg.ArchiveModelRequest(name=self.name, version=self.version)))
+
+    def get_file_names(self) -> list[str]:
+        """Its files, the ONNX export among them."""
+        return [link.file.path for link in self._links()]
+
+    def _links(self) -> Any:
+        client = self._workspace._client
+        request = reg.ListModelFilesRequest(name=self.name, version=self.version)
+        return self._workspace._call(client.call(client.models.ListModelFiles, request)).files
+
+    def download(self, target_dir: str = ".", exist_ok: bool = True, exists_ok: bool | None = None) -> str:
+        """Store its files here, verified; returns the folder, or the file where it is only one.
+
+        Raises:
+            AlvearyError: something is there already and exist_ok is False, or a file is damaged.
+        """
+        folder = Path(target_dir)
+        links = self._links()
+        if not (exist_ok if exists_ok is None else exists_ok):
+            there = [link.file.path for link in links if (folder / link.file.path).exists()]
+            if there:
+                raise AlvearyError(f"{folder / there[0]} exists already: use exist_ok=True or another folder", "ALREADY_EXISTS")
+        self._workspace._call(self._workspace._client.download_all(links, folder))
+        return str(folder / links[0].file.path) if len(links) == 1 else str(folder)
+
+    def export_onnx(
+        self, input_shape: Sequence[int] | None = None, *, inputs: Sequence[Mapping[str, Any]] = (), file: str = "",
+        opset: int = 0, factory: str = "", tolerance: float = 0.0, output_names: Sequence[str] = (), compute_target: str = "",
+    ) -> Model:  # fmt: skip
+        """Export to ONNX in a run of the model's own image, and wait for it.
+
+        Args:
+            input_shape: shape of the only input with a batch of one, for example [1, 3, 224, 224], float32.
+            inputs: or one mapping an input: name, shape, dtype, dynamic_axes ({axis: name}; default {0: "batch"}).
+            file: file of the version that holds the model, where there are several.
+            opset: 0: torch's default.
+            factory: "module:callable" of the source that builds the module, where the file is a state_dict.
+            tolerance: largest difference from PyTorch, absolute plus relative; default 1e-3.
+
+        Raises:
+            AlvearyError: it cannot be exported; the text says why.
+        """
+        tensors = [ev.TensorSpec(**dict(one)) for one in inputs] or [ev.TensorSpec(name="input", shape=input_shape or [])]
+        spec = ev.OnnxSpec(
+            file=file, inputs=tensors, opset=opset, factory=factory, tolerance=tolerance, output_names=output_names,
+            compute_target=compute_target,
+        )  # fmt: skip
+        client = self._workspace._client
+        started = self._workspace._call(client.export_model(self.name, self.version, spec))
+        found = self._workspace._call(client.wait_for_export(self.name, self.version, started.export_id))
+        self._fill(self._workspace, found)
+        if found.export_error:
+            raise AlvearyError(f"model {self.id} cannot be exported: {found.export_error}", "FAILED_PRECONDITION")
+        return self

@@ -1,0 +1,400 @@
+"""A run: from outside, as what a Workspace knows of it; from inside, as `Run.get_context()`.
+
+This module needs the standard library alone until a run is looked at from outside.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from alveary import context
+from alveary.errors import AlvearyError, RunFailedException
+
+if TYPE_CHECKING:
+    from alveary.experiment import Experiment
+    from alveary.model import Model
+    from alveary.workspace import Workspace
+    from alveary_contracts.runs.v1 import runs_pb2 as pb
+
+FINAL = ("Completed", "Failed", "Canceled")
+
+
+class _Logging:
+    """What can be logged, wherever it goes."""
+
+    def _metric(self, message: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+    def log(self, name: str, value: Any, description: str = "", step: int | None = None) -> None:
+        """Log a number (or text) under `name`; `step` is its place on the axis, if it has one."""
+        if hasattr(value, "item"):
+            value = value.item()
+        kind = "text" if isinstance(value, str) else "scalar"
+        if kind == "scalar" and not isinstance(value, (int, float)):
+            raise TypeError(f"log({name!r}): a number or text, not {type(value).__name__}; use log_list, log_row, log_table or log_image")
+        self._metric(context.metric(name, kind, value, description, step))
+
+    def log_list(self, name: str, value: Sequence[float], description: str = "") -> None:
+        """Log numbers, each as a point of its own series."""
+        self._metric(context.metric(name, "list", [float(v) for v in value], description))
+
+    def log_row(self, name: str, description: str = "", **kwargs: Any) -> None:
+        """Log one row of named columns; repeated calls make a table."""
+        self._metric(context.metric(name, "row", kwargs, description))
+
+    def log_table(self, name: str, value: Mapping[str, Any], description: str = "") -> None:
+        """Log a table: columns of equal length by name."""
+        self._metric(context.metric(name, "table", dict(value), description))
+
+    def log_image(self, name: str, path: str | None = None, plot: Any = None, description: str = "") -> None:
+        """Log a picture: a file, or a matplotlib plot (figure or pyplot), stored among the run's files."""
+        if (path is None) == (plot is None):
+            raise ValueError("log_image: exactly one of path and plot")
+        if plot is not None:
+            path = os.path.join(os.environ.get("TMPDIR", "/tmp"), f"{name}-{time.time_ns()}.png")
+            plot.savefig(path)
+        assert path is not None
+        stored = f"outputs/images/{name}{Path(path).suffix}"
+        self.upload_file(stored, path)
+        self._metric(context.metric(name, "image", stored, description))
+
+    def upload_file(self, name: str, path_or_stream: Any) -> Any:
+        raise NotImplementedError
+
+
+class ContextRun(_Logging):
+    """The run that this process is part of."""
+
+    def __init__(self, line: context.Line) -> None:
+        self._line = line
+        self.id = os.environ["ALVEARY_RUN_ID"]
+        self.attempt = int(os.environ.get("ALVEARY_ATTEMPT", "1"))
+        self.experiment_name = os.environ.get("ALVEARY_EXPERIMENT", "")
+
+    def _metric(self, message: dict[str, Any]) -> None:
+        self._line.tell(message)
+
+    def flush(self, timeout_seconds: float = 300) -> None:
+        """Wait until everything that was logged is stored.
+
+        Raises:
+            ContextError: not within the time.
+        """
+        self._line.ask({"op": "flush", "timeout": timeout_seconds}, timeout=timeout_seconds + 5)
+
+    def tag(self, key: str, value: str = "") -> None:
+        """Set a tag."""
+        self._line.ask({"op": "tag", "set": {key: str(value)}})
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Set tags."""
+        self._line.ask({"op": "tag", "set": dict(tags)})
+
+    def add_properties(self, properties: Mapping[str, str]) -> None:
+        """Add properties; existing ones cannot change."""
+        self._line.ask({"op": "tag", "properties": dict(properties)})
+
+    def get_tags(self) -> dict[str, str]:
+        """Tags that the run was submitted with."""
+        return dict(self._line.ask({"op": "info"})["tags"])
+
+    def upload_file(self, name: str, path_or_stream: Any) -> Any:
+        """Store a file of this machine as `name` among the run's files, now."""
+        return self._line.ask({"op": "upload", "name": name, "path": os.path.abspath(path_or_stream)})
+
+    def upload_folder(self, name: str, path: str) -> None:
+        """Store a folder under `name`."""
+        for root, _, files in os.walk(path):
+            for file in files:
+                full = Path(root, file)
+                self.upload_file(f"{name}/{full.relative_to(path).as_posix()}", full)
+
+    def register_model(
+        self, model_name: str, model_path: str | None = None, tags: Mapping[str, str] | None = None,
+        properties: Mapping[str, str] | None = None, description: str | None = None, **_: Any,
+    ) -> dict[str, Any]:  # fmt: skip
+        """Register a file or folder of the working directory as a model; returns its name and version."""
+        message = {
+            "op": "register", "name": model_name, "path": model_path or "outputs", "tags": dict(tags or {}),
+            "properties": dict(properties or {}), "description": description or "",
+        }  # fmt: skip
+        return dict(self._line.ask(message))
+
+    @property
+    def resume_path(self) -> str | None:
+        """Where the checkpoints of an earlier attempt are; None: there is none."""
+        return os.environ.get("ALVEARY_RESUME_FROM") or None
+
+    def complete(self) -> None:
+        """Flush; the run itself completes when the process ends."""
+        self.flush()
+
+
+class OfflineRun(_Logging):
+    """Outside a submitted run: prints what would be logged."""
+
+    id = "OfflineRun"
+    attempt = 1
+    resume_path = None
+
+    def _metric(self, message: dict[str, Any]) -> None:
+        step = f" (step {message['step']})" if "step" in message else ""
+        print(f"{message['name']}: {message['value']}{step}", flush=True)
+
+    def upload_file(self, name: str, path_or_stream: Any) -> Any:
+        """Say where it would go."""
+        print(f"upload {path_or_stream} as {name}")
+
+    def upload_folder(self, name: str, path: str) -> None:
+        """Say where it would go."""
+        print(f"upload {path} as {name}")
+
+    def tag(self, key: str, value: str = "") -> None:
+        """Say it."""
+        print(f"tag {key}: {value}")
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Say it."""
+        for key, value in tags.items():
+            self.tag(key, value)
+
+    add_properties = set_tags
+
+    def flush(self, timeout_seconds: float = 300) -> None:
+        """Nothing waits."""
+
+    def complete(self) -> None:
+        """Nothing waits."""
+
+
+class Run:
+    """A run that was submitted. `experiment.submit(...)` makes one; `Run(experiment, run_id)` finds one."""
+
+    def __init__(self, experiment: Experiment, run_id: str, outputs: Any = None) -> None:
+        self.experiment = experiment
+        self.id = run_id
+        self._workspace = experiment.workspace
+
+    @staticmethod
+    def get_context(allow_offline: bool = True, used_for_context_manager: bool = False) -> Any:
+        """The run that this process is part of; outside one, an offline run that prints.
+
+        Raises:
+            RuntimeError: outside a run, with allow_offline=False.
+        """
+        line = context.line()
+        if line is not None:
+            return ContextRun(line)
+        if not allow_offline:
+            raise RuntimeError("this process is not part of a submitted run")
+        return OfflineRun()
+
+    @classmethod
+    def get(cls, workspace: Workspace, run_id: str) -> Run:
+        """Find a run by id."""
+        from alveary.experiment import Experiment
+
+        found = workspace._call(workspace._client.get_run(run_id))
+        return cls(Experiment(workspace, found.spec.experiment), run_id)
+
+    @classmethod
+    def list(
+        cls, experiment: Experiment, type: str | None = None, tags: Any = None, properties: Mapping[str, str] | None = None,
+        status: str | None = None, include_children: bool = False,
+    ) -> Iterable[Run]:  # fmt: skip
+        """Runs of an experiment, newest first."""
+        return experiment.get_runs(tags=tags, properties=properties, status=status, include_children=include_children)
+
+    def _get(self) -> pb.Run:
+        return self._workspace._call(self._workspace._client.get_run(self.id))
+
+    def _call(self, work: Any) -> Any:
+        return self._workspace._call(work)
+
+    def __repr__(self) -> str:
+        return f"Run(experiment: {self.experiment.name}, id: {self.id}, status: {self.get_status()})"
+
+    # ---- what it is -----------------------------------------------------------------------------------------------
+
+    def get_status(self) -> str:
+        """Its state, for example "Running"."""
+        from alveary.aio import state_name
+
+        return state_name(self._get().state)
+
+    @property
+    def status(self) -> str:
+        """Its state."""
+        return self.get_status()
+
+    def get_details(self) -> dict[str, Any]:
+        """Everything about it, as plain data."""
+        from alveary.aio import run_details
+
+        return run_details(self._get())
+
+    @property
+    def number(self) -> int:
+        """Its place among the experiment's runs, from 1."""
+        return self._get().number
+
+    @property
+    def display_name(self) -> str:
+        """What users call it."""
+        return self._get().display_name
+
+    @property
+    def tags(self) -> dict[str, str]:
+        """Its tags."""
+        return dict(self._get().tags)
+
+    def get_tags(self) -> dict[str, str]:
+        """Its tags."""
+        return self.tags
+
+    @property
+    def properties(self) -> dict[str, str]:
+        """Its properties."""
+        return dict(self._get().properties)
+
+    def get_properties(self) -> dict[str, str]:
+        """Its properties."""
+        return self.properties
+
+    @property
+    def parent(self) -> Run | None:
+        """The run that it is a child of."""
+        found = self._get().spec.parent_run_id
+        return Run.get(self._workspace, found) if found else None
+
+    def get_children(self, recursive: bool = False, tags: Any = None, properties: Any = None, type: Any = None, status: str | None = None) -> list[Run]:
+        """Its child runs."""
+        runs = self._workspace._list(f'parent = "{self.id}"', status)
+        if recursive:
+            runs += [grandchild for child in runs for grandchild in child.get_children(True)]
+        return runs
+
+    def get_snapshot_id(self) -> str:
+        """Digest of its source."""
+        return self._get().spec.snapshot
+
+    def tag(self, key: str, value: str = "") -> None:
+        """Set a tag."""
+        self.set_tags({key: value})
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Set tags."""
+        self._call(self._workspace._client.tag_run(self.id, set={k: str(v) for k, v in tags.items()}))
+
+    def remove_tags(self, tags: Sequence[str]) -> None:
+        """Remove tags."""
+        self._call(self._workspace._client.tag_run(self.id, remove=list(tags)))
+
+    def add_properties(self, properties: Mapping[str, str]) -> None:
+        """Add properties; existing ones cannot change."""
+        self._call(self._workspace._client.tag_run(self.id, properties={k: str(v) for k, v in properties.items()}))
+
+    # ---- waiting, ending ------------------------------------------------------------------------------------------
+
+    def wait_for_completion(
+        self, show_output: bool = False, wait_post_processing: bool = False, raise_on_error: bool = True
+    ) -> dict[str, Any]:
+        """Wait for its final state; with show_output, print states and log lines as they come.
+
+        Raises:
+            RunFailedException: it Failed, unless raise_on_error is False.
+        """
+        if show_output:
+            self._call(self._workspace._client.show(self.id, _print_line, _print_state))
+        details = self._call(self._workspace._client.wait(self.id))
+        from alveary.aio import run_details
+
+        plain = run_details(details)
+        if raise_on_error and plain["status"] == "Failed":
+            exit_status = plain["exit"]
+            last = "\n".join(exit_status.get("last_lines", []))
+            raise RunFailedException(f"run {self.id} failed: {plain['reason'] or exit_status.get('reason')}\n{last}".rstrip())
+        return plain
+
+    def cancel(self) -> None:
+        """Ask for its end."""
+        self._call(self._workspace._client.cancel_run(self.id))
+
+    # ---- metrics, files, logs -------------------------------------------------------------------------------------
+
+    def get_metrics(self, name: str | None = None, recursive: bool = False, run_type: Any = None, populate: bool = False) -> dict[str, Any]:
+        """Metrics by name: a value for one logged once, a list for one logged repeatedly."""
+        return dict(self._call(self._workspace._client.get_metrics(self.id, name or "", recursive)))
+
+    def log(self, name: str, value: float, description: str = "", step: int | None = None) -> None:
+        """Log a number from outside the run."""
+        self._call(self._workspace._client.log_metric(self.id, name, float(value), step))
+
+    def get_file_names(self) -> list[str]:
+        """Names of the files it stored."""
+        return [link.file.path for link in self._call(self._workspace._client.list_run_files(self.id))]
+
+    def download_file(self, name: str, output_file_path: str | None = None) -> str:
+        """Store one of its files here (default: its last name, in this folder); returns the path.
+
+        Raises:
+            AlvearyError: it stored no such file.
+        """
+        links = self._call(self._workspace._client.list_run_files(self.id, name, with_urls=True))
+        found = [link for link in links if link.file.path == name]
+        if not found:
+            raise AlvearyError(f"run {self.id} stored no {name!r}; get_file_names() shows what it did", "NOT_FOUND")
+        path = Path(output_file_path or Path(name).name)
+        if path.is_dir():
+            path = path / Path(name).name
+        self._call(self._workspace._client.download(found[0], path))
+        return str(path)
+
+    def download_files(self, prefix: str = "", output_directory: str | None = None, **_: Any) -> None:
+        """Store its files here, with their folders."""
+        links = self._call(self._workspace._client.list_run_files(self.id, prefix, with_urls=True))
+        self._call(self._workspace._client.download_all(links, Path(output_directory or ".")))
+
+    def get_all_logs(self, destination: str | None = None) -> list[str]:
+        """Write each stream of its log to a file; returns the paths."""
+        folder = Path(destination or f"logs-{self.id}")
+        return [str(p) for p in self._call(self._workspace._client.write_logs(self.id, folder))]
+
+    def restore_snapshot(self, snapshot_id: str | None = None, path: str | None = None) -> str:
+        """Store its source here; returns the folder."""
+        folder = Path(path or f"snapshot-{self.id}")
+        links = self._call(self._workspace._client.snapshot_files(snapshot_id or self.get_snapshot_id()))
+        self._call(self._workspace._client.download_all(links, folder))
+        return str(folder)
+
+    # ---- models ---------------------------------------------------------------------------------------------------
+
+    def register_model(
+        self, model_name: str, model_path: str | None = None, tags: Mapping[str, str] | None = None,
+        properties: Mapping[str, str] | None = None, model_framework: str | None = None,
+        model_framework_version: str | None = None, description: str | None = None, datasets: Any = None, **_: Any,
+    ) -> Model:  # fmt: skip
+        """Register a file or folder that it stored (default: outputs) as the next version of a model."""
+        from alveary.model import Model
+
+        registered = self._call(
+            self._workspace._client.register_from_run(
+                self.id, model_name, (model_path or "outputs").rstrip("/"), tags or {}, properties or {}, description or "",
+                model_framework or "", model_framework_version or "",
+            )
+        )  # fmt: skip
+        return Model._of(self._workspace, registered)
+
+
+def _print_line(stream: str, text: str) -> None:
+    out = sys.stderr if stream == "stderr" else sys.stdout
+    print(text, file=out, flush=True)
+
+
+def _print_state(state: str, reason: str) -> None:
+    print(f"[{state}]{' ' + reason if reason else ''}", flush=True)

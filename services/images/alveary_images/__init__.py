@@ -1,0 +1,1 @@
+"""Environments become images. Writes the aggregate `image`."""

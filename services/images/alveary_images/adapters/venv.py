@@ -1,0 +1,144 @@
+"""The venv builder: an environment becomes a lock, that is pins with hashes, and the wheels built from source."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import tomllib
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from alveary_contracts.common.v1 import common_pb2 as c
+from alveary_core.errors import NotFound
+from alveary_core.objectstore import ObjectStore
+from alveary_core.uv import uv_binary, uv_environment
+
+Say = Callable[[str], Awaitable[None]]
+BUCKET = "images"
+_SECRET_URL = re.compile(r"(https?://)[^/@\s]+@")
+
+
+class BuildFailed(Exception):
+    """The text is the resolver's own words."""
+
+
+@dataclass(frozen=True)
+class Lock:
+    """What a build leaves in the object store under locks/<digest>.json."""
+
+    digest: str
+    python_version: str
+    requirements: str
+    wheels: list[dict[str, str]]
+    packages: list[str]
+
+    def to_json(self) -> bytes:
+        """As stored."""
+        return json.dumps(self.__dict__, sort_keys=True).encode()
+
+
+def lock_key(digest: str) -> str:
+    """Object of a lock."""
+    return f"locks/{digest}.json"
+
+
+async def build(environment: c.Environment, digest: str, store: ObjectStore, say: Say) -> Lock:
+    """Resolve, and build what has no wheel. Cancel the task to stop it: no process survives.
+
+    Raises:
+        BuildFailed: a requirement cannot be met or a wheel cannot be built.
+    """
+    python = environment.python_version or f"{sys.version_info.major}.{sys.version_info.minor}"
+    with tempfile.TemporaryDirectory(prefix="alveary-build-") as folder:
+        work = Path(folder)
+        (work / "requirements.in").write_text("".join(f"{p}\n" for p in environment.pip_packages))
+        pins = await _pins_of(environment.extends_digest, store)
+        (work / "constraints.txt").write_text("".join(f"{p}\n" for p in pins))
+        await say(f"resolving {len(environment.pip_packages)} requirements for Python {python}")
+        compile_args = ["pip", "compile", "requirements.in", "--python-version", python, "--no-header", "--no-annotate"]
+        if pins:
+            compile_args += ["--constraint", "constraints.txt"]
+        if not environment.pip_packages:
+            return Lock(digest, python, "", [], [])
+        await _uv([*compile_args, "--generate-hashes", "-o", "lock.txt"], work, say, show=False)
+        await _uv([*compile_args, "--format", "pylock.toml", "-o", "pylock.toml"], work, say, show=False)
+        requirements = (work / "lock.txt").read_text()
+        packages = sorted(re.findall(r"^([A-Za-z0-9_.-]+==[^\s;\\]+)", requirements, re.MULTILINE))
+        await say(f"resolved {len(packages)} packages: {' '.join(packages)}")
+        wheels = await _build_sources(work, python, store, say)
+        for wheel in wheels:
+            requirements = _replace_hashes(requirements, wheel["name"], wheel["sha256"])
+        return Lock(digest, python, requirements, wheels, packages)
+
+
+async def _pins_of(digest: str, store: ObjectStore) -> list[str]:
+    if not digest:
+        return []
+    try:
+        lock = json.loads(await store.get(BUCKET, lock_key(digest)))
+    except NotFound as error:
+        raise BuildFailed(f"the environment {digest[:12]} that this one extends was never built here") from error
+    return list(lock["packages"])
+
+
+async def _build_sources(work: Path, python: str, store: ObjectStore, say: Say) -> list[dict[str, str]]:
+    """Wheels of the locked packages that have none for download, stored by content."""
+    pylock = tomllib.loads((work / "pylock.toml").read_text())
+    sources = [p for p in pylock.get("packages", []) if "sdist" in p and not p.get("wheels")]
+    built: list[dict[str, str]] = []
+    for package in sources:
+        name, version = package["name"], package["version"]
+        await say(f"building a wheel of {name} {version} from source")
+        if not (work / "build-env").exists():
+            await _uv(["venv", "--quiet", "--seed", "--python", python, "build-env"], work, say)
+        out = work / "wheels"
+        command = [str(work / "build-env/bin/python"), "-m", "pip", "wheel", "--no-deps", "--no-binary", name, f"{name}=={version}", "-w", str(out)]
+        await _run(command, work, say, dict(os.environ))
+        for wheel in out.glob("*.whl"):
+            entry = await store.put_file(BUCKET, f"wheels/{hashlib.sha256(wheel.read_bytes()).hexdigest()}", wheel)
+            built.append({"name": name, "file": wheel.name, "sha256": entry.sha256})
+        shutil.rmtree(out)
+    return built
+
+
+def _replace_hashes(requirements: str, name: str, sha256: str) -> str:
+    pattern = re.compile(rf"^({re.escape(name)}==[^\s\\]+)(?: \\\n\s+--hash=\S+)+", re.MULTILINE | re.IGNORECASE)
+    return pattern.sub(rf"\1 \\\n    --hash=sha256:{sha256}", requirements)
+
+
+async def _uv(arguments: list[str], work: Path, say: Say, show: bool = True) -> None:
+    # --quiet would hide the resolver's words on failure; `show` keeps the lock itself out of the log.
+    await _run([uv_binary(), *arguments], work, say, uv_environment(), stdout=show)
+
+
+async def _run(command: list[str], work: Path, say: Say, env: dict[str, str], stdout: bool = True) -> None:
+    process = await asyncio.create_subprocess_exec(
+        *command, cwd=work, env=env, stdin=asyncio.subprocess.DEVNULL, start_new_session=True,
+        stdout=asyncio.subprocess.PIPE if stdout else asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    lines: list[str] = []
+
+    async def pump(stream: asyncio.StreamReader | None) -> None:
+        while stream is not None and (raw := await stream.readline()):
+            line = _SECRET_URL.sub(r"\1", raw.decode(errors="replace").rstrip())
+            lines.append(line)
+            del lines[:-200]
+            await say(line)
+
+    try:
+        await asyncio.gather(pump(process.stdout), pump(process.stderr))
+        code = await process.wait()
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # it ended by itself
+            os.killpg(process.pid, signal.SIGKILL)
+    if code:
+        raise BuildFailed("\n".join(lines[-40:]) or f"{Path(command[0]).name} ended with code {code}")

@@ -1,0 +1,143 @@
+"""Which event makes this service do what, and the builds under way."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from alveary_contracts.common.v1 import common_pb2 as c
+from alveary_contracts.events.v1 import events_pb2 as ev
+from alveary_contracts.images.v1 import images_pb2 as pb
+from alveary_contracts.logs.v1 import logs_pb2
+from alveary_contracts.names import token
+from alveary_core import telemetry
+from alveary_core.aggregates import Aggregates
+from alveary_core.events import Event, Key
+from alveary_contracts.ids import new_id
+from alveary_core.service import Service
+from alveary_images import domain
+from alveary_images.adapters.venv import BUCKET, BuildFailed, Lock, build, lock_key
+from alveary_images.projection import ImagesProjection
+
+SUBJECTS = (
+    "alveary.*.run.*.submitted", "alveary.*.run.*.cancel_requested", "alveary.*.image.*.requested",
+)  # fmt: skip
+LEASE = 30.0
+BUILD_SECONDS = 3600.0
+_PARALLEL = 2
+
+
+class Handlers:
+    """Builds images that runs wait for; one build for many runs, one builder for many replicas."""
+
+    def __init__(self, service: Service, images: Aggregates[domain.Image], projection: ImagesProjection) -> None:
+        self._service, self._images, self._view = service, images, projection
+        self._me = new_id()
+        self._builds: dict[Key, asyncio.Task[None]] = {}
+        self._slots = asyncio.Semaphore(_PARALLEL)
+
+    async def __call__(self, event: Event) -> None:
+        """Handle one event; idempotent."""
+        match event.message:
+            case ev.RunSubmitted() as submitted:
+                await self.request(event.key.workspace, submitted.image_digest, submitted.spec.environment, event.key.id)
+            case ev.ImageRequested():
+                self._start(event.key)
+            case ev.RunCancelRequested():
+                await self._view.wait_for(event.sequence)
+                for key, task in list(self._builds.items()):
+                    if not self._view.waiting(key.workspace, key.id) and not self._view.wanted_anyway(key):
+                        task.cancel("no run waits for it any more")
+
+    async def request(self, workspace: str, digest: str, environment: c.Environment, run_id: str) -> domain.Image:
+        """Make sure that somebody builds an image."""
+        key = self._images.key(workspace, digest)
+        image, _ = await self._images.execute(key, lambda image: domain.request(image, environment, run_id))
+        return image
+
+    def _start(self, key: Key) -> None:
+        if key not in self._builds:
+            task = self._service.spawn(self._build(key), f"build.{key.id[:8]}")
+            self._builds[key] = task
+            task.add_done_callback(lambda _: self._builds.pop(key, None))
+
+    async def _build(self, key: Key) -> None:
+        async with self._slots:
+            image, _ = await self._images.execute(key, lambda i: domain.claim(i, self._me, time.time(), LEASE))
+            if not domain.holds(image, self._me):
+                return
+            renewal = asyncio.create_task(self._renew(key))
+            started = time.monotonic()
+            try:
+                async with asyncio.timeout(BUILD_SECONDS):
+                    lock = await self._make(key, image.environment)
+            except BuildFailed as error:
+                reason = str(error)
+                await self._images.execute(key, lambda i: domain.failed(i, self._me, reason))
+            except TimeoutError:
+                await self._images.execute(
+                    key, lambda i: domain.failed(i, self._me, f"the build took longer than {BUILD_SECONDS:g} s")
+                )
+            except asyncio.CancelledError:
+                if not self._service.failed.done() and not self._stopping:
+                    await asyncio.shield(
+                        self._images.execute(key, lambda i: domain.failed(i, self._me, "canceled", canceled=True))
+                    )
+                raise
+            except Exception as error:
+                text = f"{type(error).__name__}: {error}"
+                telemetry.logger().error("build.failed", digest=key.id, exc_info=error)
+                await self._images.execute(key, lambda i: domain.failed(i, self._me, text))
+            else:
+                event = ev.ImageReady(
+                    lock_key=lock_key(key.id), python_version=lock.python_version, packages=lock.packages,
+                    build_seconds=time.monotonic() - started, environment=image.environment,
+                )  # fmt: skip
+                await self._images.execute(key, lambda i: domain.ready(i, self._me, event))
+            finally:
+                renewal.cancel()
+
+    _stopping = False
+
+    async def stop(self) -> None:
+        """The service stops: builds end without a word, and are taken up again when their lease is over."""
+        self._stopping = True
+
+    async def _make(self, key: Key, environment: c.Environment) -> Lock:
+        async def say(line: str) -> None:
+            await self._say(key, line)
+
+        if environment.user_managed:
+            await say(f"user managed: nothing is built, {environment.interpreter or 'the node’s own python'} is used")
+            lock = Lock(key.id, environment.python_version, "", [], [])
+        else:
+            lock = await build(environment, key.id, self._service.store, say)
+        await self._service.store.put(BUCKET, lock_key(key.id), lock.to_json())
+        await say("the environment is ready")
+        return lock
+
+    async def _renew(self, key: Key) -> None:
+        while True:
+            await asyncio.sleep(LEASE / 3)
+            await self._images.execute(key, lambda i: domain.claim(i, self._me, time.time(), LEASE) if domain.holds(i, self._me) else [])
+
+    async def _say(self, key: Key, text: str) -> None:
+        """A line of the prepare log of every run that waits for the image."""
+        line = logs_pb2.LogLine(stream="prepare", data=text.encode())
+        line.time.GetCurrentTime()
+        data = logs_pb2.LogChunk(lines=[line]).SerializeToString()
+        for run_id in self._view.waiting(key.workspace, key.id):
+            subject = f"alveary-logs.{token(key.workspace)}.{token(run_id)}"
+            await self._service.log.js.publish(subject, data, headers={"Nats-Msg-Id": new_id()})
+
+    async def recover(self) -> None:
+        """For ever: take up builds whose builder died."""
+        await self._view.caught_up.wait()
+        while True:
+            for workspace, digest in self._view.unfinished():
+                key = self._images.key(workspace, digest)
+                image, _ = await self._images.load(key)
+                dead = image.state == pb.IMAGE_STATE_BUILDING and image.lease_until < time.time()
+                if image.state == pb.IMAGE_STATE_REQUESTED or dead:
+                    self._start(key)
+            await asyncio.sleep(LEASE / 3)

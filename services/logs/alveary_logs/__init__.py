@@ -1,0 +1,1 @@
+"""Log streaming and archive. Writes the aggregate `log`."""

@@ -1,0 +1,1 @@
+"""Models and datasets. Writes the aggregates `model` and `dataset`."""

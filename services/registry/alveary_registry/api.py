@@ -1,0 +1,271 @@
+"""The gRPC servicers: translate, call, translate back."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from alveary_contracts.common.v1 import common_pb2 as c
+from alveary_contracts.digests import manifest_digest, manifest_from_json, manifest_json
+from alveary_contracts.events.v1 import events_pb2 as ev
+from alveary_contracts.names import name_problem
+from alveary_contracts.registry.v1 import registry_pb2 as pb
+from alveary_contracts.registry.v1 import registry_pb2_grpc as rpc
+from alveary_core import auth
+from alveary_core.aggregates import Aggregates
+from alveary_core.errors import FailedPrecondition, InvalidArgument, NotFound
+from alveary_core.manifests import check_manifest
+from alveary_core.objectstore import ObjectStore, missing_blobs, require_blobs
+from alveary_registry import domain, export
+from alveary_registry.projection import RegistryProjection
+from google.protobuf.message import Message
+
+_ALIAS = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
+
+
+def _check_name(name: str) -> None:
+    if problem := name_problem(name):
+        raise InvalidArgument(("name", problem))
+
+
+class ModelService(rpc.ModelServiceServicer):
+    """alveary.registry.v1.ModelService."""
+
+    def __init__(self, store: ObjectStore, models: Aggregates[domain.Model], projection: RegistryProjection) -> None:
+        self._store, self._models, self._view = store, models, projection
+
+    async def _execute(self, name: str, decide: Callable[[domain.Model], Sequence[Message]]) -> tuple[domain.Model, int]:
+        who = auth.require("writer")
+        try:
+            state, sequence = await self._models.execute(self._models.key(who.workspace, name), decide)
+        except domain.Rejected as error:
+            raise FailedPrecondition(f"model {name}: {error}", f"model/{name}") from error
+        await self._view.wait_for(sequence)
+        return state, sequence
+
+    def _model(self, name: str, version: int = 0) -> pb.ModelVersion:
+        who = auth.require("reader")
+        found = self._view.model(who.workspace, name, version)
+        if found is None:
+            raise NotFound("model", name + (f":{version}" if version else ""), "`alveary model list` shows those there are")
+        return found
+
+    async def PrepareModel(self, request: pb.PrepareModelRequest, context: Any) -> pb.PrepareModelResponse:
+        auth.require("writer")
+        check_manifest(request.manifest)
+        missing = await missing_blobs(self._store, "models", request.manifest.files)
+        return pb.PrepareModelResponse(
+            slots=[c.UploadSlot(sha256=m, url=self._store.put_url("models", f"blobs/{m}")) for m in missing]
+        )
+
+    async def RegisterModel(self, request: pb.RegisterModelRequest, context: Any) -> pb.RegisterModelResponse:
+        who = auth.require("writer")
+        _check_name(request.name)
+        key_text = request.idempotency_key
+        if key_text:
+            state, sequence = await self._models.load(self._models.key(who.workspace, request.name))
+            if number := domain.by_key(state, key_text):
+                return pb.RegisterModelResponse(model=self._model(request.name, number), sequence=sequence)
+        event = ev.ModelRegistered(
+            description=request.description, tags=request.tags, properties=request.properties,
+            framework=request.framework, framework_version=request.framework_version, registered_by=who.subject,
+            idempotency_key=key_text, environment=request.environment if request.HasField("environment") else None,
+        )  # fmt: skip
+        if request.WhichOneof("source") == "run_output":
+            await self._from_run(request.run_output, event)
+        else:
+            check_manifest(request.manifest)
+            await require_blobs(self._store, "models", request.manifest.files)
+            event.manifest.CopyFrom(request.manifest)
+        event.lineage.datasets.extend(d for d in request.datasets if d not in event.lineage.datasets)
+        event.lineage.parent = request.parent
+        await self._store.put("models", f"manifests/{manifest_digest(event.manifest)}.json", manifest_json(event.manifest))
+        state, sequence = await self._execute(request.name, lambda model: domain.register(model, event))
+        number = domain.by_key(state, key_text) if key_text else event.version
+        return pb.RegisterModelResponse(model=self._model(request.name, number), sequence=sequence)
+
+    async def _from_run(self, source: pb.RunOutput, event: ev.ModelRegistered) -> None:
+        """Copy files of a run inside the store, and fill in where they come from."""
+        who = auth.require("writer")
+        row = self._view.row("SELECT * FROM runs WHERE run=? AND workspace=?", (source.run_id, who.workspace))
+        if row is None:
+            raise NotFound("run", source.run_id)
+        if not row["manifest"]:
+            raise FailedPrecondition(f"run {source.run_id} is not final or stored nothing: wait for its completion", f"run/{source.run_id}")
+        prefix = f"{source.run_id}/{row['attempt']}/"
+        data = await self._store.get("runs", f"{prefix}manifest.json")
+        if hashlib.sha256(data).hexdigest() != row["manifest"]:
+            raise FailedPrecondition(f"the manifest of run {source.run_id} is damaged: its digest is another")
+        path = source.path.strip("/")
+        every = manifest_from_json(data).files
+        chosen = [f for f in every if f.path == path or f.path.startswith(path + "/")] if path else list(every)
+        if not chosen:
+            known = ", ".join(f.path for f in every[:10]) or "no files"
+            raise InvalidArgument(("run_output.path", f"run {source.run_id} stored no {source.path!r}; it has {known}"))
+        for file in chosen:
+            if await self._store.size("models", f"blobs/{file.sha256}") != file.size:
+                await self._store.copy("models", f"blobs/{file.sha256}", "runs", prefix + file.path)
+            name = file.path.rpartition("/")[2] if file.path == path else file.path.removeprefix(path + "/")
+            event.manifest.files.append(c.FileEntry(path=name, size=file.size, sha256=file.sha256, executable=file.executable))
+        submitted = ev.RunSubmitted.FromString(row["submitted"])
+        spec = submitted.spec
+        event.lineage.CopyFrom(
+            ev.Lineage(
+                run_id=source.run_id, snapshot=spec.snapshot, image_digest=submitted.image_digest, experiment=spec.experiment,
+                datasets=[f"{i.dataset}:{i.version}" for i in spec.inputs], compute_target=spec.compute_target,
+            )
+        )  # fmt: skip
+        if not event.HasField("environment"):
+            event.environment.CopyFrom(spec.environment)
+        event.entry_script = spec.entry_script
+
+    async def GetModel(self, request: pb.GetModelRequest, context: Any) -> pb.GetModelResponse:
+        auth.require("reader")
+        await self._view.wait_for(request.min_sequence)
+        if request.alias:
+            found = [m for m in self._view.versions(auth.require("reader").workspace, request.name) if request.alias in m.aliases]
+            if not found:
+                raise NotFound("model", f"{request.name}@{request.alias}")
+            return pb.GetModelResponse(model=found[0])
+        return pb.GetModelResponse(model=self._model(request.name, request.version))
+
+    async def ListModels(self, request: pb.ListModelsRequest, context: Any) -> pb.ListModelsResponse:
+        who = auth.require("reader")
+        await self._view.wait_for(request.min_sequence)
+        size = request.page_size or 100
+        if not 1 <= size <= 1000:
+            raise InvalidArgument(("page_size", f"{size}: 1 to 1000"))
+        offset = int(request.page_token) if request.page_token.isdecimal() else 0
+        sql = "SELECT proto FROM models m WHERE workspace=? AND archived=0"
+        values: list[Any] = [who.workspace]
+        if request.name:
+            sql, values = sql + " AND name=?", [*values, request.name]
+        if request.run_id:
+            sql, values = sql + " AND run=?", [*values, request.run_id]
+        for key, value in request.tags.items():
+            sql += (
+                " AND EXISTS (SELECT 1 FROM model_tags t WHERE t.workspace=m.workspace AND t.name=m.name"
+                " AND t.version=m.version AND t.key=? AND t.value=?)"
+            )
+            values += [key, value]
+        if request.latest_only:
+            sql += " AND version=(SELECT max(version) FROM models x WHERE x.workspace=m.workspace AND x.name=m.name)"
+        rows = self._view.rows(sql + " ORDER BY name, version DESC LIMIT ? OFFSET ?", [*values, size + 1, offset])
+        more = str(offset + size) if len(rows) > size else ""
+        return pb.ListModelsResponse(models=[pb.ModelVersion.FromString(r["proto"]) for r in rows[:size]], next_page_token=more)
+
+    async def TagModel(self, request: pb.TagModelRequest, context: Any) -> pb.TagModelResponse:
+        version = self._model(request.name, request.version).version
+        event = ev.ModelTagged(version=version, set=request.set, removed=request.remove, properties=request.properties)
+        if request.HasField("description"):
+            event.description = request.description
+        _, sequence = await self._execute(request.name, lambda model: domain.tag(model, event))
+        return pb.TagModelResponse(model=self._model(request.name, version), sequence=sequence)
+
+    async def SetAlias(self, request: pb.SetAliasRequest, context: Any) -> pb.SetAliasResponse:
+        self._model(request.name)
+        if not _ALIAS.fullmatch(request.alias):
+            raise InvalidArgument(("alias", f"{request.alias[:80]!r}: a letter, then up to 63 letters, digits, '_' or '-'"))
+        _, sequence = await self._execute(request.name, lambda m: domain.set_alias(m, request.alias, request.version))
+        return pb.SetAliasResponse(sequence=sequence)
+
+    async def ArchiveModel(self, request: pb.ArchiveModelRequest, context: Any) -> pb.ArchiveModelResponse:
+        version = self._model(request.name, request.version).version
+        _, sequence = await self._execute(request.name, lambda model: domain.archive(model, version))
+        return pb.ArchiveModelResponse(sequence=sequence)
+
+    async def ListModelFiles(self, request: pb.ListModelFilesRequest, context: Any) -> pb.ListModelFilesResponse:
+        model = self._model(request.name, request.version)
+        files = list(model.manifest.files)
+        if model.HasField("export"):
+            exported = c.FileEntry()
+            exported.CopyFrom(model.export.file)
+            exported.path = "onnx/model.onnx"
+            files.append(exported)
+        links = [c.FileLink(file=f, url=self._store.get_url("models", f"blobs/{f.sha256}")) for f in files]
+        return pb.ListModelFilesResponse(files=links, version=model.version)
+
+    async def ExportModel(self, request: pb.ExportModelRequest, context: Any) -> pb.ExportModelResponse:
+        who = auth.require("writer")
+        model = self._model(request.name, request.version)
+        state, _ = await self._models.load(self._models.key(who.workspace, request.name))
+        registered = state.version(model.version).registered
+        event = export.request(request.name, registered, request.spec, who.subject)
+        _, sequence = await self._execute(request.name, lambda m: domain.request_export(m, event))
+        return pb.ExportModelResponse(export_id=event.export_id, version=model.version, sequence=sequence)
+
+
+class DatasetService(rpc.DatasetServiceServicer):
+    """alveary.registry.v1.DatasetService."""
+
+    def __init__(self, store: ObjectStore, datasets: Aggregates[domain.Dataset], projection: RegistryProjection) -> None:
+        self._store, self._datasets, self._view = store, datasets, projection
+
+    async def PrepareDataset(self, request: pb.PrepareDatasetRequest, context: Any) -> pb.PrepareDatasetResponse:
+        auth.require("writer")
+        check_manifest(request.manifest)
+        missing = await missing_blobs(self._store, "datasets", request.manifest.files)
+        return pb.PrepareDatasetResponse(
+            slots=[c.UploadSlot(sha256=m, url=self._store.put_url("datasets", f"blobs/{m}")) for m in missing]
+        )
+
+    async def RegisterDataset(self, request: pb.RegisterDatasetRequest, context: Any) -> pb.RegisterDatasetResponse:
+        who = auth.require("writer")
+        _check_name(request.name)
+        check_manifest(request.manifest)
+        await require_blobs(self._store, "datasets", request.manifest.files)
+        digest = manifest_digest(request.manifest)
+        await self._store.put("datasets", f"manifests/{digest}.json", manifest_json(request.manifest))
+        # The manifest is in the object store: a large one would not fit into an event.
+        event = ev.DatasetRegistered(
+            manifest_digest=digest, description=request.description, tags=request.tags, registered_by=who.subject,
+            total_size=sum(f.size for f in request.manifest.files),
+        )  # fmt: skip
+        event.file_count = len(request.manifest.files)
+        key = self._datasets.key(who.workspace, request.name)
+        state, sequence = await self._datasets.execute(key, lambda d: domain.register_dataset(d, event))
+        await self._view.wait_for(sequence)
+        number = next(v.version for v in state.versions if v.manifest_digest == digest)
+        return pb.RegisterDatasetResponse(dataset=self._shown(request.name, number), sequence=sequence)
+
+    def _shown(self, name: str, version: int) -> pb.DatasetVersion:
+        who = auth.require("reader")
+        found = self._view.dataset(who.workspace, name, version)
+        if found is None:
+            raise NotFound("dataset", name + (f":{version}" if version else ""), "`alveary dataset list` shows those there are")
+        return _view(name, *found)
+
+    async def GetDataset(self, request: pb.GetDatasetRequest, context: Any) -> pb.GetDatasetResponse:
+        auth.require("reader")
+        await self._view.wait_for(request.min_sequence)
+        return pb.GetDatasetResponse(dataset=self._shown(request.name, request.version))
+
+    async def ListDatasets(self, request: pb.ListDatasetsRequest, context: Any) -> pb.ListDatasetsResponse:
+        who = auth.require("reader")
+        rows = self._view.rows(
+            "SELECT name, proto, at FROM datasets WHERE workspace=? AND (?='' OR name=?) ORDER BY name, version DESC",
+            (who.workspace, request.name, request.name),
+        )
+        return pb.ListDatasetsResponse(
+            datasets=[_view(r["name"], ev.DatasetRegistered.FromString(r["proto"]), r["at"]) for r in rows]
+        )
+
+    async def ListDatasetFiles(self, request: pb.ListDatasetFilesRequest, context: Any) -> pb.ListDatasetFilesResponse:
+        shown = self._shown(request.name, request.version)
+        data = await self._store.get("datasets", f"manifests/{shown.manifest_digest}.json")
+        files = manifest_from_json(data).files
+        return pb.ListDatasetFilesResponse(
+            files=[c.FileLink(file=f, url=self._store.get_url("datasets", f"blobs/{f.sha256}")) for f in files]
+        )
+
+
+def _view(name: str, event: ev.DatasetRegistered, at: float) -> pb.DatasetVersion:
+    shown = pb.DatasetVersion(
+        name=name, version=event.version, description=event.description, tags=event.tags,
+        manifest_digest=event.manifest_digest, total_size=event.total_size, registered_by=event.registered_by,
+        file_count=event.file_count,
+    )  # fmt: skip
+    shown.registered_at.FromNanoseconds(int(at * 1e6) * 1000)
+    return shown

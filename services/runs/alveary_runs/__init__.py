@@ -1,0 +1,1 @@
+"""Run submission and run history. Writes the aggregate `run`."""

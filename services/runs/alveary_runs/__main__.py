@@ -1,0 +1,36 @@
+"""The composition root: everything is wired here, in plain sight."""
+
+from __future__ import annotations
+
+import asyncio
+
+from alveary_contracts.runs.v1 import runs_pb2, runs_pb2_grpc
+from alveary_core.aggregates import Aggregates
+from alveary_core.service import Service, serve
+from alveary_core.settings import CoreSettings
+from alveary_runs import domain
+from alveary_runs.api import ExperimentService, RunService, WorkspaceService
+from alveary_runs.handlers import SUBJECTS, Handlers, settle
+from alveary_runs.projection import RunsProjection
+from alveary_runs.subscriptions import EventService
+
+
+async def start(service: Service) -> None:
+    """Add run submission and history to `service`."""
+    projection = RunsProjection(str(service.settings.state_dir / "runs.sqlite"))
+    runs = Aggregates(service.log, "run", domain.Run, lambda run, event: domain.evolve(run, event.message))
+    server = service.server
+    runs_pb2_grpc.add_RunServiceServicer_to_server(RunService(service.log, service.store, runs, projection), server.server)
+    runs_pb2_grpc.add_ExperimentServiceServicer_to_server(ExperimentService(projection), server.server)
+    runs_pb2_grpc.add_WorkspaceServiceServicer_to_server(WorkspaceService(), server.server)
+    runs_pb2_grpc.add_EventServiceServicer_to_server(EventService(service.log), server.server)
+    server.add(runs_pb2.DESCRIPTOR.services_by_name.values())
+    service.spawn(projection.run(service.log), "projection")
+    service.spawn(projection.run_metrics(service.log), "metrics")
+    service.spawn(service.log.consume("runs", SUBJECTS, Handlers(runs, projection)), "handlers")
+    service.spawn(settle(runs, projection), "settle")
+    await projection.caught_up.wait()
+
+
+if __name__ == "__main__":
+    asyncio.run(serve("runs", CoreSettings(), start))

@@ -1,0 +1,271 @@
+"""The gRPC servicers: translate, call, translate back."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import AsyncIterator
+from typing import Any
+
+from alveary_contracts.common.v1 import common_pb2 as c
+from alveary_contracts.digests import environment_digest, manifest_from_json
+from alveary_contracts.events.v1 import events_pb2 as ev
+from alveary_contracts.names import token
+from alveary_contracts.runs.v1 import runs_pb2 as pb
+from alveary_contracts.runs.v1 import runs_pb2_grpc as rpc
+from alveary_core import auth
+from alveary_core.aggregates import Aggregates
+from alveary_core.errors import FailedPrecondition, InvalidArgument, NotFound
+from alveary_core.eventlog import METRICS, EventLog
+from alveary_contracts.ids import id_from_key, is_id, new_id
+from alveary_core.objectstore import ObjectStore
+from alveary_runs import domain, query
+from alveary_runs.projection import MAX_POINTS, RunsProjection, view
+from alveary_runs.snapshots import Snapshots
+from alveary_runs.validation import problems, with_defaults
+from google.protobuf.message import Message
+from nats.js.errors import NotFoundError
+
+VERSION = "0.1.0"
+Context = Any
+
+
+class RunService(rpc.RunServiceServicer):
+    """alveary.runs.v1.RunService."""
+
+    def __init__(self, log: EventLog, store: ObjectStore, runs: Aggregates[domain.Run], projection: RunsProjection) -> None:
+        self._log, self._store, self._runs, self._view = log, store, runs, projection
+        self._snapshots = Snapshots(store)
+
+    async def PrepareSnapshot(self, request: pb.PrepareSnapshotRequest, context: Context) -> pb.PrepareSnapshotResponse:
+        auth.require("writer")
+        digest, slots = await self._snapshots.prepare(request.manifest)
+        return pb.PrepareSnapshotResponse(digest=digest, slots=slots)
+
+    async def CommitSnapshot(self, request: pb.CommitSnapshotRequest, context: Context) -> pb.CommitSnapshotResponse:
+        auth.require("writer")
+        return pb.CommitSnapshotResponse(digest=await self._snapshots.commit(request.manifest))
+
+    async def GetSnapshot(self, request: pb.GetSnapshotRequest, context: Context) -> pb.GetSnapshotResponse:
+        auth.require("reader")
+        manifest = await self._snapshots.find(request.digest)
+        if manifest is None:
+            raise NotFound("snapshot", request.digest)
+        return pb.GetSnapshotResponse(files=self._snapshots.links(manifest))
+
+    async def SubmitRun(self, request: pb.SubmitRunRequest, context: Context) -> pb.SubmitRunResponse:
+        who = auth.require("writer")
+        key_text = request.idempotency_key
+        if len(key_text) > 128:
+            raise InvalidArgument(("idempotency_key", "at most 128 characters"))
+        run_id = new_id()
+        if key_text:
+            # The id follows from the key, so that two submissions meet in one aggregate, on whichever replica.
+            run_id = id_from_key(who.workspace, key_text)
+            state, sequence = await self._runs.load(self._runs.key(who.workspace, run_id))
+            if sequence:
+                return pb.SubmitRunResponse(run=self._shown(who.workspace, run_id, state), sequence=sequence)
+        spec = await self._checked(who.workspace, request.spec)
+        digest = environment_digest(spec.environment)
+        number = self._view.row(
+            "SELECT count(*) FROM runs WHERE workspace=? AND experiment=?", (who.workspace, spec.experiment)
+        )
+        submitted = ev.RunSubmitted(
+            spec=spec, submitted_by=who.subject, image_digest=digest, idempotency_key=key_text,
+            number=(number[0] if number else 0) + 1,
+        )  # fmt: skip
+        ready = self._view.image_state(digest) == "ready"
+
+        def decide(run: domain.Run) -> list[Message]:
+            events: list[Message] = list(domain.submit(run, submitted))
+            if events and ready:
+                events += domain.prepared(domain.evolve(run, submitted), digest, cached=True)
+            return events
+
+        state, sequence = await self._runs.execute(self._runs.key(who.workspace, run_id), decide, new=not key_text)
+        return pb.SubmitRunResponse(run=view(run_id, state), sequence=sequence)
+
+    async def _checked(self, workspace: str, asked: c.RunSpec) -> c.RunSpec:
+        spec = with_defaults(asked)
+        manifest = await self._snapshots.find(spec.snapshot) if re.fullmatch(r"[0-9a-f]{64}", spec.snapshot) else None
+        names = [r["name"] for r in self._view.rows("SELECT name FROM targets WHERE workspace=?", (workspace,))]
+        files = {f.path for f in manifest.files} if manifest else None
+        found = problems(spec, self._view.target(workspace, spec.compute_target), names, files, internal=False)
+        for item in spec.inputs:
+            row = self._view.row(
+                "SELECT max(version), digest FROM datasets WHERE workspace=? AND name=? AND (?=0 OR version=?)",
+                (workspace, item.dataset, item.version, item.version),
+            )
+            if row is None or row[0] is None:
+                which = item.dataset + (f":{item.version}" if item.version else "")
+                found.append(("spec.inputs", f"there is no dataset {which!r}: register it first"))
+            else:
+                item.version, item.manifest_digest = row[0], row[1]
+        if spec.parent_run_id and self._view.get(workspace, spec.parent_run_id) is None:
+            found.append(("spec.parent_run_id", f"there is no run {spec.parent_run_id!r}"))
+        if found:
+            raise InvalidArgument(*found)
+        return spec
+
+    def _shown(self, workspace: str, run_id: str, state: domain.Run) -> pb.Run:
+        return self._view.get(workspace, run_id) or view(run_id, state)
+
+    async def _get(self, run_id: str, min_sequence: int = 0) -> tuple[str, pb.Run]:
+        who = auth.require("reader")
+        await self._view.wait_for(min_sequence)
+        run = self._view.get(who.workspace, run_id)
+        if run is None:  # submitted a moment ago, perhaps
+            state, sequence = await self._runs.load(self._runs.key(who.workspace, run_id)) if is_id(run_id) else (None, 0)
+            if not sequence or state is None:
+                raise NotFound("run", run_id, f"in workspace {who.workspace}; `alveary run list` shows those there are")
+            await self._view.wait_for(sequence)
+            run = self._view.get(who.workspace, run_id) or view(run_id, state)
+        return who.workspace, run
+
+    async def GetRun(self, request: pb.GetRunRequest, context: Context) -> pb.GetRunResponse:
+        _, run = await self._get(request.run_id, request.min_sequence)
+        return pb.GetRunResponse(run=run)
+
+    async def ListRuns(self, request: pb.ListRunsRequest, context: Context) -> pb.ListRunsResponse:
+        who = auth.require("reader")
+        await self._view.wait_for(request.min_sequence)
+        condition, parameters = query.where(request.filter)
+        expression, direction, order_parameters = query.order(request.order_by)
+        size = request.page_size or 100
+        if not 1 <= size <= 1000:
+            raise InvalidArgument(("page_size", f"{size}: 1 to 1000"))
+        sql = f"SELECT id, proto, {expression} AS rank FROM runs WHERE workspace=? AND {condition}"
+        values = [*order_parameters, who.workspace, *parameters]
+        if not request.include_archived:
+            sql += " AND archived=0"
+        if expression != "submitted_at":
+            sql = f"SELECT * FROM ({sql}) WHERE rank IS NOT NULL"
+        sql = f"SELECT * FROM ({sql})"
+        if request.page_token:
+            sql += f" WHERE (rank, id) {'>' if direction == 'ASC' else '<'} (?, ?)"
+            values += query.decode_token(request.page_token)
+        rows = self._view.rows(f"{sql} ORDER BY rank {direction}, id {direction} LIMIT ?", [*values, size + 1])
+        token_text = query.encode_token([rows[size - 1]["rank"], rows[size - 1]["id"]]) if len(rows) > size else ""
+        return pb.ListRunsResponse(runs=[self._view.complete(r["proto"]) for r in rows[:size]], next_page_token=token_text)
+
+    async def WatchRun(self, request: pb.WatchRunRequest, context: Context) -> AsyncIterator[pb.WatchRunResponse]:
+        workspace, run = await self._get(request.run_id)
+        seen = request.after_sequence
+        async for _ in self._view.changes(timeout=15):
+            current = self._view.get(workspace, run.id)
+            if current is None:
+                continue
+            if current.sequence > seen:
+                seen = current.sequence
+                yield pb.WatchRunResponse(run=current)
+            if current.state in domain.FINAL:
+                return
+
+    async def CancelRun(self, request: pb.CancelRunRequest, context: Context) -> pb.CancelRunResponse:
+        who = auth.require("writer")
+        await self._get(request.run_id)
+        key = self._runs.key(who.workspace, request.run_id)
+        try:
+            state, sequence = await self._runs.execute(key, lambda run: domain.cancel(run, who.subject, request.reason))
+        except domain.Rejected as error:
+            raise FailedPrecondition(f"run {request.run_id}: {error}", f"run/{request.run_id}") from error
+        return pb.CancelRunResponse(run=view(request.run_id, state), sequence=sequence)
+
+    async def TagRun(self, request: pb.TagRunRequest, context: Context) -> pb.TagRunResponse:
+        who = auth.require("writer")
+        await self._get(request.run_id)
+        for name in [*request.set, *request.properties]:
+            if not name or len(name) > 256 or name.startswith("alveary."):
+                raise InvalidArgument(("set", f"{name[:80]!r}: 1 to 256 characters, not beginning with 'alveary.'"))
+        event = ev.RunTagged(set=request.set, removed=request.remove, properties=request.properties)
+        if request.HasField("display_name"):
+            event.display_name = request.display_name
+        if request.HasField("description"):
+            event.description = request.description
+        key = self._runs.key(who.workspace, request.run_id)
+        try:
+            state, sequence = await self._runs.execute(key, lambda run: domain.tag(run, event))
+        except domain.Rejected as error:
+            raise FailedPrecondition(f"run {request.run_id}: {error}", f"run/{request.run_id}") from error
+        await self._view.wait_for(sequence)
+        return pb.TagRunResponse(run=self._shown(who.workspace, request.run_id, state), sequence=sequence)
+
+    async def LogMetrics(self, request_iterator: AsyncIterator[pb.LogMetricsRequest], context: Context) -> pb.LogMetricsResponse:
+        who = auth.require("writer")
+        accepted = 0
+        async for request in request_iterator:
+            await self._get(request.run_id)
+            if any(not p.name for p in request.points):
+                raise InvalidArgument(("points.name", "a metric needs a name"))
+            count = self._view.row("SELECT count(*) FROM metrics WHERE run=?", (request.run_id,))
+            if count and count[0] + len(request.points) > MAX_POINTS:
+                raise FailedPrecondition(f"run {request.run_id} has its {MAX_POINTS} metric points already")
+            batch = pb.MetricBatch(points=request.points)
+            subject = f"alveary-metrics.{token(who.workspace)}.{token(request.run_id)}"
+            await self._log.js.publish(subject, batch.SerializeToString(), headers={"Nats-Msg-Id": new_id()})
+            accepted += len(request.points)
+        return pb.LogMetricsResponse(accepted=accepted)
+
+    async def GetMetrics(self, request: pb.GetMetricsRequest, context: Context) -> pb.GetMetricsResponse:
+        workspace, run = await self._get(request.run_id)
+        try:
+            subject = f"alveary-metrics.{token(workspace)}.{token(run.id)}"
+            newest = await self._log.js.get_last_msg(METRICS, subject)
+            await self._view.wait_for_metrics(newest.seq or 0)
+        except NotFoundError:
+            pass  # it logged none
+        wanted = [run.id]
+        if request.recursive:
+            children = "SELECT id FROM runs WHERE parent=? ORDER BY id"
+            wanted += [r["id"] for r in self._view.rows(children, (run.id,))]
+        series: dict[tuple[str, str], pb.MetricSeries] = {}
+        for run_id in wanted:
+            sql = "SELECT name, proto FROM metrics WHERE run=? AND (?='' OR name=?) ORDER BY sequence, part"
+            for row in self._view.rows(sql, (run_id, request.name, request.name)):
+                one = series.setdefault((run_id, row["name"]), pb.MetricSeries(name=row["name"], run_id=run_id))
+                one.points.append(pb.MetricPoint.FromString(row["proto"]))
+        return pb.GetMetricsResponse(series=series.values())
+
+    async def ListFiles(self, request: pb.ListFilesRequest, context: Context) -> pb.ListFilesResponse:
+        _, run = await self._get(request.run_id)
+        prefix = f"{run.id}/{run.attempt}/"
+        if run.manifest_digest:
+            data = await self._store.get("runs", f"{prefix}manifest.json")
+            if hashlib.sha256(data).hexdigest() != run.manifest_digest:
+                raise FailedPrecondition(f"the manifest of run {run.id} is damaged: its digest is not {run.manifest_digest}")
+            files = list(manifest_from_json(data).files)
+        else:  # not final: what was uploaded so far
+            keys = await self._store.keys("runs", prefix)
+            files = [c.FileEntry(path=k.removeprefix(prefix)) for k in keys]
+        links = [
+            c.FileLink(file=f, url=self._store.get_url("runs", prefix + f.path) if request.with_urls else "")
+            for f in files
+            if f.path.startswith(request.prefix)
+        ]
+        return pb.ListFilesResponse(files=links)
+
+
+class ExperimentService(rpc.ExperimentServiceServicer):
+    """alveary.runs.v1.ExperimentService."""
+
+    def __init__(self, projection: RunsProjection) -> None:
+        self._view = projection
+
+    async def ListExperiments(self, request: pb.ListExperimentsRequest, context: Context) -> pb.ListExperimentsResponse:
+        who = auth.require("reader")
+        sql = "SELECT experiment, count(*), max(submitted_at) FROM runs WHERE workspace=? GROUP BY 1 ORDER BY 1"
+        found = []
+        for name, count, newest in self._view.rows(sql, (who.workspace,)):
+            one = pb.Experiment(name=name, run_count=count)
+            one.last_submitted_at.FromNanoseconds(int(newest * 1e6) * 1000)
+            found.append(one)
+        return pb.ListExperimentsResponse(experiments=found)
+
+
+class WorkspaceService(rpc.WorkspaceServiceServicer):
+    """alveary.runs.v1.WorkspaceService."""
+
+    async def GetWorkspace(self, request: pb.GetWorkspaceRequest, context: Context) -> pb.GetWorkspaceResponse:
+        who = auth.require("reader")
+        return pb.GetWorkspaceResponse(name=who.workspace, version=VERSION, subject=who.subject, role=who.role)
+

@@ -1,0 +1,219 @@
+"""The read model of runs: what GetRun, ListRuns and GetMetrics answer from."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import OrderedDict
+
+from alveary_contracts.common.v1 import common_pb2 as c
+from alveary_contracts.events.v1 import events_pb2 as ev
+from alveary_contracts.runs.v1 import runs_pb2 as pb
+from alveary_core.errors import Unavailable
+from alveary_core.eventlog import METRICS, EventLog
+from alveary_core.events import Event
+from alveary_core.projection import Projection
+from alveary_runs import domain
+from google.protobuf.message import DecodeError
+
+MAX_POINTS = 1_000_000
+
+
+def view(run_id: str, run: domain.Run) -> pb.Run:
+    """A run as clients see it, without times."""
+    return pb.Run(
+        id=run_id, spec=run.spec, state=run.state, reason=run.reason, attempt=run.attempt, number=run.number,
+        submitted_by=run.submitted_by, image_digest=run.image_digest, exit=run.exit, tags=run.tags,
+        properties=run.properties, display_name=run.display_name, description=run.description, nodes=run.nodes,
+        manifest_digest=run.manifest_digest, archived=run.archived,
+    )  # fmt: skip
+
+
+class RunsProjection(Projection):
+    """Runs, their metrics, images that are ready, targets that exist."""
+
+    subjects = ("alveary.*.run.>", "alveary.*.image.>", "alveary.*.target.>", "alveary.*.dataset.*.registered")
+    version = 1
+    schema = """
+    CREATE TABLE IF NOT EXISTS runs (
+      id TEXT PRIMARY KEY, workspace TEXT, experiment TEXT, state INTEGER, submitted_at REAL, parent TEXT, name TEXT,
+      target TEXT, archived INTEGER, image TEXT, idempotency TEXT, proto BLOB);
+    CREATE INDEX IF NOT EXISTS runs_time ON runs (workspace, submitted_at);
+    CREATE INDEX IF NOT EXISTS runs_live ON runs (state, image);
+    CREATE UNIQUE INDEX IF NOT EXISTS runs_key ON runs (workspace, idempotency) WHERE idempotency <> '';
+    CREATE TABLE IF NOT EXISTS run_events (run TEXT, sequence INTEGER PRIMARY KEY, name TEXT, time REAL, body BLOB);
+    CREATE INDEX IF NOT EXISTS run_events_run ON run_events (run);
+    CREATE TABLE IF NOT EXISTS labels (run TEXT, kind TEXT, key TEXT, value TEXT, PRIMARY KEY (run, kind, key));
+    CREATE TABLE IF NOT EXISTS images (digest TEXT PRIMARY KEY, state TEXT);
+    CREATE TABLE IF NOT EXISTS targets (workspace TEXT, name TEXT, proto BLOB, PRIMARY KEY (workspace, name));
+    CREATE TABLE IF NOT EXISTS datasets (
+      workspace TEXT, name TEXT, version INTEGER, digest TEXT, PRIMARY KEY (workspace, name, version));
+    CREATE TABLE IF NOT EXISTS metrics (sequence INTEGER, part INTEGER, run TEXT, name TEXT, proto BLOB,
+      PRIMARY KEY (sequence, part)) WITHOUT ROWID;
+    CREATE INDEX IF NOT EXISTS metrics_run ON metrics (run, name);
+    CREATE TABLE IF NOT EXISTS newest (run TEXT, name TEXT, value REAL, PRIMARY KEY (run, name));
+    CREATE TABLE IF NOT EXISTS metrics_position (one INTEGER PRIMARY KEY CHECK (one = 1), sequence INTEGER, log TEXT);
+    """
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self._live: OrderedDict[str, domain.Run] = OrderedDict()
+        row = self.row("SELECT sequence FROM metrics_position")
+        self.metrics_position = int(row[0]) if row else 0
+        self._metrics_changed = asyncio.Condition()
+
+    def apply(self, event: Event) -> None:
+        """Write the rows of one event."""
+        key = event.key
+        match event.message:
+            case ev.TargetCreated(spec=spec):
+                self.db.execute("INSERT OR REPLACE INTO targets VALUES (?,?,?)", (key.workspace, key.id, spec.SerializeToString()))
+            case ev.TargetDeleted():
+                self.db.execute("DELETE FROM targets WHERE workspace=? AND name=?", (key.workspace, key.id))
+            case ev.DatasetRegistered() as registered:
+                self.db.execute(
+                    "INSERT OR REPLACE INTO datasets VALUES (?,?,?,?)",
+                    (key.workspace, key.id, registered.version, registered.manifest_digest),
+                )
+            case _ if key.aggregate == "image":
+                self.db.execute("INSERT OR REPLACE INTO images VALUES (?,?)", (key.id, event.name))
+            case _ if key.aggregate == "run":
+                self._apply_run(event)
+
+    def _fold(self, run_id: str) -> domain.Run:
+        """The run's state up to here, from memory or from the rows of its events."""
+        if run_id in self._live:
+            return self._live[run_id]
+        run = domain.Run()
+        for row in self.rows("SELECT name, body FROM run_events WHERE run=? ORDER BY sequence", (run_id,)):
+            message = getattr(ev, row["name"])()
+            message.ParseFromString(row["body"])
+            run = domain.evolve(run, message)
+        return run
+
+    def _apply_run(self, event: Event) -> None:
+        run_id = event.key.id
+        run = domain.evolve(self._fold(run_id), event.message)
+        self._live[run_id] = run
+        self._live.move_to_end(run_id)
+        while len(self._live) > 2000:
+            self._live.popitem(last=False)
+        self.db.execute(
+            "INSERT OR IGNORE INTO run_events VALUES (?,?,?,?,?)",
+            (run_id, event.sequence, event.message.DESCRIPTOR.name, event.time, event.message.SerializeToString()),
+        )
+        shown = view(run_id, run)
+        old = self.row("SELECT proto FROM runs WHERE id=?", (run_id,))
+        before = pb.Run.FromString(old["proto"]) if old else pb.Run()
+        for name in ("submitted_at", "started_at", "ended_at", "state_since"):
+            getattr(shown, name).CopyFrom(getattr(before, name)) if before.HasField(name) else None
+        if before.state != shown.state:
+            _set_time(shown.state_since, event.time)
+        match event.message:
+            case ev.RunSubmitted():
+                _set_time(shown.submitted_at, event.time)
+            case ev.RunStarted():
+                _set_time(shown.started_at, event.time)
+            case ev.RunCompleted() | ev.RunFailed() | ev.RunCanceled():
+                _set_time(shown.ended_at, event.time)
+        shown.sequence = event.sequence
+        if isinstance(event.message, ev.RunSubmitted):
+            self.db.execute(
+                "INSERT OR IGNORE INTO runs VALUES (?,?,?,?,?,?,?,?,?,?,?,?)",
+                (
+                    run_id, event.key.workspace, run.spec.experiment, run.state, event.time, run.spec.parent_run_id,
+                    run.display_name, run.spec.compute_target, 0, run.image_digest, event.message.idempotency_key,
+                    shown.SerializeToString(),
+                ),
+            )  # fmt: skip
+        else:
+            self.db.execute(
+                "UPDATE runs SET state=?, name=?, archived=?, proto=? WHERE id=?",
+                (run.state, run.display_name, int(run.archived), shown.SerializeToString(), run_id),
+            )
+        if isinstance(event.message, (ev.RunSubmitted, ev.RunTagged)):
+            self.db.execute("DELETE FROM labels WHERE run=?", (run_id,))
+            labels = [(run_id, "tags", k, v) for k, v in run.tags.items()]
+            labels += [(run_id, "properties", k, v) for k, v in run.properties.items()]
+            self.db.executemany("INSERT INTO labels VALUES (?,?,?,?)", labels)
+
+    def get(self, workspace: str, run_id: str) -> pb.Run | None:
+        """A run with its newest metrics."""
+        row = self.row("SELECT proto FROM runs WHERE id=? AND workspace=?", (run_id, workspace))
+        return self.complete(row["proto"]) if row else None
+
+    def complete(self, proto: bytes) -> pb.Run:
+        """A stored run, with its newest metrics."""
+        run = pb.Run.FromString(proto)
+        for row in self.rows("SELECT name, value FROM newest WHERE run=?", (run.id,)):
+            run.metrics[row["name"]] = row["value"]
+        return run
+
+    def target(self, workspace: str, name: str) -> ev.ComputeSpec | None:
+        """Specification of a target."""
+        row = self.row("SELECT proto FROM targets WHERE workspace=? AND name=?", (workspace, name))
+        return ev.ComputeSpec.FromString(row["proto"]) if row else None
+
+    def image_state(self, digest: str) -> str:
+        """Name of the newest event of an image; empty: none."""
+        row = self.row("SELECT state FROM images WHERE digest=?", (digest,))
+        return str(row["state"]) if row else ""
+
+    def waiting_for_image(self, digest: str) -> list[tuple[str, str]]:
+        """(workspace, run) of runs that wait for an image."""
+        sql = "SELECT workspace, id FROM runs WHERE state IN (?,?) AND image=? ORDER BY id"
+        return [tuple(r) for r in self.rows(sql, (c.RUN_STATE_NOT_STARTED, c.RUN_STATE_PREPARING, digest))]  # type: ignore[misc]
+
+    async def run_metrics(self, log: EventLog) -> None:
+        """Follow the stream of metrics for ever."""
+        info = await log.js.stream_info(METRICS)
+        row = self.row("SELECT log FROM metrics_position")
+        if (row and row[0] != str(info.created)) or self.metrics_position > info.state.last_seq:
+            for table in ("metrics", "newest", "metrics_position"):
+                self.db.execute(f"DELETE FROM {table}")
+            self.metrics_position = 0
+        self.db.execute("INSERT OR IGNORE INTO metrics_position VALUES (1, 0, ?)", (str(info.created),))
+        batch: list[tuple[int, str, pb.MetricBatch]] = []
+        async with contextlib.aclosing(log.follow(["alveary-metrics.>"], self.metrics_position + 1, METRICS)) as stream:
+            async for item in stream:
+                if item is not None:
+                    with contextlib.suppress(DecodeError):
+                        batch.append((item[1], item[0].subject.split(".")[2], pb.MetricBatch.FromString(item[0].data)))
+                    self.metrics_position = item[1] if not batch else self.metrics_position
+                    if len(batch) < 200:
+                        continue
+                if batch:
+                    self._write_metrics(batch)
+                    batch.clear()
+                async with self._metrics_changed:
+                    self._metrics_changed.notify_all()
+
+    def _write_metrics(self, batch: list[tuple[int, str, pb.MetricBatch]]) -> None:
+        rows, newest = [], {}
+        for sequence, run_id, points in batch:
+            for part, point in enumerate(points.points):
+                rows.append((sequence, part, run_id, point.name, point.SerializeToString()))
+                if point.WhichOneof("value") == "scalar":
+                    newest[run_id, point.name] = point.scalar
+        self.db.execute("BEGIN IMMEDIATE")
+        self.db.executemany("INSERT OR IGNORE INTO metrics VALUES (?,?,?,?,?)", rows)
+        self.db.executemany("INSERT OR REPLACE INTO newest VALUES (?,?,?)", [(r, n, v) for (r, n), v in newest.items()])
+        self.db.execute("UPDATE metrics_position SET sequence=?", (batch[-1][0],))
+        self.db.execute("COMMIT")
+        self.metrics_position = batch[-1][0]
+
+    async def wait_for_metrics(self, sequence: int, patience: float = 10.0) -> None:
+        """Return once the metrics up to `sequence` are in.
+
+        Raises:
+            Unavailable: not within `patience` seconds.
+        """
+        try:
+            async with asyncio.timeout(patience), self._metrics_changed:
+                await self._metrics_changed.wait_for(lambda: self.metrics_position >= sequence)
+        except TimeoutError as error:
+            raise Unavailable(f"metrics are at {self.metrics_position}, not yet at {sequence}: try again") from error
+
+
+def _set_time(stamp: object, seconds: float) -> None:
+    stamp.FromNanoseconds(int(seconds * 1e6) * 1000)  # type: ignore[attr-defined]

@@ -1,0 +1,1 @@
+"""Compute targets, nodes, the queue, placements. Writes `target`, `node` and `placement`."""

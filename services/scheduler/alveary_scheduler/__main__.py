@@ -1,0 +1,44 @@
+"""The composition root."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+
+from alveary_contracts.scheduler.v1 import scheduler_pb2, scheduler_pb2_grpc
+from alveary_core.service import Service, serve
+from alveary_core.settings import CoreSettings
+from alveary_scheduler.adapters.local import LocalNodes
+from alveary_scheduler.api import ComputeService, NodeService, QueueService
+from alveary_scheduler.projection import SchedulerProjection
+from alveary_scheduler.service import Scheduler
+
+
+_PREFIX = "ALVEARY_TRAINER_"
+
+
+def trainer_environment() -> dict[str, str]:
+    """What local trainers are started with: ALVEARY_TRAINER_X becomes ALVEARY_X, the scheduler's own ALVEARY_* stay here."""
+    theirs = {f"ALVEARY_{k.removeprefix(_PREFIX)}": v for k, v in os.environ.items() if k.startswith(_PREFIX)}
+    return {k: v for k, v in os.environ.items() if not k.startswith("ALVEARY_")} | theirs
+
+
+async def start(service: Service) -> None:
+    """Add scheduling to `service`."""
+    projection = SchedulerProjection(str(service.settings.state_dir / "scheduler.sqlite"))
+    local = LocalNodes(service.settings.state_dir, trainer_environment())
+    scheduler = Scheduler(service, projection, local)
+    grpc_server = service.server.server
+    scheduler_pb2_grpc.add_ComputeServiceServicer_to_server(ComputeService(scheduler), grpc_server)
+    scheduler_pb2_grpc.add_NodeServiceServicer_to_server(NodeService(scheduler), grpc_server)
+    scheduler_pb2_grpc.add_QueueServiceServicer_to_server(QueueService(scheduler), grpc_server)
+    service.server.add(scheduler_pb2.DESCRIPTOR.services_by_name.values())
+    await service.connection.subscribe("alveary-beat.*.*", cb=scheduler.on_beat)
+    service.spawn(projection.run(service.log), "projection")
+    service.spawn(scheduler.run(), "decide")
+    service.spawn(scheduler.watch_nodes(), "nodes")
+    await projection.caught_up.wait()
+
+
+if __name__ == "__main__":
+    asyncio.run(serve("scheduler", CoreSettings(), start))

@@ -1,0 +1,129 @@
+"""The `local` kind of compute target: its nodes are trainer processes on this machine.
+
+They outlive the scheduler on purpose: training goes on while the control plane restarts. A file per node holds its
+pid and start time, by which a restarted scheduler finds it again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pynvml
+from alveary_contracts.common.v1 import common_pb2 as c
+from alveary_contracts.events.v1 import events_pb2 as ev
+from alveary_core import telemetry
+
+TargetKey = tuple[str, str]
+# A node that dies again at once is started again later and later, up to this, seconds.
+_MAX_PAUSE = 30.0
+
+
+def machine(max_nodes: int) -> tuple[c.Resources, list[str]]:
+    """Resources of one of `max_nodes` local nodes, and models of this machine's GPUs (shared out evenly)."""
+    models: list[str] = []
+    try:
+        pynvml.nvmlInit()
+        for index in range(pynvml.nvmlDeviceGetCount()):
+            models.append(str(pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(index))))
+        pynvml.nvmlShutdown()
+    except pynvml.NVMLError:
+        models = []  # no NVIDIA driver: a CPU node
+    gpus = len(models) // max(max_nodes, 1)
+    cpus = float(len(os.sched_getaffinity(0)))
+    return c.Resources(cpus=cpus, memory_bytes=psutil.virtual_memory().total, gpus=gpus), models
+
+
+class LocalNodes:
+    """Starts, finds and stops trainer processes."""
+
+    def __init__(self, state_dir: Path, environment: dict[str, str]) -> None:
+        self._folder = state_dir / "nodes"
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._environment = environment
+        self._children: dict[str, subprocess.Popen[bytes]] = {}
+        self._pauses: dict[str, tuple[float, float]] = {}
+        self._wanted: dict[TargetKey, set[str]] = {}
+        for file in self._folder.glob("*.json"):
+            known = json.loads(file.read_text())
+            self._wanted.setdefault((known["workspace"], known["target"]), set()).add(known["node"])
+
+    def nodes(self, key: TargetKey) -> list[str]:
+        """Ids of the target's nodes that run or are being started."""
+        return sorted(self._wanted.get(key, set()))
+
+    def grow(self, key: TargetKey, spec: ev.ComputeSpec, count: int) -> None:
+        """Start nodes until there are `count`."""
+        wanted = self._wanted.setdefault(key, set())
+        number = 0
+        while len(wanted) < count:
+            node = f"{key[1]}-{number}"
+            number += 1
+            if node not in wanted:
+                wanted.add(node)
+                self._start(key, spec, node)
+
+    def left(self, node: str) -> None:
+        """The node said good-bye: do not start it again."""
+        for wanted in self._wanted.values():
+            wanted.discard(node)
+        (self._folder / f"{node}.json").unlink(missing_ok=True)
+
+    def keep_alive(self, key: TargetKey, spec: ev.ComputeSpec, leaving: set[str]) -> None:
+        """Start again what died."""
+        for node in self.nodes(key):
+            child = self._children.get(node)
+            if child is not None:
+                child.poll()  # reaps
+            if self._alive(node):
+                continue
+            if node in leaving:
+                self.left(node)
+                leaving.discard(node)
+                continue
+            at, pause = self._pauses.get(node, (0.0, 0.25))
+            if time.monotonic() >= at:
+                quick = time.monotonic() - at < 60
+                pause = min(pause * 2, _MAX_PAUSE) if quick and at else 0.25
+                self._pauses[node] = (time.monotonic() + pause, pause)
+                self._start(key, spec, node)
+
+    def _alive(self, node: str) -> bool:
+        try:
+            known = json.loads((self._folder / f"{node}.json").read_text())
+            process = psutil.Process(known["pid"])
+            same = abs(process.create_time() - known["created"]) < 2
+            return same and process.status() != psutil.STATUS_ZOMBIE
+        except (FileNotFoundError, psutil.NoSuchProcess, ValueError, KeyError):
+            return False
+
+    def _start(self, key: TargetKey, spec: ev.ComputeSpec, node: str) -> None:
+        index = int(node.rpartition("-")[2])
+        gpus = spec.node_resources.gpus
+        env = self._environment | {
+            "ALVEARY_WORKSPACE": key[0],
+            "ALVEARY_TARGET": key[1],
+            "ALVEARY_NODE": node,
+            "ALVEARY_GPU_OFFSET": str(index * gpus),
+            "ALVEARY_GPU_COUNT": str(gpus),
+        }
+        with (self._folder / f"{node}.log").open("ab") as log:
+            child = subprocess.Popen(
+                [sys.executable, "-m", "alveary_trainer"], env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                start_new_session=True,
+            )  # fmt: skip
+        self._children[node] = child
+        created = time.time()
+        with contextlib.suppress(psutil.NoSuchProcess):  # it ended already; keep_alive will see that
+            created = psutil.Process(child.pid).create_time()
+        record = {"pid": child.pid, "created": created, "node": node, "workspace": key[0], "target": key[1]}
+        part = self._folder / f".{node}.part"
+        part.write_text(json.dumps(record))
+        part.rename(self._folder / f"{node}.json")
+        telemetry.logger().info("node.start", node=node, pid=child.pid)

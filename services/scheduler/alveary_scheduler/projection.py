@@ -1,0 +1,63 @@
+"""The scheduler's state on disk: rows of what is live, so that a restart need not replay all history."""
+
+from __future__ import annotations
+
+from alveary_contracts.events.v1 import events_pb2 as ev
+from alveary_core.events import Event, Key
+from alveary_core.projection import Projection
+from alveary_scheduler import domain
+
+
+
+class SchedulerProjection(Projection):
+    """Keeps the events that the live state is a fold of, and drops them when their aggregate is final."""
+
+    subjects = ("alveary.*.target.>", "alveary.*.node.>", "alveary.*.placement.>", "alveary.*.run.>")
+    version = 1
+    schema = """
+    CREATE TABLE IF NOT EXISTS live (sequence INTEGER PRIMARY KEY, workspace TEXT, aggregate TEXT, id TEXT, name TEXT,
+      time REAL, message TEXT, body BLOB);
+    CREATE INDEX IF NOT EXISTS live_id ON live (id);
+    """
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self.state = domain.State()
+        self.specs: dict[str, Event] = {}
+        for row in self.rows("SELECT * FROM live ORDER BY sequence"):
+            message = getattr(ev, row["message"])()
+            message.ParseFromString(row["body"])
+            key = Key(row["workspace"], row["aggregate"], row["id"])
+            self._fold(Event("", key, row["name"], message, row["sequence"], row["time"]))
+
+    def _fold(self, event: Event) -> None:
+        domain.evolve(self.state, event)
+        if isinstance(event.message, (ev.RunPrepared, ev.RunRetrying)):
+            self.specs[event.key.id] = event
+        elif event.key.aggregate == "run" and event.name in ("completed", "failed", "canceled"):
+            self.specs.pop(event.key.id, None)
+
+    def apply(self, event: Event) -> None:
+        """Fold one event and keep or drop its row."""
+        self._fold(event)
+        key = event.key
+        if key.aggregate == "run" and event.name in ("completed", "failed", "canceled"):
+            self.db.execute("DELETE FROM live WHERE id=? AND aggregate IN ('run', 'placement')", (key.id,))
+            return
+        if key.aggregate == "node" and event.name in ("lost", "left") and key.id not in self.state.nodes:
+            self.db.execute("DELETE FROM live WHERE id=? AND aggregate='node'", (key.id,))
+            return
+        if event.name == "deleted":
+            self.db.execute("DELETE FROM live WHERE id=? AND aggregate='target' AND workspace=?", (key.id, key.workspace))
+            return
+        if key.aggregate == "run" and event.name not in ("prepared", "retrying", "cancel_requested"):
+            return
+        if event.name in ("waiting", "provisioning"):  # only the newest reason counts
+            self.db.execute("DELETE FROM live WHERE id=? AND name IN ('waiting', 'provisioning')", (key.id,))
+        self.db.execute(
+            "INSERT OR IGNORE INTO live VALUES (?,?,?,?,?,?,?,?)",
+            (
+                event.sequence, key.workspace, key.aggregate, key.id, event.name, event.time,
+                event.message.DESCRIPTOR.name, event.message.SerializeToString(),
+            ),
+        )  # fmt: skip

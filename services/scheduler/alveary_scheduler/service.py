@@ -1,0 +1,253 @@
+"""The scheduler around its decision core: events in, decisions out, beats, lost nodes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from dataclasses import dataclass, field
+
+from alveary_contracts.common.v1 import common_pb2 as c
+from alveary_contracts.digests import environment_digest
+from alveary_contracts.events.v1 import events_pb2 as ev
+from alveary_contracts.trainer.v1 import trainer_pb2 as tr
+from alveary_core import telemetry
+from alveary_core.eventlog import Conflict
+from alveary_core.events import Event, Key
+from alveary_core.service import Service
+from alveary_scheduler import domain
+from alveary_scheduler.adapters.local import LocalNodes
+from alveary_scheduler.projection import SchedulerProjection
+from google.protobuf.message import DecodeError, Message
+from nats.aio.msg import Msg
+
+
+@dataclass
+class Pulse:
+    """What is known of a node's last beat; never stored."""
+
+    at: float
+    beat: tr.Beat = field(default_factory=tr.Beat)
+    idle_since: float = 0.0
+
+
+class Scheduler:
+    """The only writer of targets, nodes and placements. One replica is active."""
+
+    def __init__(self, service: Service, projection: SchedulerProjection, local: LocalNodes) -> None:
+        self._service, self.view, self._local = service, projection, local
+        self._settings = service.settings
+        self._wake = asyncio.Event()
+        self._sequences: dict[Key, int] = {}
+        self.pulses: dict[str, Pulse] = {}
+        self._leaving: set[str] = set()
+        self._released: set[str] = set()
+        self._joining: dict[str, asyncio.Lock] = {}
+        self._booted = time.monotonic()
+        projection.on_event(self._on_event)
+
+    @property
+    def state(self) -> domain.State:
+        """The live state."""
+        return self.view.state
+
+    def _on_event(self, event: Event) -> None:
+        if event.key.aggregate in ("target", "node", "placement"):
+            self._sequences[event.key] = event.sequence
+        elif event.name in ("completed", "failed", "canceled"):
+            self._sequences.pop(Key(event.key.workspace, "placement", event.key.id), None)
+        self._wake.set()
+
+    def desired(self, key: tuple[str, str]) -> int:
+        """How many nodes a target has or is getting."""
+        return len([n for n in self._local.nodes(key) if n not in self._leaving])
+
+    async def append(self, key: Key, message: Message) -> int:
+        """Append one event of ours and wait until the state includes it."""
+        for _ in range(5):
+            if key not in self._sequences:
+                events = await self._service.log.read(key)
+                self._sequences[key] = events[-1].sequence if events else 0
+            try:
+                done = await self._service.log.append(key, [message], self._sequences[key])
+            except Conflict:
+                self._sequences.pop(key, None)
+                await asyncio.sleep(0.05)
+                continue
+            self._sequences[key] = done.sequence
+            await self.view.wait_for(done.sequence)
+            return done.sequence
+        raise RuntimeError(f"{key.subject()}: somebody else writes it: is a second scheduler running?")
+
+    async def run(self) -> None:
+        """Decide whenever something changed, and once a second."""
+        await self.view.caught_up.wait()
+        while True:
+            await self._revoke_stale()
+            await self._release_canceled()
+            for decision in domain.plan(self.state, self._starting(), self._idle()):
+                await self._do(decision)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(1.0):
+                    await self._wake.wait()
+            self._wake.clear()
+
+    async def _do(self, decision: domain.Decision) -> None:
+        match decision:
+            case domain.Place():
+                await self._place(decision)
+            case domain.Wait(run=run, reason=reason, provisioning=provisioning):
+                waiting = self.state.queue.get(run)
+                if waiting is None:
+                    return
+                message: Message = ev.PlacementWaiting(reason=reason)
+                if provisioning:
+                    message = ev.PlacementProvisioning(reason=reason, target=waiting.target)
+                await self.append(Key(waiting.workspace, "placement", run), message)
+            case domain.Scale():
+                await self._scale(decision)
+
+    async def _place(self, decision: domain.Place) -> None:
+        waiting, node = self.state.queue.get(decision.run), self.state.nodes.get(decision.node)
+        if waiting is None or node is None or decision.node in self._leaving:
+            return
+        asked = self.view.specs[decision.run].message
+        assert isinstance(asked, (ev.RunPrepared, ev.RunRetrying))
+        digest = environment_digest(asked.spec.environment)
+        share = ev.NodeShare(
+            node=node.id, incarnation=node.incarnation, gpu_indexes=decision.gpu_indexes, first_rank=0,
+            rank_count=asked.spec.process_count_per_node,
+        )  # fmt: skip
+        made = ev.PlacementMade(
+            attempt=waiting.attempt, target=waiting.target, nodes=[share], spec=asked.spec, image_digest=digest,
+            lease_seconds=self._settings.lease_seconds, submitted_by=asked.submitted_by,
+        )  # fmt: skip
+        await self.append(Key(waiting.workspace, "placement", waiting.run), made)
+        self.pulses.setdefault(node.id, Pulse(time.monotonic())).idle_since = 0.0
+
+    async def _revoke_stale(self) -> None:
+        """Placements whose node is gone, or lives another life than the one they were made on."""
+        for placed in list(self.state.placed.values()):
+            node = self.state.nodes.get(placed.node)
+            if node is not None and node.incarnation == placed.incarnation:
+                continue
+            why = "its trainer was restarted" if node else "its node stopped beating"
+            reason = f"node {placed.node} is lost: {why}"
+            await self.append(
+                Key(placed.workspace, "placement", placed.run), ev.PlacementRevoked(attempt=placed.attempt, reason=reason)
+            )
+
+    async def _release_canceled(self) -> None:
+        """Runs that were cancelled before they had a place: say that they will never get one."""
+        for run, workspace in list(self.state.canceled.items()):
+            if run not in self._released:
+                await self.append(Key(workspace, "placement", run), ev.PlacementReleased(attempt=0))
+                self._released.add(run)
+        self._released &= self.state.canceled.keys()
+
+    # ---- nodes ----------------------------------------------------------------------------------------------------
+
+    def _starting(self) -> dict[tuple[str, str], int]:
+        found: dict[tuple[str, str], int] = {}
+        for key in self.state.targets:
+            joined = {n.id for n in self.state.nodes.values()}
+            found[key] = len([n for n in self._local.nodes(key) if n not in joined and n not in self._leaving])
+        return found
+
+    def _idle(self) -> dict[tuple[str, str], int]:
+        now = time.monotonic()
+        busy = {p.node for p in self.state.placed.values()}
+        found: dict[tuple[str, str], int] = {}
+        for node in self.state.nodes.values():
+            pulse = self.pulses.setdefault(node.id, Pulse(now))
+            if node.id in busy:
+                pulse.idle_since = 0.0
+                continue
+            pulse.idle_since = pulse.idle_since or now
+            target = self.state.targets.get((node.workspace, node.target))
+            limit = target.spec.idle_seconds_before_scaledown if target else 0.0
+            if now - pulse.idle_since >= limit and node.id not in self._leaving:
+                key = (node.workspace, node.target)
+                found[key] = found.get(key, 0) + 1
+        return found
+
+    async def _scale(self, decision: domain.Scale) -> None:
+        key = (decision.workspace, decision.target)
+        target = self.state.targets[key]
+        present = self._local.nodes(key)
+        if decision.nodes > len(present):
+            await self.append(Key(*_target_key(key)), ev.TargetScaling(desired_nodes=decision.nodes, reason=decision.reason))
+            self._local.grow(key, target.spec, decision.nodes)
+            return
+        busy = {p.node for p in self.state.placed.values()}
+        idle = [n.id for n in self.state.nodes.values() if (n.workspace, n.target) == key and n.id not in busy and n.id not in self._leaving]
+        surplus = len(present) - decision.nodes
+        doomed = sorted(idle, reverse=True)[: max(surplus, 0)]
+        if doomed:
+            await self.append(Key(*_target_key(key)), ev.TargetScaling(desired_nodes=decision.nodes, reason=decision.reason))
+        for node in doomed:
+            self._leaving.add(node)
+            await self.append(Key(decision.workspace, "node", node), ev.NodeDraining(reason=decision.reason))
+
+    async def on_beat(self, message: Msg) -> None:
+        """A node's beat: renew its leases, or tell it what must stop."""
+        try:
+            beat = tr.Beat.FromString(message.data)
+        except DecodeError as error:
+            telemetry.logger().warning("beat.malformed", error=str(error))
+            return
+        lock = self._joining.setdefault(beat.node, asyncio.Lock())
+        if lock.locked() or not self.view.caught_up.is_set():
+            return  # unanswered: the trainer beats again
+        async with lock:
+            answer = await self._answer(beat, message.subject.split(".")[1])
+        await message.respond(answer.SerializeToString())
+
+    async def _answer(self, beat: tr.Beat, workspace: str) -> tr.BeatAnswer:
+        key = Key(workspace, "node", beat.node)
+        node = self.state.nodes.get(beat.node)
+        if beat.leaving:
+            if node is not None and node.incarnation == beat.incarnation:
+                await self.append(key, ev.NodeLeft(incarnation=beat.incarnation))
+            self._leaving.discard(beat.node)
+            self._local.left(beat.node)
+            return tr.BeatAnswer(known=True)
+        target = self.state.targets.get((workspace, beat.target))
+        if target is None:
+            return tr.BeatAnswer(known=True, leave=True)
+        if node is None or node.incarnation != beat.incarnation:
+            resources = c.Resources(cpus=beat.cpus, memory_bytes=beat.memory_total_bytes, gpus=beat.gpus)
+            joined = ev.NodeJoined(
+                target=beat.target, incarnation=beat.incarnation, resources=resources, gpu_models=beat.gpu_models,
+                hostname=beat.hostname,
+            )  # fmt: skip
+            await self.append(key, joined)
+        pulse = self.pulses.setdefault(beat.node, Pulse(0.0))
+        pulse.at, pulse.beat = time.monotonic(), beat
+        stop = []
+        for attempt in beat.attempts:
+            held = self.state.placed.get(attempt.run_id)
+            if held is None or (held.node, held.incarnation, held.attempt) != (beat.node, beat.incarnation, attempt.attempt):
+                stop.append(f"{attempt.run_id}-{attempt.attempt}")
+        return tr.BeatAnswer(known=True, stop=stop, leave=beat.node in self._leaving)
+
+    async def watch_nodes(self) -> None:
+        """Declare nodes lost that were silent for longer than their trainers' leases; keep local ones alive."""
+        await self.view.caught_up.wait()
+        # A trainer gives up after lease_seconds without an answer; the margin covers its SIGKILLs.
+        limit = self._settings.lease_seconds + max(2.0, 2 * self._settings.beat_seconds)
+        while True:
+            now = time.monotonic()
+            for node in list(self.state.nodes.values()):
+                seen = max(self.pulses[node.id].at if node.id in self.pulses else 0.0, self._booted)
+                if now - seen > limit:
+                    reason = f"no beat for {now - seen:.0f} s"
+                    await self.append(Key(node.workspace, "node", node.id), ev.NodeLost(incarnation=node.incarnation, reason=reason))
+                    self._wake.set()
+            for key in list(self.state.targets):
+                self._local.keep_alive(key, self.state.targets[key].spec, self._leaving)
+            await asyncio.sleep(min(0.5, self._settings.beat_seconds))
+
+
+def _target_key(key: tuple[str, str]) -> tuple[str, str, str]:
+    return key[0], "target", key[1]

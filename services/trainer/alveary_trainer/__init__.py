@@ -1,0 +1,1 @@
+"""The node agent. Stages, launches, supervises, streams, stores, reports. Writes the aggregate `attempt`."""

@@ -1,0 +1,90 @@
+"""The composition root."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import importlib.util
+import os
+import shutil
+import signal
+from pathlib import Path
+
+from alveary_contracts.trainer.v1 import trainer_pb2, trainer_pb2_grpc
+from alveary_core import telemetry
+from alveary_contracts.ids import new_id
+from alveary_core.service import Service
+from alveary_trainer.adapters.environments import Environments
+from alveary_trainer.adapters.process import become_subreaper
+from alveary_trainer.agent import Agent, TrainerService
+from alveary_trainer.node import NodeContext
+from alveary_trainer.settings import TrainerSettings
+from alveary_trainer.staging import ContentCache
+
+
+def runtime(cache: Path) -> Path:
+    """A folder that holds a copy of the `alveary` package and nothing else, named by its content.
+
+    Training processes get it on PYTHONPATH: their environments need not contain it, and it always fits the trainer.
+    """
+    spec = importlib.util.find_spec("alveary")
+    if spec is None or spec.origin is None:
+        raise RuntimeError("the distribution `alveary` (libs/sdk) is not installed beside the trainer")
+    source = Path(spec.origin).parent
+    files = sorted(f for f in source.rglob("*.py"))
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(str(file.relative_to(source)).encode() + b"\0" + file.read_bytes())
+    final = cache / "runtime" / digest.hexdigest()[:16]
+    if not final.exists():
+        part = final.with_name(f".{final.name}.{os.getpid()}")
+        shutil.rmtree(part, ignore_errors=True)
+        shutil.copytree(source, part / "alveary", ignore=shutil.ignore_patterns("__pycache__"))
+        try:
+            part.rename(final)
+        except OSError:  # another trainer of this machine was faster
+            shutil.rmtree(part)
+    return final
+
+
+async def main() -> None:
+    """Serve as a node until SIGTERM, or until the target shrinks."""
+    settings = TrainerSettings()
+    telemetry.configure(settings.log_level, "trainer")
+    become_subreaper()
+    service = Service("trainer", settings)
+    await service.open()
+    cache = settings.cache_dir or settings.state_dir / "cache"
+    runs_dir = settings.state_dir / "work" / settings.node
+    await asyncio.to_thread(shutil.rmtree, runs_dir, ignore_errors=True)  # of an earlier life
+    runs_dir.mkdir(parents=True)
+    limit = settings.data_bytes
+    context = NodeContext(
+        settings, new_id(), service.log, service.store,
+        Environments(cache / "environments", settings.environments_bytes, service.store),
+        ContentCache(cache / "snapshots", "snapshots", service.store, limit, read_only=False),
+        ContentCache(cache / "datasets", "datasets", service.store, limit, read_only=True),
+        ContentCache(cache / "models", "models", service.store, limit, read_only=True),
+        runs_dir, runtime(cache),
+    )  # fmt: skip
+    agent = Agent(context)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, agent.done.set)
+    trainer_pb2_grpc.add_TrainerServiceServicer_to_server(TrainerService(agent, context), service.server.server)
+    service.server.add(trainer_pb2.DESCRIPTOR.services_by_name.values())
+    await service.server.start(settings.listen)
+    start = await service.log.last_sequence() + 1
+    service.spawn(agent.follow(start), "follow")
+    service.spawn(agent.beat(), "beat")
+    waiter = asyncio.create_task(agent.done.wait())
+    await asyncio.wait({waiter, service.failed}, return_when=asyncio.FIRST_COMPLETED)
+    waiter.cancel()
+    await agent.stop()
+    await service.close()
+    if service.failed.done():
+        service.failed.result()
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

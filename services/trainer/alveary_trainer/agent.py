@@ -1,0 +1,158 @@
+"""The node agent: beats, takes placements, ends what must end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import time
+from collections import OrderedDict
+from typing import Any
+
+import nats.errors
+import psutil
+from alveary_contracts.events.v1 import events_pb2 as ev
+from alveary_contracts.names import token
+from alveary_contracts.trainer.v1 import trainer_pb2 as pb
+from alveary_contracts.trainer.v1 import trainer_pb2_grpc as rpc
+from alveary_core import auth, telemetry
+from alveary_core.events import decode
+from alveary_trainer.adapters.gpus import gpu_models, gpu_utilisation
+from alveary_trainer.attempt import Attempt
+from alveary_trainer.node import NodeContext
+
+# A trainer whose control plane is gone for good leaves after this, seconds.
+_ABANDONED = 900.0
+
+
+class Agent:
+    """One node."""
+
+    def __init__(self, context: NodeContext) -> None:
+        self._context, self._settings = context, context.settings
+        self.attempts: dict[str, Attempt] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        # Cancelled before their placement was seen here; bounded, oldest out.
+        self._canceled: OrderedDict[str, None] = OrderedDict()
+        self._answered = time.monotonic()
+        self.done = asyncio.Event()
+
+    async def follow(self, start: int) -> None:
+        """Placements for this node, revocations and cancels, for ever."""
+        subjects = ["alveary.*.placement.*.made", "alveary.*.placement.*.revoked", "alveary.*.run.*.cancel_requested"]
+        async with contextlib.aclosing(self._context.log.follow(subjects, start)) as stream:
+            async for item in stream:
+                if item is None:
+                    continue
+                message, sequence = item
+                event = decode(message.subject, dict(message.headers or {}), message.data, sequence)
+                telemetry.start_trace(event.traceparent)
+                match event.message:
+                    case ev.PlacementMade() as made:
+                        share = made.nodes[0]
+                        if (share.node, share.incarnation) == (self._settings.node, self._context.incarnation):
+                            self._take(Attempt(self._context, event.key, made))
+                    case ev.PlacementRevoked() as revoked:
+                        self._end(f"{event.key.id}-{revoked.attempt}", "fenced")
+                    case ev.RunCancelRequested():
+                        self._canceled[event.key.id] = None
+                        if len(self._canceled) > 10_000:
+                            self._canceled.popitem(last=False)
+                        for attempt in self.attempts.values():
+                            if attempt.run_id == event.key.id:
+                                attempt.end("canceled")
+
+    def _take(self, attempt: Attempt) -> None:
+        name = f"{attempt.run_id}-{attempt.number}"
+        if name in self.attempts:
+            return
+        self.attempts[name] = attempt
+        if attempt.run_id in self._canceled:
+            attempt.end("canceled")
+        task = asyncio.create_task(attempt.run(), name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._over)
+
+    def _over(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        self.attempts.pop(task.get_name(), None)
+        if not task.cancelled() and (error := task.exception()):
+            # Its placement stands until the scheduler learns that this node no longer reports it.
+            telemetry.logger().error("attempt.crashed", attempt=task.get_name(), exc_info=error)
+            self.done.set()  # start afresh: the new incarnation lets the scheduler revoke what was here
+
+    def _end(self, name: str, why: str) -> None:
+        if name in self.attempts:
+            self.attempts[name].end(why)
+
+    def beat_message(self, leaving: bool = False) -> pb.Beat:
+        """What this node says of itself now."""
+        s = self._settings
+        memory = psutil.virtual_memory()
+        return pb.Beat(
+            node=s.node, incarnation=self._context.incarnation, target=s.target, leaving=leaving,
+            hostname=socket.gethostname(), cpus=float(len(os.sched_getaffinity(0))), cpu_percent=psutil.cpu_percent(None),
+            memory_total_bytes=memory.total, memory_used_bytes=memory.total - memory.available,
+            gpus=s.gpu_count, gpu_models=gpu_models()[s.gpu_offset : s.gpu_offset + s.gpu_count],
+            gpu_percent=gpu_utilisation(s.gpu_offset, s.gpu_count),
+            attempts=[
+                pb.AttemptInfo(
+                    run_id=a.run_id, attempt=a.number, phase=a.phase, pids=a.usage.pids,
+                    cpu_percent=a.usage.cpu_percent, memory_bytes=a.usage.memory_bytes,
+                )
+                for a in self.attempts.values()
+            ],
+        )  # fmt: skip
+
+    async def beat(self) -> None:
+        """Beat for ever. Unanswered for a lease, everything is stopped before the scheduler gives it to others."""
+        s = self._settings
+        subject = f"alveary-beat.{token(s.workspace)}.{token(s.node)}"
+        while not self.done.is_set():
+            try:
+                raw = await self._context.log.connection.request(
+                    subject, self.beat_message().SerializeToString(), timeout=max(2.0, s.beat_seconds)
+                )
+            except (nats.errors.Error, TimeoutError, OSError) as error:
+                silent = time.monotonic() - self._answered
+                telemetry.logger().info("beat.unanswered", seconds=round(silent, 1), error=str(error) or type(error).__name__)
+                if silent > s.lease_seconds - s.beat_seconds:
+                    for attempt in list(self.attempts.values()):
+                        attempt.end("fenced")
+                if silent > max(_ABANDONED, 2 * s.lease_seconds):
+                    telemetry.logger().warning("beat.abandoned", seconds=round(silent))
+                    self.done.set()  # nobody will ever ask for this node again
+                await asyncio.sleep(min(0.3, s.beat_seconds))
+                continue
+            self._answered = time.monotonic()
+            answer = pb.BeatAnswer.FromString(raw.data)
+            for name in answer.stop:
+                self._end(name, "fenced")
+            if answer.leave and not self.attempts:
+                self.done.set()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(s.beat_seconds):
+                    await self.done.wait()
+
+    async def stop(self) -> None:
+        """End all attempts, which their runs may make again elsewhere, and say good-bye."""
+        for attempt in list(self.attempts.values()):
+            attempt.end("fenced")
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=10)
+        subject = f"alveary-beat.{token(self._settings.workspace)}.{token(self._settings.node)}"
+        with contextlib.suppress(nats.errors.Error, TimeoutError, OSError):  # it is missed soon enough anyway
+            await self._context.log.connection.request(subject, self.beat_message(leaving=True).SerializeToString(), timeout=1)
+
+
+class TrainerService(rpc.TrainerServiceServicer):
+    """alveary.trainer.v1.TrainerService."""
+
+    def __init__(self, agent: Agent, context: NodeContext) -> None:
+        self._agent, self._context = agent, context
+
+    async def GetNode(self, request: pb.GetNodeRequest, context: Any) -> pb.GetNodeResponse:
+        auth.require("reader")
+        beat = self._agent.beat_message()
+        return pb.GetNodeResponse(node=beat.node, target=beat.target, incarnation=beat.incarnation, attempts=beat.attempts)

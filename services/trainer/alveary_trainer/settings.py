@@ -1,0 +1,29 @@
+"""What a trainer is told from outside, beside the core settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from alveary_core.settings import CoreSettings
+from pydantic import SecretStr
+
+
+class TrainerSettings(CoreSettings):
+    """ALVEARY_* variables; see each field."""
+
+    workspace: str = "default"
+    target: str = "local"
+    node: str = "local-0"
+    # gRPC endpoint and token for what a training script asks of other services (tags, register).
+    endpoint: str = ""
+    # Where the registry is, if not at `endpoint`.
+    registry_endpoint: str = ""
+    node_token: SecretStr = SecretStr("")
+    # Which of the machine's GPUs are this node's.
+    gpu_offset: int = 0
+    gpu_count: int = 0
+    # Where environments, snapshots and datasets are kept; empty: state_dir/cache.
+    cache_dir: Path | None = None
+    # Environments beyond this are evicted, least recently used first.
+    environments_bytes: int = 60 * 2**30
+    data_bytes: int = 100 * 2**30
