@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from google.protobuf.descriptor import Descriptor, FieldDescriptor
+
 from alveary_contracts.events.v1 import events_pb2
 from alveary_contracts.names import AGGREGATES, event_name
-from google.protobuf.descriptor import Descriptor, FieldDescriptor
 
 _INTEGERS = {FieldDescriptor.TYPE_INT32, FieldDescriptor.TYPE_UINT32, FieldDescriptor.TYPE_SINT32}
 _LONGS = {FieldDescriptor.TYPE_INT64, FieldDescriptor.TYPE_UINT64, FieldDescriptor.TYPE_SINT64}

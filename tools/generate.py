@@ -67,10 +67,7 @@ def main() -> int:
             str(file.relative_to(fresh))
             for file in sorted(fresh.rglob("*"))
             if file.is_file()
-            and not (
-                (PACKAGE / file.relative_to(fresh)).exists()
-                and filecmp.cmp(file, PACKAGE / file.relative_to(fresh), shallow=False)
-            )
+            and not ((PACKAGE / file.relative_to(fresh)).exists() and filecmp.cmp(file, PACKAGE / file.relative_to(fresh), shallow=False))
         ]
         known = {f.relative_to(fresh) for f in fresh.rglob("*") if f.is_file()}
         stale += [

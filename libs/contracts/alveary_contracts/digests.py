@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 
-from alveary_contracts.common.v1 import common_pb2 as c
 from google.protobuf.json_format import MessageToDict
+
+from alveary_contracts.common.v1 import common_pb2 as c
 
 
 def _canonical(value: object) -> bytes:

@@ -30,7 +30,7 @@ def event_name(message: str) -> tuple[str, str] | None:
 
 
 def message_name(aggregate: str, event: str) -> str:
-    """"RunCancelRequested" of ("run", "cancel_requested")."""
+    """ "RunCancelRequested" of ("run", "cancel_requested")."""
     return "".join(w.capitalize() for w in (aggregate, *event.split("_")))
 
 
@@ -50,10 +50,7 @@ def name_problem(name: str) -> str:
         return ""
     if not name:
         return "a name is needed"
-    return (
-        f"{name[:80]!r} is not a valid name: use 1 to 64 letters, digits, '_', '-' or '.', "
-        "beginning with a letter or digit"
-    )
+    return f"{name[:80]!r} is not a valid name: use 1 to 64 letters, digits, '_', '-' or '.', beginning with a letter or digit"
 
 
 def path_problem(path: str) -> str:

@@ -8,10 +8,11 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
+from google.protobuf.message import Message
+
 from alveary_core.errors import Aborted
 from alveary_core.eventlog import Conflict, EventLog
 from alveary_core.events import Event, Key, name_of
-from google.protobuf.message import Message
 
 S = TypeVar("S")
 _TRIES = 10

@@ -6,10 +6,11 @@ import time
 from contextvars import ContextVar
 from dataclasses import dataclass
 
-from alveary_core.errors import PermissionDenied, Unauthenticated
 from joserfc import jwt
 from joserfc.errors import JoseError
 from joserfc.jwk import OctKey
+
+from alveary_core.errors import PermissionDenied, Unauthenticated
 
 ROLES = ("reader", "writer", "owner")
 
@@ -53,8 +54,7 @@ def verify(secret: str, token: str) -> Principal:
         return Principal(str(claims["sub"]), str(claims["ws"]), str(claims["role"]))
     except (JoseError, ValueError, KeyError) as error:
         raise Unauthenticated(
-            "the token of this call is not one that this platform issued, or it has expired: "
-            "use the config that `alveary up` wrote"
+            "the token of this call is not one that this platform issued, or it has expired: use the config that `alveary up` wrote"
         ) from error
 
 

@@ -45,11 +45,7 @@ class InvalidArgument(AlvearyError):
 
     def details(self) -> Sequence[Message]:
         violation = error_details_pb2.BadRequest.FieldViolation
-        return [
-            error_details_pb2.BadRequest(
-                field_violations=[violation(field=f, description=d) for f, d in self.violations]
-            )
-        ]
+        return [error_details_pb2.BadRequest(field_violations=[violation(field=f, description=d) for f, d in self.violations])]
 
 
 class NotFound(AlvearyError):

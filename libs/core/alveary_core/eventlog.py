@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 import nats
 import nats.errors
 import stamina
-from alveary_core import telemetry
-from alveary_core.errors import Unavailable
-from alveary_core.events import STREAM, Event, Key, body, decode, envelope, name_of
-from alveary_contracts.ids import new_id
 from google.protobuf.message import Message
 from nats.aio.client import Client
 from nats.aio.msg import Msg
@@ -28,6 +24,11 @@ from nats.js.api import (
     StreamConfig,
 )
 from nats.js.errors import APIError, BadRequestError, NotFoundError
+
+from alveary_contracts.ids import new_id
+from alveary_core import telemetry
+from alveary_core.errors import Unavailable
+from alveary_core.events import STREAM, Event, Key, body, decode, envelope, name_of
 
 LOGS, METRICS = "ALVEARY_LOGS", "ALVEARY_METRICS"
 # JetStream's error for a missed Nats-Expected-Last-Subject-Sequence.
@@ -168,9 +169,7 @@ class EventLog:
         """Sequence of the newest event of all."""
         return (await self.js.stream_info(STREAM)).state.last_seq
 
-    async def follow(
-        self, subjects: Sequence[str], start: int, stream: str = STREAM
-    ) -> AsyncIterator[tuple[Msg, int] | None]:
+    async def follow(self, subjects: Sequence[str], start: int, stream: str = STREAM) -> AsyncGenerator[tuple[Msg, int] | None, None]:
         """Every message from sequence `start` on, in order and without gaps, for ever; None when caught up.
 
         Survives reconnects and a lost consumer: it is made anew behind the last message that was yielded.
@@ -229,9 +228,7 @@ class EventLog:
                     if name and self.connection.is_connected:
                         await self.js.delete_consumer(stream, name)
 
-    async def consume(
-        self, durable: str, subjects: Sequence[str], handler: Callable[[Event], Awaitable[None]], *, start: int = 1
-    ) -> None:
+    async def consume(self, durable: str, subjects: Sequence[str], handler: Callable[[Event], Awaitable[None]], *, start: int = 1) -> None:
         """Hand each event to `handler`, at least once, in order; replicas of a service share one `durable`.
 
         An event whose handler raised comes again, later and later (up to 30 s); others are not held up by it.
@@ -244,9 +241,7 @@ class EventLog:
             ack_wait=30, max_ack_pending=512, filter_subjects=list(subjects), idle_heartbeat=None,
             deliver_policy=DeliverPolicy.BY_START_SEQUENCE, opt_start_seq=start,
         )  # fmt: skip
-        subscription = await self.connection.subscribe(
-            group, queue=group, pending_msgs_limit=-1, pending_bytes_limit=-1
-        )
+        subscription = await self.connection.subscribe(group, queue=group, pending_msgs_limit=-1, pending_bytes_limit=-1)
         ready = False
         while True:
             try:
@@ -276,9 +271,7 @@ class EventLog:
         log = telemetry.logger()
         tries = message.metadata.num_delivered or 1
         try:
-            event = decode(
-                message.subject, dict(message.headers or {}), message.data, message.metadata.sequence.stream
-            )
+            event = decode(message.subject, dict(message.headers or {}), message.data, message.metadata.sequence.stream)
         except ValueError as error:
             log.warning("event.unknown", error=str(error))
             await message.term()

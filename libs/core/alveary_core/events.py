@@ -6,10 +6,11 @@ import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from alveary_contracts.events.v1 import events_pb2
-from alveary_contracts.names import event_name, message_name, token, untoken
 from google.protobuf.json_format import MessageToJson, Parse
 from google.protobuf.message import Message
+
+from alveary_contracts.events.v1 import events_pb2
+from alveary_contracts.names import event_name, message_name, token, untoken
 
 STREAM = "ALVEARY"
 

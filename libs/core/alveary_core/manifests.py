@@ -11,9 +11,7 @@ from alveary_core.errors import InvalidArgument, ResourceExhausted
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
-def check_manifest(
-    manifest: c.Manifest, *, max_files: int = 1_000_000, max_bytes: int = 1 << 50, hint: str = ""
-) -> None:
+def check_manifest(manifest: c.Manifest, *, max_files: int = 1_000_000, max_bytes: int = 1 << 50, hint: str = "") -> None:
     """Refuse what could escape a folder, is ambiguous or too large.
 
     Raises:

@@ -16,12 +16,13 @@ from typing import TypeVar
 import certifi
 import stamina
 import urllib3
-from alveary_contracts.common.v1 import common_pb2 as c
-from alveary_core.errors import FailedPrecondition, NotFound, Unavailable
 from minio import Minio
 from minio.commonconfig import CopySource
 from minio.deleteobjects import DeleteObject
 from minio.error import S3Error
+
+from alveary_contracts.common.v1 import common_pb2 as c
+from alveary_core.errors import FailedPrecondition, NotFound, Unavailable
 
 T = TypeVar("T")
 BUCKETS = ("datasets", "snapshots", "images", "runs", "models")
@@ -47,9 +48,7 @@ class ObjectStore:
             cert_reqs="CERT_REQUIRED", ca_certs=os.environ.get("SSL_CERT_FILE") or certifi.where(),
         )  # fmt: skip
         # A region in hand saves the SDK a look-up before it can sign.
-        self._client = Minio(
-            endpoint, access_key=access_key, secret_key=secret_key, secure=secure, region="us-east-1", http_client=http
-        )
+        self._client = Minio(endpoint, access_key=access_key, secret_key=secret_key, secure=secure, region="us-east-1", http_client=http)
         self._public = (
             Minio(public_endpoint, access_key=access_key, secret_key=secret_key, secure=secure, region="us-east-1")
             if public_endpoint and public_endpoint != endpoint
@@ -90,9 +89,7 @@ class ObjectStore:
         """Store `data`."""
         await self._call(lambda: self._client.put_object(bucket, key, io.BytesIO(data), len(data)), f"{bucket}/{key}")
 
-    async def put_file(
-        self, bucket: str, key: str, path: Path, progress: Callable[[int], None] | None = None
-    ) -> c.FileEntry:
+    async def put_file(self, bucket: str, key: str, path: Path, progress: Callable[[int], None] | None = None) -> c.FileEntry:
         """Store a file, streamed in parts; returns its entry (path empty) with the digest of what was sent.
 
         `progress` is called with numbers of bytes, from a thread.
@@ -234,6 +231,4 @@ async def require_blobs(store: ObjectStore, bucket: str, files: Sequence[c.FileE
     missing = set(await missing_blobs(store, bucket, files))
     if missing:
         names = [f.path for f in files if f.sha256 in missing]
-        raise FailedPrecondition(
-            f"{len(names)} of {len(files)} files were not uploaded, {names[0]!r} first: PUT them, then try again"
-        )
+        raise FailedPrecondition(f"{len(names)} of {len(files)} files were not uploaded, {names[0]!r} first: PUT them, then try again")

@@ -11,13 +11,14 @@ from typing import Any
 import grpc
 import grpc.aio
 import structlog
-from alveary_core import auth, telemetry
-from alveary_core.errors import AlvearyError, Unauthenticated
 from google.protobuf.descriptor import ServiceDescriptor
 from google.rpc import code_pb2, status_pb2
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from grpc_status import rpc_status
+
+from alveary_core import auth, telemetry
+from alveary_core.errors import AlvearyError, Unauthenticated
 
 # Unary calls that name no deadline get this one, seconds.
 DEFAULT_DEADLINE = 60.0
@@ -34,9 +35,9 @@ class Interceptor(grpc.aio.ServerInterceptor):
 
     async def intercept_service(
         self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]],
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler[Any, Any]:
+    ) -> grpc.RpcMethodHandler[Any, Any] | None:
         """Wrap the handler of a call."""
         handler = await continuation(handler_call_details)
         method = str(handler_call_details.method)
@@ -46,7 +47,7 @@ class Interceptor(grpc.aio.ServerInterceptor):
 
         if handler.response_streaming:
             make = grpc.stream_stream_rpc_method_handler if handler.request_streaming else grpc.unary_stream_rpc_method_handler
-            inner = handler.stream_stream if handler.request_streaming else handler.unary_stream
+            inner: Any = handler.stream_stream if handler.request_streaming else handler.unary_stream
 
             async def stream(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
                 call = _Call(self._secret, method, metadata, context)
@@ -62,7 +63,7 @@ class Interceptor(grpc.aio.ServerInterceptor):
             return make(stream, handler.request_deserializer, handler.response_serializer)  # type: ignore[arg-type]
 
         make_unary = grpc.stream_unary_rpc_method_handler if handler.request_streaming else grpc.unary_unary_rpc_method_handler
-        inner_unary = handler.stream_unary if handler.request_streaming else handler.unary_unary
+        inner_unary: Any = handler.stream_unary if handler.request_streaming else handler.unary_unary
 
         async def unary(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
             call = _Call(self._secret, method, metadata, context)
@@ -85,9 +86,7 @@ class Interceptor(grpc.aio.ServerInterceptor):
 class _Call:
     """One call: who, how long, how it ended."""
 
-    def __init__(
-        self, secret: str, method: str, metadata: dict[str, str], context: grpc.aio.ServicerContext[Any, Any]
-    ) -> None:
+    def __init__(self, secret: str, method: str, metadata: dict[str, str], context: grpc.aio.ServicerContext[Any, Any]) -> None:
         self._secret, self._metadata, self._context = secret, metadata, context
         _, self._service, self._method = method.split("/")
         self._start = time.monotonic()
@@ -120,9 +119,7 @@ class _Call:
         if isinstance(error, AlvearyError):
             status = error.status()
         elif isinstance(error, TimeoutError):
-            status = status_pb2.Status(
-                code=code_pb2.DEADLINE_EXCEEDED, message=f"{self._method} did not finish before its deadline"
-            )
+            status = status_pb2.Status(code=code_pb2.DEADLINE_EXCEEDED, message=f"{self._method} did not finish before its deadline")
         else:
             telemetry.logger().error("rpc.bug", rpc=f"{self._service}/{self._method}", exc_info=error)
             status = status_pb2.Status(
@@ -163,9 +160,7 @@ class Server:
         Raises:
             RuntimeError: the port is taken.
         """
-        reflection.enable_server_reflection(
-            [*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME], self.server
-        )
+        reflection.enable_server_reflection([*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME], self.server)
         self.port = self.server.add_insecure_port(listen)
         await self.server.start()
         for name in ["", *self._names]:

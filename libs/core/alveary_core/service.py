@@ -7,13 +7,14 @@ import signal
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
+from nats.aio.client import Client
+from prometheus_client import start_http_server
+
 from alveary_core import telemetry
 from alveary_core.eventlog import EventLog, connect, ensure_streams
 from alveary_core.objectstore import ObjectStore
 from alveary_core.server import Server
 from alveary_core.settings import CoreSettings
-from nats.aio.client import Client
-from prometheus_client import start_http_server
 
 
 class Service:
@@ -87,9 +88,15 @@ async def serve(name: str, settings: CoreSettings, start: Callable[[Service], Aw
     if settings.metrics_port:
         start_http_server(settings.metrics_port)
     telemetry.logger().info("serving", service=name, port=port)
-    waiter = asyncio.create_task(stop.wait())
-    await asyncio.wait({waiter, service.failed}, return_when=asyncio.FIRST_COMPLETED)
-    waiter.cancel()
+    await until(stop, service)
     await service.close()
     if service.failed.done():
         service.failed.result()
+
+
+async def until(stop: asyncio.Event, *services: Service) -> None:
+    """Return when `stop` is set or one of the services failed."""
+    waiter = asyncio.create_task(stop.wait())
+    waiting: list[asyncio.Future[Any]] = [waiter, *(s.failed for s in services)]
+    await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+    waiter.cancel()

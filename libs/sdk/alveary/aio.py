@@ -13,12 +13,14 @@ from typing import Any, TypeVar
 import grpc
 import grpc.aio
 import urllib3
+from google.protobuf.json_format import MessageToDict
+
 from alveary.config import Config
 from alveary.errors import AlvearyError
 from alveary.source import manifest_of
 from alveary_contracts.common.v1 import common_pb2 as c
-from alveary_contracts.ids import new_id
 from alveary_contracts.events.v1 import events_pb2 as ev
+from alveary_contracts.ids import new_id
 from alveary_contracts.images.v1 import images_pb2, images_pb2_grpc
 from alveary_contracts.logs.v1 import logs_pb2, logs_pb2_grpc
 from alveary_contracts.registry.v1 import registry_pb2 as reg
@@ -26,7 +28,6 @@ from alveary_contracts.registry.v1 import registry_pb2_grpc
 from alveary_contracts.runs.v1 import runs_pb2 as pb
 from alveary_contracts.runs.v1 import runs_pb2_grpc
 from alveary_contracts.scheduler.v1 import scheduler_pb2, scheduler_pb2_grpc
-from google.protobuf.json_format import MessageToDict
 
 T = TypeVar("T")
 FINAL = (c.RUN_STATE_COMPLETED, c.RUN_STATE_FAILED, c.RUN_STATE_CANCELED)
@@ -80,7 +81,9 @@ class Client:
         self.models = registry_pb2_grpc.ModelServiceStub(at("registry"))
         self.datasets = registry_pb2_grpc.DatasetServiceStub(at("registry"))
         self.metadata = (("authorization", f"Bearer {config.token}"),)
-        self._http = urllib3.PoolManager(maxsize=_PARALLEL, retries=urllib3.Retry(5, backoff_factor=0.2), timeout=urllib3.Timeout(10, read=120))
+        self._http = urllib3.PoolManager(
+            maxsize=_PARALLEL, retries=urllib3.Retry(5, backoff_factor=0.2), timeout=urllib3.Timeout(10, read=120)
+        )
         self._slots = asyncio.Semaphore(_PARALLEL)
 
     async def close(self) -> None:
@@ -461,8 +464,6 @@ async def _all(work: Iterable[Awaitable[None]]) -> None:
                 group.create_task(one)  # type: ignore[arg-type]
     except BaseExceptionGroup as group_error:
         raise group_error.exceptions[0] from group_error
-
-
 
 
 __all__ = ["Client", "images_pb2", "run_details", "scheduler_pb2", "state_name", "translate"]

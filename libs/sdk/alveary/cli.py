@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from alveary.config import default_state_dir
-from alveary.errors import AlvearyError
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
 from rich.console import Console
 from rich.table import Table
+
+from alveary.config import default_state_dir
+from alveary.errors import AlvearyError
 
 if TYPE_CHECKING:
     from alveary.workspace import Workspace
@@ -94,7 +95,9 @@ def _pairs(values: Iterable[str] | None, what: str) -> dict[str, str]:
 def up(
     detach: Annotated[bool, typer.Option("--detach", "-d", help="Go on in the background.")] = False,
     state_dir: StateDir = None,
-    port: Annotated[int | None, typer.Option(help="First of 17 consecutive ports; 0: whatever is free. Default 7460, then as before.")] = None,
+    port: Annotated[
+        int | None, typer.Option(help="First of 17 consecutive ports; 0: whatever is free. Default 7460, then as before.")
+    ] = None,
     separate: Annotated[bool, typer.Option(help="Each service as a process of its own.")] = False,
     lease_seconds: Annotated[float, typer.Option(help="Silence after which a node is lost.")] = 30.0,
 ) -> None:
@@ -137,6 +140,7 @@ def up(
 def down(state_dir: StateDir = None) -> None:
     """Stop the platform on this machine. Runs under way are attempted again after the next `up`."""
     import psutil
+
     from alveary.local.stack import status
 
     folder = (state_dir or default_state_dir()).resolve()
@@ -202,9 +206,7 @@ def run_submit(
 
     workspace = _workspace()
     packages = [*(PYTORCH_PACKAGES if pytorch else ()), *(requirements_of(requirements) if requirements else ()), *(pip or ())]
-    environment = Environment(
-        "cli", packages, environment_variables=_pairs(env, "--env"), user_managed=bool(python), interpreter=python
-    )
+    environment = Environment("cli", packages, environment_variables=_pairs(env, "--env"), user_managed=bool(python), interpreter=python)
     chosen = []
     for text in inputs or ():
         label, sign, rest = text.partition("=")
@@ -324,7 +326,11 @@ def run_files(run_id: str, as_json: AsJson = False) -> None:
 
 
 @run_app.command("download")
-def run_download(run_id: str, prefix: Annotated[str, typer.Argument(help="Only paths that begin so.")] = "", to: Annotated[Path, typer.Option("--to")] = Path()) -> None:
+def run_download(
+    run_id: str,
+    prefix: Annotated[str, typer.Argument(help="Only paths that begin so.")] = "",
+    to: Annotated[Path, typer.Option("--to")] = Path(),
+) -> None:
     """Store its files here."""
     workspace = _workspace()
     links = workspace._call(workspace._client.list_run_files(run_id, prefix, with_urls=True))
@@ -470,7 +476,10 @@ def dataset_list(as_json: AsJson = False) -> None:
     """Dataset versions."""
     from alveary.dataset import Dataset
 
-    rows = [{"dataset": f"{d.name}:{d.version}", "files": d.file_count, "size": d.total_size, "digest": d.id[:12]} for d in Dataset.list(_workspace())]
+    rows = [
+        {"dataset": f"{d.name}:{d.version}", "files": d.file_count, "size": d.total_size, "digest": d.id[:12]}
+        for d in Dataset.list(_workspace())
+    ]
     _show(rows, ("dataset", "files", "size", "digest"), as_json)
 
 

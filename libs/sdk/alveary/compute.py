@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import sys
 import time
 from collections.abc import Mapping
@@ -46,7 +47,7 @@ class ComputeTarget:
 
     @property
     def provisioning_state(self) -> str:
-        """"Succeeded", or "Resizing" while nodes come or go."""
+        """ "Succeeded", or "Resizing" while nodes come or go."""
         return self._found.state
 
     def __repr__(self) -> str:
@@ -67,14 +68,18 @@ class ComputeTarget:
             raise ComputeTargetException(str(error), error.code) from error
 
     @staticmethod
-    def list(workspace: Workspace) -> list[ComputeTarget]:
+    def list(workspace: Workspace) -> builtins.list[ComputeTarget]:
         """All targets of a workspace."""
         client = workspace._client
         reply = workspace._call(client.call(client.compute.ListTargets, pb.ListTargetsRequest()))
         return [ComputeTarget._of(workspace, t) for t in reply.targets]
 
     def wait_for_completion(
-        self, show_output: bool = False, min_node_count: int | None = None, timeout_in_minutes: float = 20, is_delete_operation: bool = False
+        self,
+        show_output: bool = False,
+        min_node_count: int | None = None,
+        timeout_in_minutes: float = 20,
+        is_delete_operation: bool = False,
     ) -> None:
         """Wait until it has its min_nodes (or min_node_count) nodes.
 
@@ -90,7 +95,10 @@ class ComputeTarget:
                     print(f"Succeeded: {self.name} has {self._found.current_nodes} nodes", file=sys.stderr)
                 return
             if time.monotonic() > deadline:
-                raise ComputeTargetException(f"{self.name} has {self._found.current_nodes} of {wanted} nodes after {timeout_in_minutes:g} minutes", "DEADLINE_EXCEEDED")
+                raise ComputeTargetException(
+                    f"{self.name} has {self._found.current_nodes} of {wanted} nodes after {timeout_in_minutes:g} minutes",
+                    "DEADLINE_EXCEEDED",
+                )
             time.sleep(0.1)
 
     def get_status(self) -> pb.Target:
@@ -107,7 +115,7 @@ class ComputeTarget:
         client = self.workspace._client
         self.workspace._call(client.call(client.compute.DeleteTarget, pb.DeleteTargetRequest(name=self.name)))
 
-    def list_nodes(self) -> list[pb.Node]:
+    def list_nodes(self) -> builtins.list[pb.Node]:
         """Its nodes."""
         client = self.workspace._client
         return list(self.workspace._call(client.call(client.nodes.ListNodes, pb.ListNodesRequest(target=self.name))).nodes)

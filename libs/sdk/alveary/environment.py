@@ -71,7 +71,10 @@ def requirements_of(file: Path) -> list[str]:
     for line in file.read_text().splitlines():
         text = line.partition(" #")[0].strip()
         if text.startswith("-"):
-            raise AlvearyError(f"{file}: {text!r}: options are not taken from requirements files; indexes come from the platform's pip settings", "INVALID_ARGUMENT")
+            raise AlvearyError(
+                f"{file}: {text!r}: options are not taken from requirements files; indexes come from the platform's pip settings",
+                "INVALID_ARGUMENT",
+            )
         if text and not text.startswith("#"):
             found.append(text)
     return found

@@ -51,7 +51,12 @@ class ScriptRunConfig:
         self.distributed, self.max_run_duration_seconds = distributed_job_config, max_run_duration_seconds
         self.resources = c.Resources(cpus=cpus, memory_bytes=int(memory_gb * 2**30), gpus=gpus)
         self.use_gpu, self.priority, self.max_attempts, self.display_name = use_gpu, priority, max_attempts, display_name
-        self.inputs, self.properties, self.grace_seconds, self.parent_run_id = list(inputs), dict(properties or {}), grace_seconds, parent_run_id
+        self.inputs, self.properties, self.grace_seconds, self.parent_run_id = (
+            list(inputs),
+            dict(properties or {}),
+            grace_seconds,
+            parent_run_id,
+        )
         self.process_count_per_node, self.node_count = 1, 1
 
     def _spec(self) -> c.RunSpec:
@@ -80,7 +85,8 @@ class ScriptRunConfig:
         match self.distributed:
             case MpiConfiguration():
                 raise AlvearyError(
-                    "MpiConfiguration needs an MPI launcher, which this version does not have: use PyTorchConfiguration(), which runs torchrun", "UNIMPLEMENTED"
+                    "MpiConfiguration needs an MPI launcher, which this version does not have: use PyTorchConfiguration(), which runs torchrun",
+                    "UNIMPLEMENTED",
                 )
             case PyTorchConfiguration() as torch:
                 spec.launcher = c.LAUNCHER_TORCHRUN
@@ -91,7 +97,9 @@ class ScriptRunConfig:
                 if spec.process_count_per_node > 1:
                     spec.launcher = c.LAUNCHER_TORCHRUN
             case other:
-                raise AlvearyError(f"distributed_training: {other!r} is neither PyTorchConfiguration nor MpiConfiguration", "INVALID_ARGUMENT")
+                raise AlvearyError(
+                    f"distributed_training: {other!r} is neither PyTorchConfiguration nor MpiConfiguration", "INVALID_ARGUMENT"
+                )
 
 
 def _as_input(value: Any) -> Input:
@@ -130,7 +138,9 @@ class Estimator(ScriptRunConfig):
         }  # fmt: skip
         for name, value in refused.items():
             if value is not None:
-                raise AlvearyError(f"{name} is not offered by this version: environments are virtual environments made with pip packages", "UNIMPLEMENTED")
+                raise AlvearyError(
+                    f"{name} is not offered by this version: environments are virtual environments made with pip packages", "UNIMPLEMENTED"
+                )
         if distributed_backend not in (None, "mpi", "gloo", "nccl"):
             raise AlvearyError(f"distributed_backend {distributed_backend!r}: 'gloo' or 'nccl'", "INVALID_ARGUMENT")
         if distributed_backend == "mpi":
@@ -148,7 +158,9 @@ class Estimator(ScriptRunConfig):
                 type(self).__name__, packages, environment_variables=environment_variables, user_managed=user_managed
             )
         elif pip_packages or pip_requirements_file or environment_variables:
-            raise AlvearyError("environment_definition already says which packages and variables there are: give them there", "INVALID_ARGUMENT")
+            raise AlvearyError(
+                "environment_definition already says which packages and variables there are: give them there", "INVALID_ARGUMENT"
+            )
         arguments: list[Any] = []
         for flag, value in (script_params or {}).items():
             arguments += [flag] if value in ("", None) else [flag, value]

@@ -27,12 +27,12 @@ class Event:
     sequence: int
     time: datetime
     data: dict[str, Any]
-    _done: Any = field(default=None, repr=False, compare=False)
+    _done: _Once | None = field(default=None, repr=False, compare=False)
 
     def ack(self) -> None:
         """It is handled; without this it comes again."""
         if self._done is not None:
-            self._done.set_result(None) if not self._done.done() else None
+            self._done.set_result(None)
 
 
 class Events:
@@ -79,7 +79,9 @@ class Events:
                     raise item
                 event, done = item
                 acknowledge = _Once(loop, done)
-                yield Event(event.id, event.type, event.subject, event.sequence, event.time.ToDatetime(), json.loads(event.data_json), acknowledge)
+                yield Event(
+                    event.id, event.type, event.subject, event.sequence, event.time.ToDatetime(), json.loads(event.data_json), acknowledge
+                )
                 acknowledge.set_result(None)
         finally:
             task.cancel()
@@ -95,4 +97,8 @@ class _Once:
         return self._future.done()
 
     def set_result(self, _: None) -> None:
-        self._loop.call_soon_threadsafe(lambda: self._future.done() or self._future.set_result(None))
+        def finish() -> None:
+            if not self._future.done():
+                self._future.set_result(None)
+
+        self._loop.call_soon_threadsafe(finish)

@@ -40,7 +40,10 @@ class Experiment:
             from alveary.compute import ComputeTarget
 
             if not ComputeTarget(self.workspace, spec.compute_target).node_resources.gpus:
-                warnings.warn(f"compute target {spec.compute_target!r} has no GPU: the run uses CPUs (allow_cpu_fallback in config.json)", stacklevel=2)
+                warnings.warn(
+                    f"compute target {spec.compute_target!r} has no GPU: the run uses CPUs (allow_cpu_fallback in config.json)",
+                    stacklevel=2,
+                )
                 spec.use_gpu = False
         with upload_progress("source") as progress:
             run = self.workspace._call(client.submit(spec, Path(config.source_directory), progress))
@@ -48,7 +51,9 @@ class Experiment:
 
     def start_logging(self, *args: Any, **kwargs: Any) -> None:
         """Not offered: outside a submitted run, `Run.get_context()` gives a run that prints."""
-        raise AlvearyError("interactive runs are not offered: submit a script, or use Run.get_context(), which prints when it is offline", "UNIMPLEMENTED")
+        raise AlvearyError(
+            "interactive runs are not offered: submit a script, or use Run.get_context(), which prints when it is offline", "UNIMPLEMENTED"
+        )
 
     def get_runs(
         self, type: str | None = None, tags: Any = None, properties: Mapping[str, str] | None = None, include_children: bool = False,

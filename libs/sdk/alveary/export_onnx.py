@@ -169,7 +169,9 @@ def _run_exporter(torch: Any, model: Any, example: Any, tensors: list[dict[str, 
         raise CannotExport(f"torch cannot export it: {type(error).__name__}: {text[0] if text else ''}") from error
 
 
-def _compare(torch: Any, model: Any, tensors: list[dict[str, Any]], batches: tuple[int, ...], target: Path, tolerance: float) -> tuple[float, float]:
+def _compare(
+    torch: Any, model: Any, tensors: list[dict[str, Any]], batches: tuple[int, ...], target: Path, tolerance: float
+) -> tuple[float, float]:
     import numpy
     import onnxruntime
 
@@ -180,7 +182,9 @@ def _compare(torch: Any, model: Any, tensors: list[dict[str, Any]], batches: tup
         inputs = random_inputs(torch, tensors, batch)
         with torch.no_grad():
             expected = model(*inputs)
-        expected_list = list(expected.values()) if isinstance(expected, dict) else list(expected) if isinstance(expected, (tuple, list)) else [expected]
+        expected_list = (
+            list(expected.values()) if isinstance(expected, dict) else list(expected) if isinstance(expected, (tuple, list)) else [expected]
+        )
         actual = session.run(None, {n: i.numpy() for n, i in zip(names, inputs, strict=False)})
         for want_tensor, got in zip(expected_list, actual, strict=False):
             want = want_tensor.numpy()
@@ -191,7 +195,9 @@ def _compare(torch: Any, model: Any, tensors: list[dict[str, Any]], batches: tup
             absolute = max(absolute, float(difference.max(initial=0.0)))
             relative = max(relative, float((difference / numpy.maximum(scale, 1e-6)).max(initial=0.0)))
             if not bool((difference <= tolerance + tolerance * scale).all()):
-                raise CannotExport(f"ONNX Runtime differs from PyTorch by {float(difference.max()):.3g} with a batch of {batch}, more than the tolerance of {tolerance:g}")
+                raise CannotExport(
+                    f"ONNX Runtime differs from PyTorch by {float(difference.max()):.3g} with a batch of {batch}, more than the tolerance of {tolerance:g}"
+                )
     return absolute, relative
 
 

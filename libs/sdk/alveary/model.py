@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,7 +101,7 @@ class Model:
     def list(
         cls, workspace: Workspace, name: str | None = None, tags: Any = None, properties: Any = None, run_id: str | None = None,
         latest: bool = False, **_: Any,
-    ) -> list[Model]:  # fmt: skip
+    ) -> builtins.list[Model]:  # fmt: skip
         """Versions, the newest of a name first."""
         found: list[Model] = []
         token = ""
@@ -145,7 +146,7 @@ class Model:
         client = self._workspace._client
         self._workspace._call(client.call(client.models.ArchiveModel, reg.ArchiveModelRequest(name=self.name, version=self.version)))
 
-    def get_file_names(self) -> list[str]:
+    def get_file_names(self) -> builtins.list[str]:
         """Its files, the ONNX export among them."""
         return [link.file.path for link in self._links()]
 

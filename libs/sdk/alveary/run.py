@@ -5,10 +5,11 @@ This module needs the standard library alone until a run is looked at from outsi
 
 from __future__ import annotations
 
+import builtins
 import os
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -206,7 +207,7 @@ class Run:
     def list(
         cls, experiment: Experiment, type: str | None = None, tags: Any = None, properties: Mapping[str, str] | None = None,
         status: str | None = None, include_children: bool = False,
-    ) -> Iterable[Run]:  # fmt: skip
+    ) -> builtins.list[Run]:  # fmt: skip
         """Runs of an experiment, newest first."""
         return experiment.get_runs(tags=tags, properties=properties, status=status, include_children=include_children)
 
@@ -272,7 +273,9 @@ class Run:
         found = self._get().spec.parent_run_id
         return Run.get(self._workspace, found) if found else None
 
-    def get_children(self, recursive: bool = False, tags: Any = None, properties: Any = None, type: Any = None, status: str | None = None) -> list[Run]:
+    def get_children(
+        self, recursive: bool = False, tags: Any = None, properties: Any = None, type: Any = None, status: str | None = None
+    ) -> builtins.list[Run]:
         """Its child runs."""
         runs = self._workspace._list(f'parent = "{self.id}"', status)
         if recursive:
@@ -335,7 +338,7 @@ class Run:
         """Log a number from outside the run."""
         self._call(self._workspace._client.log_metric(self.id, name, float(value), step))
 
-    def get_file_names(self) -> list[str]:
+    def get_file_names(self) -> builtins.list[str]:
         """Names of the files it stored."""
         return [link.file.path for link in self._call(self._workspace._client.list_run_files(self.id))]
 
@@ -360,7 +363,7 @@ class Run:
         links = self._call(self._workspace._client.list_run_files(self.id, prefix, with_urls=True))
         self._call(self._workspace._client.download_all(links, Path(output_directory or ".")))
 
-    def get_all_logs(self, destination: str | None = None) -> list[str]:
+    def get_all_logs(self, destination: str | None = None) -> builtins.list[str]:
         """Write each stream of its log to a file; returns the paths."""
         folder = Path(destination or f"logs-{self.id}")
         return [str(p) for p in self._call(self._workspace._client.write_logs(self.id, folder))]

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pathspec
+
 from alveary.errors import AlvearyError
 from alveary_contracts.common.v1 import common_pb2 as c
 

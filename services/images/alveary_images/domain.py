@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+from google.protobuf.message import Message
+
 from alveary_contracts.common.v1 import common_pb2 as c
 from alveary_contracts.events.v1 import events_pb2 as ev
 from alveary_contracts.images.v1 import images_pb2 as pb
-from google.protobuf.message import Message
 
 Events = Sequence[Message]
 
@@ -17,7 +18,7 @@ Events = Sequence[Message]
 class Image:
     """An image as its events left it."""
 
-    state: pb.ImageState = pb.IMAGE_STATE_UNSPECIFIED
+    state: pb.ImageState.ValueType = pb.IMAGE_STATE_UNSPECIFIED
     environment: c.Environment = field(default_factory=c.Environment)
     builder: str = ""
     lease_until: float = 0.0

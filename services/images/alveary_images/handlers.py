@@ -7,13 +7,13 @@ import time
 
 from alveary_contracts.common.v1 import common_pb2 as c
 from alveary_contracts.events.v1 import events_pb2 as ev
+from alveary_contracts.ids import new_id
 from alveary_contracts.images.v1 import images_pb2 as pb
 from alveary_contracts.logs.v1 import logs_pb2
 from alveary_contracts.names import token
 from alveary_core import telemetry
 from alveary_core.aggregates import Aggregates
 from alveary_core.events import Event, Key
-from alveary_contracts.ids import new_id
 from alveary_core.service import Service
 from alveary_images import domain
 from alveary_images.adapters.venv import BUCKET, BuildFailed, Lock, build, lock_key
@@ -75,14 +75,10 @@ class Handlers:
                 reason = str(error)
                 await self._images.execute(key, lambda i: domain.failed(i, self._me, reason))
             except TimeoutError:
-                await self._images.execute(
-                    key, lambda i: domain.failed(i, self._me, f"the build took longer than {BUILD_SECONDS:g} s")
-                )
+                await self._images.execute(key, lambda i: domain.failed(i, self._me, f"the build took longer than {BUILD_SECONDS:g} s"))
             except asyncio.CancelledError:
                 if not self._service.failed.done() and not self._stopping:
-                    await asyncio.shield(
-                        self._images.execute(key, lambda i: domain.failed(i, self._me, "canceled", canceled=True))
-                    )
+                    await asyncio.shield(self._images.execute(key, lambda i: domain.failed(i, self._me, "canceled", canceled=True)))
                 raise
             except Exception as error:
                 text = f"{type(error).__name__}: {error}"

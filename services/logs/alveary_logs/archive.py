@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import zstandard
-from alveary_contracts.logs.v1 import logs_pb2 as pb
 from google.protobuf.internal.decoder import _DecodeVarint32  # type: ignore[attr-defined]
 from google.protobuf.internal.encoder import _VarintBytes  # type: ignore[attr-defined]
+
+from alveary_contracts.logs.v1 import logs_pb2 as pb
 
 # A cursor is the chunk's stream sequence and the line's place in it: it grows, and archiving does not change it.
 _SHIFT = 20

@@ -9,6 +9,8 @@ from collections.abc import AsyncIterator, Iterable
 from fnmatch import fnmatchcase
 from typing import Any
 
+from nats.js.errors import NotFoundError
+
 from alveary_contracts.events.v1 import events_pb2 as ev
 from alveary_contracts.logs.v1 import logs_pb2 as pb
 from alveary_contracts.logs.v1 import logs_pb2_grpc as rpc
@@ -21,7 +23,6 @@ from alveary_core.events import Event
 from alveary_core.objectstore import ObjectStore
 from alveary_core.projection import Projection
 from alveary_logs.archive import compress, decompress, lines_of, sequence_of
-from nats.js.errors import NotFoundError
 
 SUBJECTS = ("alveary.*.run.*.completed", "alveary.*.run.*.failed", "alveary.*.run.*.canceled")
 _BATCH = 500
@@ -189,5 +190,3 @@ class LogService(rpc.LogServiceServicer):
         if archive is None:
             raise FailedPrecondition(f"run {request.run_id} is not final yet: its log is not archived; use Tail", f"run/{request.run_id}")
         return pb.DownloadResponse(url=self._store.get_url("runs", archive.key), lines=archive.lines, sha256=archive.sha256)
-
-

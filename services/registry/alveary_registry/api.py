@@ -7,6 +7,8 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from google.protobuf.message import Message
+
 from alveary_contracts.common.v1 import common_pb2 as c
 from alveary_contracts.digests import manifest_digest, manifest_from_json, manifest_json
 from alveary_contracts.events.v1 import events_pb2 as ev
@@ -20,7 +22,6 @@ from alveary_core.manifests import check_manifest
 from alveary_core.objectstore import ObjectStore, missing_blobs, require_blobs
 from alveary_registry import domain, export
 from alveary_registry.projection import RegistryProjection
-from google.protobuf.message import Message
 
 _ALIAS = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
 
@@ -56,9 +57,7 @@ class ModelService(rpc.ModelServiceServicer):
         auth.require("writer")
         check_manifest(request.manifest)
         missing = await missing_blobs(self._store, "models", request.manifest.files)
-        return pb.PrepareModelResponse(
-            slots=[c.UploadSlot(sha256=m, url=self._store.put_url("models", f"blobs/{m}")) for m in missing]
-        )
+        return pb.PrepareModelResponse(slots=[c.UploadSlot(sha256=m, url=self._store.put_url("models", f"blobs/{m}")) for m in missing])
 
     async def RegisterModel(self, request: pb.RegisterModelRequest, context: Any) -> pb.RegisterModelResponse:
         who = auth.require("writer")
@@ -207,9 +206,7 @@ class DatasetService(rpc.DatasetServiceServicer):
         auth.require("writer")
         check_manifest(request.manifest)
         missing = await missing_blobs(self._store, "datasets", request.manifest.files)
-        return pb.PrepareDatasetResponse(
-            slots=[c.UploadSlot(sha256=m, url=self._store.put_url("datasets", f"blobs/{m}")) for m in missing]
-        )
+        return pb.PrepareDatasetResponse(slots=[c.UploadSlot(sha256=m, url=self._store.put_url("datasets", f"blobs/{m}")) for m in missing])
 
     async def RegisterDataset(self, request: pb.RegisterDatasetRequest, context: Any) -> pb.RegisterDatasetResponse:
         who = auth.require("writer")
@@ -248,9 +245,7 @@ class DatasetService(rpc.DatasetServiceServicer):
             "SELECT name, proto, at FROM datasets WHERE workspace=? AND (?='' OR name=?) ORDER BY name, version DESC",
             (who.workspace, request.name, request.name),
         )
-        return pb.ListDatasetsResponse(
-            datasets=[_view(r["name"], ev.DatasetRegistered.FromString(r["proto"]), r["at"]) for r in rows]
-        )
+        return pb.ListDatasetsResponse(datasets=[_view(r["name"], ev.DatasetRegistered.FromString(r["proto"]), r["at"]) for r in rows])
 
     async def ListDatasetFiles(self, request: pb.ListDatasetFilesRequest, context: Any) -> pb.ListDatasetFilesResponse:
         shown = self._shown(request.name, request.version)

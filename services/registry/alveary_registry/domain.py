@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from alveary_contracts.events.v1 import events_pb2 as ev
 from google.protobuf.message import Message
+
+from alveary_contracts.events.v1 import events_pb2 as ev
 
 Events = Sequence[Message]
 

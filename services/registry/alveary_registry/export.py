@@ -9,18 +9,19 @@ import sys
 import tempfile
 from pathlib import Path
 
+from google.protobuf.json_format import MessageToDict
+
 from alveary_contracts.common.v1 import common_pb2 as c
 from alveary_contracts.digests import environment_digest, manifest_digest, manifest_from_json
 from alveary_contracts.events.v1 import events_pb2 as ev
+from alveary_contracts.ids import new_id
 from alveary_contracts.names import path_problem
 from alveary_core import telemetry
 from alveary_core.aggregates import Aggregates
 from alveary_core.errors import InvalidArgument
 from alveary_core.events import Event
-from alveary_contracts.ids import new_id
 from alveary_core.objectstore import DigestMismatch, ObjectStore
 from alveary_registry import domain
-from google.protobuf.json_format import MessageToDict
 
 SUBJECTS = ("alveary.*.run.*.completed", "alveary.*.run.*.failed", "alveary.*.run.*.canceled")
 NEEDED = ("onnx", "onnxruntime", "onnxscript")

@@ -26,7 +26,6 @@ class RegistryProjection(Projection):
       manifest TEXT, state TEXT);
     """
 
-
     def apply(self, event: Event) -> None:
         """Write the rows of one event."""
         key, message = event.key, event.message

@@ -7,9 +7,13 @@ import re
 from collections.abc import AsyncIterator
 from typing import Any
 
+from google.protobuf.message import Message
+from nats.js.errors import NotFoundError
+
 from alveary_contracts.common.v1 import common_pb2 as c
 from alveary_contracts.digests import environment_digest, manifest_from_json
 from alveary_contracts.events.v1 import events_pb2 as ev
+from alveary_contracts.ids import id_from_key, is_id, new_id
 from alveary_contracts.names import token
 from alveary_contracts.runs.v1 import runs_pb2 as pb
 from alveary_contracts.runs.v1 import runs_pb2_grpc as rpc
@@ -17,14 +21,11 @@ from alveary_core import auth
 from alveary_core.aggregates import Aggregates
 from alveary_core.errors import FailedPrecondition, InvalidArgument, NotFound
 from alveary_core.eventlog import METRICS, EventLog
-from alveary_contracts.ids import id_from_key, is_id, new_id
 from alveary_core.objectstore import ObjectStore
 from alveary_runs import domain, query
 from alveary_runs.projection import MAX_POINTS, RunsProjection, view
 from alveary_runs.snapshots import Snapshots
 from alveary_runs.validation import problems, with_defaults
-from google.protobuf.message import Message
-from nats.js.errors import NotFoundError
 
 VERSION = "0.1.0"
 Context = Any
@@ -67,9 +68,7 @@ class RunService(rpc.RunServiceServicer):
                 return pb.SubmitRunResponse(run=self._shown(who.workspace, run_id, state), sequence=sequence)
         spec = await self._checked(who.workspace, request.spec)
         digest = environment_digest(spec.environment)
-        number = self._view.row(
-            "SELECT count(*) FROM runs WHERE workspace=? AND experiment=?", (who.workspace, spec.experiment)
-        )
+        number = self._view.row("SELECT count(*) FROM runs WHERE workspace=? AND experiment=?", (who.workspace, spec.experiment))
         submitted = ev.RunSubmitted(
             spec=spec, submitted_by=who.subject, image_digest=digest, idempotency_key=key_text,
             number=(number[0] if number else 0) + 1,
@@ -268,4 +267,3 @@ class WorkspaceService(rpc.WorkspaceServiceServicer):
     async def GetWorkspace(self, request: pb.GetWorkspaceRequest, context: Context) -> pb.GetWorkspaceResponse:
         who = auth.require("reader")
         return pb.GetWorkspaceResponse(name=who.workspace, version=VERSION, subject=who.subject, role=who.role)
-

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+from google.protobuf.message import Message
+
 from alveary_contracts.common.v1 import common_pb2 as c
 from alveary_contracts.events.v1 import events_pb2 as ev
-from google.protobuf.message import Message
 
 FINAL = frozenset({c.RUN_STATE_COMPLETED, c.RUN_STATE_FAILED, c.RUN_STATE_CANCELED})
 _BEFORE_PREPARED = frozenset({c.RUN_STATE_NOT_STARTED, c.RUN_STATE_PREPARING})
@@ -33,7 +34,7 @@ class Rejected(Exception):
 class Run:
     """A run as its events left it. `attempt` is the newest that began or is about to; 0: none yet."""
 
-    state: c.RunState = c.RUN_STATE_UNSPECIFIED
+    state: c.RunState.ValueType = c.RUN_STATE_UNSPECIFIED
     spec: c.RunSpec = field(default_factory=c.RunSpec)
     submitted_by: str = ""
     image_digest: str = ""
@@ -111,7 +112,7 @@ def provisioning(run: Run, reason: str) -> Events:
     return [ev.RunProvisioning(reason=reason)]
 
 
-def _behind(run: Run, attempt: int, state: c.RunState) -> bool:
+def _behind(run: Run, attempt: int, state: c.RunState.ValueType) -> bool:
     """Whether `attempt` being in `state` is news."""
     if not run.current(attempt) or run.state == c.RUN_STATE_CANCEL_REQUESTED:
         return False
@@ -206,7 +207,7 @@ def tag(run: Run, event: ev.RunTagged) -> Events:
     return [event]
 
 
-def state_name(state: c.RunState) -> str:
+def state_name(state: c.RunState.ValueType) -> str:
     """ "NotStarted" of RUN_STATE_NOT_STARTED: the names that users of Azure ML know."""
     words = c.RunState.Name(state).removeprefix("RUN_STATE_").split("_")
     return "".join(w.capitalize() for w in words)
@@ -246,9 +247,7 @@ def evolve(run: Run, event: Message) -> Run:
             text = event.reason or f"{event.requested_by} asked for its end"
             return replace(run, state=c.RUN_STATE_CANCEL_REQUESTED, cancel_requested=True, reason=text)
         case ev.RunCompleted() | ev.RunFailed() | ev.RunCanceled():
-            state = {ev.RunCompleted: c.RUN_STATE_COMPLETED, ev.RunFailed: c.RUN_STATE_FAILED}.get(
-                type(event), c.RUN_STATE_CANCELED
-            )
+            state = {ev.RunCompleted: c.RUN_STATE_COMPLETED, ev.RunFailed: c.RUN_STATE_FAILED}.get(type(event), c.RUN_STATE_CANCELED)
             return replace(
                 run, state=state, exit=event.exit, manifest_digest=event.manifest_digest, reason=event.exit.message,
                 attempt=event.attempt or run.attempt,

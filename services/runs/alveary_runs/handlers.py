@@ -63,7 +63,10 @@ class Handlers:
             key = self._runs.key(workspace, run_id)
             match event.message:
                 case ev.ImageBuildStarted():
-                    await self._runs.execute(key, lambda run: domain.preparing(run, digest, "its environment is being built; the log's stream 'prepare' shows how"))
+                    await self._runs.execute(
+                        key,
+                        lambda run: domain.preparing(run, digest, "its environment is being built; the log's stream 'prepare' shows how"),
+                    )
                 case ev.ImageReady():
                     await self._runs.execute(key, lambda run: domain.prepared(run, digest, cached=False))
                 case ev.ImageFailed(canceled=False) as failed:

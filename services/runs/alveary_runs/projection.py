@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 from collections import OrderedDict
 
+from google.protobuf.message import DecodeError
+
 from alveary_contracts.common.v1 import common_pb2 as c
 from alveary_contracts.events.v1 import events_pb2 as ev
 from alveary_contracts.runs.v1 import runs_pb2 as pb
@@ -14,7 +16,6 @@ from alveary_core.eventlog import METRICS, EventLog
 from alveary_core.events import Event
 from alveary_core.projection import Projection
 from alveary_runs import domain
-from google.protobuf.message import DecodeError
 
 MAX_POINTS = 1_000_000
 

@@ -8,6 +8,10 @@ import re
 from collections.abc import AsyncIterator
 from typing import Any
 
+from nats.aio.msg import Msg
+from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
+from nats.js.errors import NotFoundError
+
 from alveary_contracts.names import AGGREGATES, token
 from alveary_contracts.runs.v1 import runs_pb2 as pb
 from alveary_contracts.runs.v1 import runs_pb2_grpc as rpc
@@ -15,9 +19,6 @@ from alveary_core import auth
 from alveary_core.errors import InvalidArgument
 from alveary_core.eventlog import EventLog
 from alveary_core.events import STREAM, decode
-from nats.aio.msg import Msg
-from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
-from nats.js.errors import NotFoundError
 
 _PATTERN = re.compile(r"(\*|[a-z]+)\.(\*|[a-z_]+)")
 _DURABLE = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -30,9 +31,7 @@ class EventService(rpc.EventServiceServicer):
     def __init__(self, log: EventLog) -> None:
         self._log = log
 
-    async def Subscribe(
-        self, request_iterator: AsyncIterator[pb.SubscribeRequest], context: Any
-    ) -> AsyncIterator[pb.SubscribeResponse]:
+    async def Subscribe(self, request_iterator: AsyncIterator[pb.SubscribeRequest], context: Any) -> AsyncIterator[pb.SubscribeResponse]:
         who = auth.require("reader")
         requests = aiter(request_iterator)
         first = await anext(requests, pb.SubscribeRequest())

@@ -111,10 +111,16 @@ def _compute(spec: c.RunSpec, target: ev.ComputeSpec | None, targets: list[str],
     if spec.process_count_per_node > 1 and spec.launcher != c.LAUNCHER_TORCHRUN:
         say("process_count_per_node", "more than one process needs the torchrun launcher (distributed_training=PyTorchConfiguration())")
     if spec.use_gpu and not node.gpus:
-        say("use_gpu", f"use_gpu was asked for, but the nodes of {spec.compute_target!r} have no GPU: set use_gpu=False or choose another target")
+        say(
+            "use_gpu",
+            f"use_gpu was asked for, but the nodes of {spec.compute_target!r} have no GPU: set use_gpu=False or choose another target",
+        )
     elif spec.resources.gpus < 0 or spec.resources.gpus > node.gpus:
         say("resources.gpus", f"{spec.resources.gpus} GPUs per node were asked for; a node of {spec.compute_target!r} has {node.gpus}")
     if not 0 < spec.resources.cpus <= node.cpus:
         say("resources.cpus", f"{spec.resources.cpus:g} CPUs were asked for; a node of {spec.compute_target!r} has {node.cpus:g}")
     if not 0 <= spec.resources.memory_bytes <= node.memory_bytes:
-        say("resources.memory_bytes", f"{spec.resources.memory_bytes / 2**30:.1f} GiB were asked for; a node of {spec.compute_target!r} has {node.memory_bytes / 2**30:.1f} GiB")
+        say(
+            "resources.memory_bytes",
+            f"{spec.resources.memory_bytes / 2**30:.1f} GiB were asked for; a node of {spec.compute_target!r} has {node.memory_bytes / 2**30:.1f} GiB",
+        )

@@ -13,7 +13,6 @@ from alveary_scheduler.api import ComputeService, NodeService, QueueService
 from alveary_scheduler.projection import SchedulerProjection
 from alveary_scheduler.service import Scheduler
 
-
 _PREFIX = "ALVEARY_TRAINER_"
 
 

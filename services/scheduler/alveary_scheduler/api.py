@@ -95,16 +95,26 @@ def _complete(name: str, asked: ev.ComputeSpec) -> ev.ComputeSpec:
     if spec.kind != "local":
         faults.append(("spec.kind", f"{spec.kind!r}: this version has targets of kind 'local'"))
     if not 0 <= spec.min_nodes <= spec.max_nodes <= MAX_LOCAL_NODES:
-        faults.append(("spec.max_nodes", f"0 <= min_nodes ({spec.min_nodes}) <= max_nodes ({spec.max_nodes}) <= {MAX_LOCAL_NODES} must hold"))
+        faults.append(
+            ("spec.max_nodes", f"0 <= min_nodes ({spec.min_nodes}) <= max_nodes ({spec.max_nodes}) <= {MAX_LOCAL_NODES} must hold")
+        )
     if spec.idle_seconds_before_scaledown < 0:
         faults.append(("spec.idle_seconds_before_scaledown", "cannot be negative"))
     if spec.vm_priority not in ("dedicated", "lowpriority"):
         faults.append(("spec.vm_priority", f"{spec.vm_priority!r}: 'dedicated' or 'lowpriority'"))
     here, _ = machine(spec.max_nodes)
     want = spec.node_resources
-    if want.cpus > here.cpus or want.memory_bytes > here.memory_bytes or want.gpus > here.gpus or min(want.cpus, want.memory_bytes, want.gpus) < 0:
+    if (
+        want.cpus > here.cpus
+        or want.memory_bytes > here.memory_bytes
+        or want.gpus > here.gpus
+        or min(want.cpus, want.memory_bytes, want.gpus) < 0
+    ):
         faults.append(
-            ("spec.node_resources", f"this machine can give a node {here.cpus:g} CPUs, {here.memory_bytes / 2**30:.1f} GiB and {here.gpus} GPUs")
+            (
+                "spec.node_resources",
+                f"this machine can give a node {here.cpus:g} CPUs, {here.memory_bytes / 2**30:.1f} GiB and {here.gpus} GPUs",
+            )
         )
     if faults:
         raise InvalidArgument(*faults)

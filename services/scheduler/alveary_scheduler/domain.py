@@ -241,7 +241,10 @@ def plan(state: State, starting: Mapping[tuple[str, str], int], idle: Mapping[tu
     for waiting in order(state.queue.values()):
         by_target.setdefault((waiting.workspace, waiting.target), []).append(waiting)
     for key in by_target.keys() - state.targets.keys():
-        decisions += [_wait(w, f"its compute target {key[1]!r} was deleted: cancel the run, or create the target again", False) for w in by_target[key]]
+        decisions += [
+            _wait(w, f"its compute target {key[1]!r} was deleted: cancel the run, or create the target again", False)
+            for w in by_target[key]
+        ]
     for key in sorted(state.targets):
         decisions += _plan_target(state, state.targets[key], by_target.get(key, []), starting.get(key, 0), idle.get(key, 0))
     return [d for d in decisions if not (isinstance(d, Wait) and _said(state, d))]

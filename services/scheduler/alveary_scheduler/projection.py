@@ -8,7 +8,6 @@ from alveary_core.projection import Projection
 from alveary_scheduler import domain
 
 
-
 class SchedulerProjection(Projection):
     """Keeps the events that the live state is a fold of, and drops them when their aggregate is final."""
 

@@ -7,6 +7,9 @@ import contextlib
 import time
 from dataclasses import dataclass, field
 
+from google.protobuf.message import DecodeError, Message
+from nats.aio.msg import Msg
+
 from alveary_contracts.common.v1 import common_pb2 as c
 from alveary_contracts.digests import environment_digest
 from alveary_contracts.events.v1 import events_pb2 as ev
@@ -18,8 +21,6 @@ from alveary_core.service import Service
 from alveary_scheduler import domain
 from alveary_scheduler.adapters.local import LocalNodes
 from alveary_scheduler.projection import SchedulerProjection
-from google.protobuf.message import DecodeError, Message
-from nats.aio.msg import Msg
 
 
 @dataclass
@@ -133,9 +134,7 @@ class Scheduler:
                 continue
             why = "its trainer was restarted" if node else "its node stopped beating"
             reason = f"node {placed.node} is lost: {why}"
-            await self.append(
-                Key(placed.workspace, "placement", placed.run), ev.PlacementRevoked(attempt=placed.attempt, reason=reason)
-            )
+            await self.append(Key(placed.workspace, "placement", placed.run), ev.PlacementRevoked(attempt=placed.attempt, reason=reason))
 
     async def _release_canceled(self) -> None:
         """Runs that were cancelled before they had a place: say that they will never get one."""
@@ -180,7 +179,9 @@ class Scheduler:
             self._local.grow(key, target.spec, decision.nodes)
             return
         busy = {p.node for p in self.state.placed.values()}
-        idle = [n.id for n in self.state.nodes.values() if (n.workspace, n.target) == key and n.id not in busy and n.id not in self._leaving]
+        idle = [
+            n.id for n in self.state.nodes.values() if (n.workspace, n.target) == key and n.id not in busy and n.id not in self._leaving
+        ]
         surplus = len(present) - decision.nodes
         doomed = sorted(idle, reverse=True)[: max(surplus, 0)]
         if doomed:

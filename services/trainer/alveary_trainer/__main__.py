@@ -10,10 +10,10 @@ import shutil
 import signal
 from pathlib import Path
 
+from alveary_contracts.ids import new_id
 from alveary_contracts.trainer.v1 import trainer_pb2, trainer_pb2_grpc
 from alveary_core import telemetry
-from alveary_contracts.ids import new_id
-from alveary_core.service import Service
+from alveary_core.service import Service, until
 from alveary_trainer.adapters.environments import Environments
 from alveary_trainer.adapters.process import become_subreaper
 from alveary_trainer.agent import Agent, TrainerService
@@ -77,9 +77,7 @@ async def main() -> None:
     start = await service.log.last_sequence() + 1
     service.spawn(agent.follow(start), "follow")
     service.spawn(agent.beat(), "beat")
-    waiter = asyncio.create_task(agent.done.wait())
-    await asyncio.wait({waiter, service.failed}, return_when=asyncio.FIRST_COMPLETED)
-    waiter.cancel()
+    await until(agent.done, service)
     await agent.stop()
     await service.close()
     if service.failed.done():

@@ -12,6 +12,7 @@ from typing import Any
 
 import nats.errors
 import psutil
+
 from alveary_contracts.events.v1 import events_pb2 as ev
 from alveary_contracts.names import token
 from alveary_contracts.trainer.v1 import trainer_pb2 as pb

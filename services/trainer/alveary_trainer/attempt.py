@@ -13,6 +13,8 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
+from google.protobuf.message import Message
+
 from alveary_contracts.common.v1 import common_pb2 as c
 from alveary_contracts.digests import manifest_json
 from alveary_contracts.events.v1 import events_pb2 as ev
@@ -28,7 +30,6 @@ from alveary_trainer.adapters.process import Outcome, ProcessTree, Usage, oom_ki
 from alveary_trainer.context_server import ContextServer
 from alveary_trainer.node import NodeContext
 from alveary_trainer.shipper import FolderTail, Lines, Shipper, log_chunk, metric_batch, pump
-from google.protobuf.message import Message
 
 # What a training process inherits of the trainer's environment; everything else is the run's own.
 _INHERITED = ("PATH", "HOME", "LANG", "LC_ALL", "TZ", "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "LD_LIBRARY_PATH")  # fmt: skip
@@ -156,7 +157,7 @@ class Attempt:
     async def _stage(self, code: Path, inputs: dict[str, str], say: Any) -> Path:
         env = self.spec.environment
         snapshot = self._node.snapshots.folder(self.spec.snapshot) if self.spec.snapshot else _nothing()
-        python, source, *_ = await asyncio.gather(
+        python, source, *_ = await asyncio.gather(  # type: ignore[misc]
             self._node.environments.python(self._placement.image_digest, env.interpreter, env.user_managed, say),
             snapshot,
             *(self._input(i, inputs) for i in self.spec.inputs),
@@ -165,6 +166,7 @@ class Attempt:
             await asyncio.to_thread(shutil.copytree, source, code, dirs_exist_ok=True, symlinks=True)
         (code / "outputs").mkdir(exist_ok=True)
         (code / "logs").mkdir(exist_ok=True)
+        assert python is not None
         return python
 
     async def _input(self, item: c.InputDataset, inputs: dict[str, str]) -> None:
@@ -204,7 +206,6 @@ class Attempt:
         env |= {f"ALVEARY_INPUT_{name.upper().replace('-', '_').replace('.', '_')}": path for name, path in inputs.items()}
         share = self._placement.nodes[0]
         env["CUDA_VISIBLE_DEVICES"] = ",".join(str(self._node.settings.gpu_offset + i) for i in share.gpu_indexes)
-        env.setdefault("OMP_NUM_THREADS", str(max(1, int(self.spec.resources.cpus / max(1, share.rank_count)))))
         return env
 
     async def _supervise(self, code: Path, python: Path, inputs: dict[str, str]) -> c.ExitStatus:

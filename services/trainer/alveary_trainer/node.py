@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc.aio
+
 from alveary_contracts.common.v1 import common_pb2 as c
 from alveary_contracts.registry.v1 import registry_pb2, registry_pb2_grpc
 from alveary_contracts.runs.v1 import runs_pb2, runs_pb2_grpc

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from alveary_core.settings import CoreSettings
 from pydantic import SecretStr
+
+from alveary_core.settings import CoreSettings
 
 
 class TrainerSettings(CoreSettings):

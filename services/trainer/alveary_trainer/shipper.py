@@ -9,13 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import nats.errors
-from alveary_contracts.logs.v1 import logs_pb2
-from alveary_contracts.runs.v1 import runs_pb2
-from alveary_core import telemetry
-from alveary_contracts.ids import new_id
 from google.protobuf.message import Message
 from nats.js import JetStreamContext
 from nats.js.errors import APIError
+
+from alveary_contracts.ids import new_id
+from alveary_contracts.logs.v1 import logs_pb2
+from alveary_contracts.runs.v1 import runs_pb2
+from alveary_core import telemetry
 
 # A process that prints faster than the network takes is slowed down once this much waits, bytes.
 HIGH_WATER = 8 << 20

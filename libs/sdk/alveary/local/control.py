@@ -8,6 +8,8 @@ import os
 import signal
 from collections.abc import Awaitable, Callable
 
+from pydantic import SecretStr
+
 import alveary_images.__main__ as images
 import alveary_logs.__main__ as logs
 import alveary_registry.__main__ as registry
@@ -15,9 +17,8 @@ import alveary_runs.__main__ as runs
 import alveary_scheduler.__main__ as scheduler
 from alveary_core import telemetry
 from alveary_core.server import Server
-from alveary_core.service import Service
+from alveary_core.service import Service, until
 from alveary_core.settings import CoreSettings
-from pydantic import SecretStr
 
 _STARTS: dict[str, Callable[[Service], Awaitable[None]]] = {
     "runs": runs.start, "images": images.start, "scheduler": scheduler.start, "logs": logs.start, "registry": registry.start,
@@ -43,9 +44,7 @@ async def main() -> None:
     telemetry.logger().info("serving", port=server.port)
     gc.collect()
     gc.freeze()  # what is there now stays: later collections need not look at it
-    waiter = asyncio.create_task(stop.wait())
-    await asyncio.wait({waiter, *(s.failed for s in services)}, return_when=asyncio.FIRST_COMPLETED)
-    waiter.cancel()
+    await until(stop, *services)
     await server.stop()
     await asyncio.gather(*(s.close() for s in services))
     for service in services:

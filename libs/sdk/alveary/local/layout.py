@@ -88,7 +88,9 @@ class Layout:
     separate: bool = False
 
     @classmethod
-    def open(cls, state_dir: Path, port: int | None, *, lease_seconds: float = 30.0, beat_seconds: float = 1.0, separate: bool = False) -> Layout:
+    def open(
+        cls, state_dir: Path, port: int | None, *, lease_seconds: float = 30.0, beat_seconds: float = 1.0, separate: bool = False
+    ) -> Layout:
         """Read or make the directory; ports and secrets stay what they were.
 
         Raises:
@@ -127,7 +129,9 @@ class Layout:
         users = []
         for name, own in WRITES.items():
             allow = json.dumps([*own, *common])
-            users.append(f'{{user: {name}, password: "{self.secrets[name]}", permissions: {{publish: {{allow: {allow}, deny: {json.dumps(deny)}}}}}}}')
+            users.append(
+                f'{{user: {name}, password: "{self.secrets[name]}", permissions: {{publish: {{allow: {allow}, deny: {json.dumps(deny)}}}}}}}'
+            )
         reads = ["$JS.API.CONSUMER.>", "$JS.API.STREAM.INFO.>", "$JS.API.STREAM.NAMES", "$JS.API.INFO", "$JS.ACK.>", "$JS.FC.>", "_INBOX.>"]
         users.append(
             f'{{user: subscriber, password: "{self.secrets["subscriber"]}", permissions: {{publish: {{allow: {json.dumps(reads)}}}, '

@@ -20,6 +20,7 @@ from typing import Any
 
 import grpc
 import psutil
+
 from alveary.errors import AlvearyError
 from alveary.local.layout import SERVICES, Layout, write_private
 from alveary_contracts.events.v1 import events_pb2 as ev
@@ -107,12 +108,15 @@ class Stack:
         except BlockingIOError as error:
             owner = os.read(self._lock, 64).decode().strip()
             raise AlvearyError(
-                f"another stack (pid {owner}) owns {self.layout.state_dir}: stop it with `alveary down`, or choose another --state-dir", "ALREADY_EXISTS"
+                f"another stack (pid {owner}) owns {self.layout.state_dir}: stop it with `alveary down`, or choose another --state-dir",
+                "ALREADY_EXISTS",
             ) from error
         deadline = time.monotonic() + 5  # servers of a stack that was killed go with it, but not at once
         while taken := self.layout.ports.taken():
             if time.monotonic() > deadline:
-                raise AlvearyError(f"these ports are taken: {', '.join(taken)}; choose others with --port, or stop what uses them", "ALREADY_EXISTS")
+                raise AlvearyError(
+                    f"these ports are taken: {', '.join(taken)}; choose others with --port, or stop what uses them", "ALREADY_EXISTS"
+                )
             time.sleep(0.1)
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
@@ -141,13 +145,18 @@ class Stack:
 
     def _write_status(self) -> None:
         pids = {c.name: c.process.pid for c in self.children if c.process}
-        write_private(self.layout.state_dir / "status.json", json.dumps({"supervisor": os.getpid(), "pids": pids, "endpoint": self.layout.endpoint}))
+        write_private(
+            self.layout.state_dir / "status.json", json.dumps({"supervisor": os.getpid(), "pids": pids, "endpoint": self.layout.endpoint})
+        )
 
     def _wait_ready(self) -> None:
         deadline = time.monotonic() + READY_SECONDS
         services = SERVICES if self.layout.separate else ("runs",)
         for service in services:
-            with grpc.insecure_channel(self.layout.endpoint_of(service), options=[("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 200)]) as channel:
+            with grpc.insecure_channel(
+                self.layout.endpoint_of(service),
+                options=[("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 200)],
+            ) as channel:
                 ready = grpc.channel_ready_future(channel)
                 while True:
                     try:
@@ -156,7 +165,9 @@ class Stack:
                     except grpc.FutureTimeoutError:
                         self._tend()
                         if time.monotonic() > deadline:
-                            raise AlvearyError(f"the stack did not come up within {READY_SECONDS:g} s: see {self._logs}", "UNAVAILABLE") from None
+                            raise AlvearyError(
+                                f"the stack did not come up within {READY_SECONDS:g} s: see {self._logs}", "UNAVAILABLE"
+                            ) from None
 
     def _ensure_target(self, token: str) -> None:
         spec = ev.ComputeSpec(min_nodes=1, max_nodes=1, idle_seconds_before_scaledown=1800, description="this machine")
@@ -256,5 +267,3 @@ def status(state_dir: Path) -> dict[str, Any] | None:
         if psutil.Process(found["supervisor"]).is_running():
             return found
     return None
-
-

@@ -101,7 +101,18 @@ async def _build_sources(work: Path, python: str, store: ObjectStore, say: Say) 
         if not (work / "build-env").exists():
             await _uv(["venv", "--quiet", "--seed", "--python", python, "build-env"], work, say)
         out = work / "wheels"
-        command = [str(work / "build-env/bin/python"), "-m", "pip", "wheel", "--no-deps", "--no-binary", name, f"{name}=={version}", "-w", str(out)]
+        command = [
+            str(work / "build-env/bin/python"),
+            "-m",
+            "pip",
+            "wheel",
+            "--no-deps",
+            "--no-binary",
+            name,
+            f"{name}=={version}",
+            "-w",
+            str(out),
+        ]
         await _run(command, work, say, dict(os.environ))
         for wheel in out.glob("*.whl"):
             entry = await store.put_file(BUCKET, f"wheels/{hashlib.sha256(wheel.read_bytes()).hexdigest()}", wheel)

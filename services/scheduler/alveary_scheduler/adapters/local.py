@@ -16,6 +16,7 @@ from pathlib import Path
 
 import psutil
 import pynvml
+
 from alveary_contracts.common.v1 import common_pb2 as c
 from alveary_contracts.events.v1 import events_pb2 as ev
 from alveary_core import telemetry

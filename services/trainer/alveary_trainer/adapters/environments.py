@@ -100,8 +100,10 @@ class Environments:
         await asyncio.to_thread(self._evict)
 
     async def _uv(self, arguments: list[str], cwd: Path) -> None:
+        env = uv_environment()
+        env.pop("UV_CONSTRAINT", None)  # the lock was resolved under it; with --require-hashes uv refuses ranges
         process = await asyncio.create_subprocess_exec(
-            uv_binary(), *arguments, cwd=cwd, env=uv_environment(), stdin=asyncio.subprocess.DEVNULL,
+            uv_binary(), *arguments, cwd=cwd, env=env, stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE, start_new_session=True,
         )  # fmt: skip
         try:

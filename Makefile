@@ -1,0 +1,51 @@
+# `make demo` and `make test` do all the set-up themselves.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(CURDIR)/$(VENV)/bin
+UV := $(BIN)/python libs/core/alveary_core/uv.py
+PACKAGES := libs/contracts libs/core libs/sdk $(sort $(wildcard services/*))
+DATA ?=
+EPOCHS ?= 2
+
+.PHONY: install demo test lint bench generate lock clean format
+
+install: $(VENV)/.installed
+
+# uv.py runs uv with this machine's pip settings (index, find-links, constraints, certificates).
+$(VENV)/.installed: requirements.txt $(addsuffix /pyproject.toml,$(PACKAGES))
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "$$(grep '^uv==' requirements.txt)"
+	$(UV) pip install --python $(BIN)/python -r requirements.txt
+	$(UV) pip install --python $(BIN)/python --quiet --no-build-isolation --no-deps $(foreach p,$(PACKAGES),-e $(p))
+	touch $@
+
+demo: install
+	PATH="$(BIN):$$PATH" tools/demo.sh "$(DATA)" "$(EPOCHS)"
+
+test: install
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal tests/unit tests/integration tests/e2e
+
+bench: install
+	$(BIN)/python tests/bench/bench.py
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	cd protos && $(BIN)/buf lint && $(BIN)/buf format --diff --exit-code
+	$(BIN)/python tools/generate.py --check
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	cd protos && $(BIN)/buf format -w
+
+generate: install
+	$(BIN)/python tools/generate.py
+
+lock:
+	$(UV) pip compile requirements.in -o requirements.txt --no-annotate --no-header
+
+clean:
+	rm -rf $(VENV) .demo
