@@ -394,16 +394,18 @@ class Client:
         request = reg.ExportModelRequest(name=name, version=version, spec=spec)
         return await self.call(self.models.ExportModel, request)  # type: ignore[no-any-return]
 
-    async def wait_for_export(self, name: str, version: int, export_id: str) -> reg.ModelVersion:
-        """The version when its export is over, however it ended."""
-        await self.wait(export_id)
+    async def wait_for_export(self, name: str, version: int, export_id: str, timeout: float = 7200.0) -> reg.ModelVersion:
+        """The version when its export is over, however it ended.
+
+        Raises:
+            TimeoutError: not within `timeout` seconds.
+        """
         pause = 0.05
-        while True:  # the registry checks the result and records it shortly after the run's end
-            model = await self.get_model(name, version)
-            if model.export_pending != export_id:
-                return model
-            await asyncio.sleep(pause)
-            pause = min(pause * 1.5, 1.0)
+        async with asyncio.timeout(timeout):
+            while (model := await self.get_model(name, version)).export_pending == export_id:
+                await asyncio.sleep(pause)
+                pause = min(pause * 1.5, 1.0)
+        return model
 
     async def upload_dataset(
         self, folder: Path, name: str, description: str = "", tags: Mapping[str, str] | None = None,

@@ -1,0 +1,39 @@
+"""Fixtures. Every pytest-xdist worker has servers and a stack of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from alveary.local.layout import Layout
+from alveary.workspace import Workspace
+from support import Embedded, embedded, servers
+
+
+@pytest.fixture(scope="session")
+def bare_servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Layout]:
+    """nats-server and the object store."""
+    with servers(tmp_path_factory.mktemp("servers")) as layout:
+        yield layout
+
+
+@pytest.fixture(scope="session")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Embedded]:
+    """An embedded stack that tests share; a test that breaks things starts one of its own."""
+    with embedded(tmp_path_factory.mktemp("stack")) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def workspace(stack: Embedded) -> Workspace:
+    """The shared stack's workspace."""
+    return stack.workspace()
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """An empty source directory."""
+    folder = tmp_path / "source"
+    folder.mkdir()
+    return folder

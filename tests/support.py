@@ -1,0 +1,110 @@
+"""Real servers for tests: on free ports, in temporary directories, gone afterwards."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from alveary.local.layout import Layout
+from alveary.local.stack import _binary, _die_with_parent, status, trainers
+from alveary.workspace import Workspace
+
+
+@dataclass
+class Embedded:
+    """A running embedded stack."""
+
+    state_dir: Path
+    process: subprocess.Popen[bytes]
+
+    @property
+    def config(self) -> Path:
+        return self.state_dir / "config.json"
+
+    def workspace(self) -> Workspace:
+        return Workspace.from_config(self.config)
+
+    def pids(self) -> dict[str, int]:
+        found = status(self.state_dir)
+        assert found is not None, "the stack is gone"
+        return dict(found["pids"])
+
+    def trainer_pids(self) -> list[int]:
+        return [p.pid for p in trainers(self.state_dir)]
+
+    def cli(self, *arguments: str, check: bool = True, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+        env = os.environ | {"ALVEARY_CONFIG": str(self.config), "ALVEARY_HOME": str(self.state_dir)}
+        done = subprocess.run(
+            [sys.executable, "-m", "alveary.cli", *arguments], env=env, capture_output=True, text=True, timeout=120, cwd=cwd
+        )
+        assert not check or done.returncode == 0, f"{arguments} ended with {done.returncode}: {done.stdout}{done.stderr}"
+        return done
+
+
+def launch(state_dir: Path, *, port: int | None = 0, separate: bool = False, lease: float = 6.0) -> Embedded:
+    """`alveary up` in a process of its own, ready."""
+    state_dir.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "alveary.cli", "up", "--state-dir", str(state_dir), "--lease-seconds", str(lease)]
+    command += ["--port", str(port)] if port is not None else []
+    command += ["--separate"] if separate else []
+    log = state_dir / "up.log"
+    with log.open("wb") as opened:
+        process = subprocess.Popen(command, stdout=opened, stderr=opened, stdin=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 90
+    while "ready after" not in log.read_text():
+        assert process.poll() is None, f"alveary up ended: {log.read_text()}"
+        assert time.monotonic() < deadline, f"alveary up is not ready: {log.read_text()}"
+        time.sleep(0.05)
+    return Embedded(state_dir, process)
+
+
+def halt(stack: Embedded) -> None:
+    """Stop a stack and see that it went."""
+    stack.process.terminate()
+    stack.process.wait(60)
+
+
+@contextmanager
+def embedded(state_dir: Path, *, separate: bool = False, lease: float = 6.0) -> Iterator[Embedded]:
+    """A stack for the duration."""
+    stack = launch(state_dir, separate=separate, lease=lease)
+    try:
+        yield stack
+    finally:
+        halt(stack)
+
+
+@contextmanager
+def servers(folder: Path) -> Iterator[Layout]:
+    """nats-server and the object store alone, as `alveary up` starts them."""
+    layout = Layout.open(folder, 0)
+    conf = folder / "nats-server.conf"
+    conf.write_text(layout.nats_config())
+    (folder / "objects").mkdir(exist_ok=True)
+    env = os.environ | {"AWS_ACCESS_KEY_ID": layout.secrets["s3_access"], "AWS_SECRET_ACCESS_KEY": layout.secrets["s3_secret"]}
+    with (folder / "servers.log").open("ab") as log:
+        commands = [[_binary("nats-server"), "-c", str(conf)], layout.weed_command(_binary("weed"))]
+        processes = [
+            subprocess.Popen(c, env=env, stdout=log, stderr=log, stdin=subprocess.DEVNULL, preexec_fn=_die_with_parent) for c in commands
+        ]
+    try:
+        yield layout
+    finally:
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.wait(30)
+
+
+def until(condition: object, what: str, seconds: float = 60.0) -> None:
+    """Wait until `condition()` holds; fails with `what` after a generous time."""
+    deadline = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
+        time.sleep(0.05)

@@ -1,0 +1,176 @@
+"""The run's state machine, driven by everything that can reach it in any order."""
+
+from __future__ import annotations
+
+import pytest
+from alveary_contracts.common.v1 import common_pb2 as c
+from alveary_contracts.events.v1 import events_pb2 as ev
+from alveary_runs import domain
+from google.protobuf.message import Message
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+DIGEST = "d" * 64
+MAX_ATTEMPTS = 3
+
+
+def submitted() -> ev.RunSubmitted:
+    return ev.RunSubmitted(spec=c.RunSpec(max_attempts=MAX_ATTEMPTS), image_digest=DIGEST, submitted_by="me")
+
+
+def ok() -> ev.AttemptFinished:
+    return ev.AttemptFinished(exit=c.ExitStatus(exit_code=0, reason="exited"))
+
+
+def fold(run: domain.Run, events: domain.Events) -> domain.Run:
+    for event in events:
+        run = domain.evolve(run, event)
+    return run
+
+
+class RunMachine(RuleBasedStateMachine):
+    """Any command at any time; the invariants are what users are promised."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.run = fold(domain.Run(), domain.submit(domain.Run(), submitted()))
+        self.history: list[Message] = [submitted()]
+        self.revoked: set[int] = set()
+
+    def do(self, events: domain.Events) -> None:
+        was_final = self.run.final
+        assert not (was_final and [e for e in events if not isinstance(e, ev.RunTagged)]), "a final run changed"
+        self.history += events
+        self.run = fold(self.run, events)
+
+    @rule(failed=st.booleans())
+    def image(self, failed: bool) -> None:
+        self.do(domain.image_failed(self.run, DIGEST, "no") if failed else domain.prepared(self.run, DIGEST, cached=False))
+
+    @rule()
+    def preparing(self) -> None:
+        self.do(domain.preparing(self.run, DIGEST, "building"))
+
+    @rule(reason=st.sampled_from(["a", "b"]))
+    def queued(self, reason: str) -> None:
+        self.do(domain.queued(self.run, reason))
+
+    @rule()
+    def provisioning(self) -> None:
+        self.do(domain.provisioning(self.run, "nodes"))
+
+    @rule(attempt=st.integers(1, 4), what=st.sampled_from(["starting", "started", "finalizing"]))
+    def attempt(self, attempt: int, what: str) -> None:
+        events = {
+            "starting": lambda: domain.starting(self.run, attempt, ["n"]),
+            "started": lambda: domain.started(self.run, attempt),
+            "finalizing": lambda: domain.finalizing(self.run, attempt),
+        }[what]()
+        if attempt in self.revoked:
+            assert not events, "a fenced attempt changed the run"
+        self.do(events)
+
+    @rule(attempt=st.integers(1, 4), code=st.sampled_from([0, 1]))
+    def finished(self, attempt: int, code: int) -> None:
+        event = ev.AttemptFinished(exit=c.ExitStatus(exit_code=code, reason="exited"))
+        events = domain.finished(self.run, attempt, event)
+        if attempt in self.revoked:
+            assert not events, "a fenced attempt ended the run"
+        self.do(events)
+
+    @rule(attempt=st.integers(1, 3))
+    def revoke(self, attempt: int) -> None:
+        events = domain.revoked(self.run, attempt, "lost")
+        if events:
+            self.revoked |= set(range(1, attempt + 1))
+        self.do(events)
+
+    @precondition(lambda self: not self.run.final)
+    @rule()
+    def cancel(self) -> None:
+        self.do(domain.cancel(self.run, "me", ""))
+        assert self.run.cancel_requested
+
+    @rule()
+    def released(self) -> None:
+        self.do(domain.released(self.run))
+
+    @invariant()
+    def ends_once(self) -> None:
+        finals = [e for e in self.history if isinstance(e, (ev.RunCompleted, ev.RunFailed, ev.RunCanceled))]
+        assert len(finals) == int(self.run.final)
+
+    @invariant()
+    def canceled_if_asked(self) -> None:
+        if self.run.final and self.run.cancel_requested:
+            assert self.run.state in (c.RUN_STATE_CANCELED, c.RUN_STATE_FAILED)
+
+    @invariant()
+    def attempts_are_limited(self) -> None:
+        assert sum(isinstance(e, ev.RunRetrying) for e in self.history) < MAX_ATTEMPTS
+
+    @invariant()
+    def can_always_end(self) -> None:
+        """From every state some sequence of what the other services say ends the run: nothing is stuck."""
+        run = self.run
+        if not run.final:
+            run = fold(run, domain.prepared(run, DIGEST, cached=True))
+            run = fold(run, domain.finished(run, max(run.first_valid_attempt, run.attempt), ok()))
+        assert run.final
+
+
+TestRunMachine = RunMachine.TestCase
+TestRunMachine.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
+
+
+def advance(*names: str) -> domain.Run:
+    run = fold(domain.Run(), domain.submit(domain.Run(), submitted()))
+    steps = {
+        "prepared": lambda r: domain.prepared(r, DIGEST, cached=True),
+        "starting": lambda r: domain.starting(r, 1, ["n"]),
+        "started": lambda r: domain.started(r, 1),
+        "finalizing": lambda r: domain.finalizing(r, 1),
+        "finished": lambda r: domain.finished(r, 1, ok()),
+        "cancel": lambda r: domain.cancel(r, "me", ""),
+    }
+    for name in names:
+        run = fold(run, steps[name](run))
+    return run
+
+
+def test_the_usual_life() -> None:
+    run = advance("prepared", "starting", "started", "finalizing", "finished")
+    assert domain.state_name(run.state) == "Completed"
+
+
+def test_a_process_that_ended_before_the_cancel_reached_it_is_still_canceled() -> None:
+    assert domain.state_name(advance("prepared", "starting", "started", "cancel", "finished").state) == "Canceled"
+
+
+def test_canceling_a_final_run_is_refused_with_a_reason() -> None:
+    with pytest.raises(domain.Rejected, match="Completed already"):
+        domain.cancel(advance("prepared", "starting", "finished"), "me", "")
+
+
+def test_a_lost_node_leads_to_the_next_attempt_and_fences_the_first() -> None:
+    run = advance("prepared", "starting", "started")
+    run = fold(run, domain.revoked(run, 1, "node lost"))
+    assert domain.state_name(run.state) == "Queued"
+    assert not domain.finished(run, 1, ok())
+    assert domain.finished(run, 2, ok())
+
+
+def test_a_death_between_the_two_events_of_a_loss_is_made_good() -> None:
+    run = advance("prepared", "starting", "started")
+    run = fold(run, domain.revoked(run, 1, "node lost")[:1])
+    assert domain.state_name(run.state) == "NotResponding"
+    run = fold(run, domain.resume_after_loss(run))
+    assert domain.state_name(run.state) == "Queued"
+
+
+def test_properties_can_be_added_never_changed() -> None:
+    run = fold(advance(), [ev.RunTagged(properties={"a": "1"})])
+    assert domain.tag(run, ev.RunTagged(properties={"b": "2"}))
+    with pytest.raises(domain.Rejected, match="never changed"):
+        domain.tag(run, ev.RunTagged(properties={"a": "2"}))

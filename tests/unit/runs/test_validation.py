@@ -1,0 +1,69 @@
+import pytest
+from alveary_contracts.common.v1 import common_pb2 as c
+from alveary_contracts.events.v1 import events_pb2 as ev
+from alveary_core.errors import InvalidArgument
+from alveary_runs import query
+from alveary_runs.validation import problems, with_defaults
+
+CPU = ev.ComputeSpec(node_resources=c.Resources(cpus=2, memory_bytes=4 << 30))
+BASE = {"entry_script": "train.py", "snapshot": "0" * 64, "compute_target": "t"}
+
+
+@pytest.mark.parametrize(
+    ("change", "field", "words"),
+    [
+        ({"entry_script": "no.py"}, "entry_script", "train.py"),
+        ({"entry_script": "../x.py"}, "entry_script", "'..'"),
+        ({"entry_script": ""}, "entry_script", "exactly one"),
+        ({"command": ["x"]}, "entry_script", "exactly one"),
+        ({"module": "m", "entry_script": ""}, "module", "platform itself"),
+        ({"use_gpu": True}, "use_gpu", "no GPU"),
+        ({"resources": c.Resources(cpus=64)}, "resources.cpus", "has 2"),
+        ({"resources": c.Resources(memory_bytes=1 << 50)}, "resources.memory_bytes", "GiB"),
+        ({"resources": c.Resources(gpus=1)}, "resources.gpus", "has 0"),
+        ({"node_count": 2}, "node_count", "one node"),
+        ({"process_count_per_node": 2}, "process_count_per_node", "torchrun"),
+        ({"experiment": "a b"}, "experiment", "letters"),
+        ({"max_run_duration_seconds": -1}, "max_run_duration_seconds", "21 days"),
+        ({"priority": 5000}, "priority", "1000"),
+        ({"max_attempts": 99}, "max_attempts", "10"),
+        ({"environment": c.Environment(pip_packages=["--index-url x"])}, "environment.pip_packages", "options"),
+        ({"environment": c.Environment(environment_variables={"ALVEARY_X": "1"})}, "environment.environment_variables", "ALVEARY_"),
+        ({"environment": c.Environment(user_managed=True, interpreter="python")}, "environment.interpreter", "absolute"),
+        ({"tags": {"alveary.export": "x"}}, "properties", "platform"),
+    ],
+)
+def test_each_fault_is_named_with_its_field(change: dict[str, object], field: str, words: str) -> None:
+    spec = with_defaults(c.RunSpec(**BASE | change))  # type: ignore[arg-type]
+    found = problems(spec, CPU, ["t"], {"train.py"}, internal=False)
+    assert any(f == f"spec.{field}" and words in text for f, text in found), found
+
+
+def test_a_good_specification_has_none_and_defaults_are_filled() -> None:
+    spec = with_defaults(c.RunSpec(**BASE))  # type: ignore[arg-type]
+    assert problems(spec, CPU, ["t"], {"train.py"}, internal=False) == []
+    assert (spec.experiment, spec.resources.cpus, spec.max_attempts, spec.grace_seconds) == ("default", 1.0, 3, 10.0)
+
+
+def test_an_unknown_target_lists_the_known_ones() -> None:
+    found = problems(with_defaults(c.RunSpec(**BASE)), None, ["b", "a"], {"train.py"}, internal=False)  # type: ignore[arg-type]
+    assert ("spec.compute_target", "there is no compute target 't'; there are: a, b") in found
+
+
+def test_filters_bind_their_values() -> None:
+    sql, values = query.where('state = Completed AND tags.x = "1; DROP TABLE runs" AND metrics.loss < 0.5')
+    assert "DROP" not in sql
+    assert values[1:] == ["tags", "x", "1; DROP TABLE runs", "loss", 0.5]
+
+
+@pytest.mark.parametrize("bad", ["state", "state = Nowhere", "metrics.loss < x", "nothing = 1", "state = Failed OR x = 1", 'submitted_at > "x"'])
+def test_filters_that_cannot_be_read_say_so(bad: str) -> None:
+    with pytest.raises(InvalidArgument):
+        query.where(bad)
+
+
+def test_page_tokens_of_others_are_refused() -> None:
+    assert query.decode_token(query.encode_token([1.5, "x"])) == [1.5, "x"]
+    for bad in ("x", "e30=", ""):
+        with pytest.raises(InvalidArgument):
+            query.decode_token(bad)

@@ -1,0 +1,172 @@
+"""The decision core, driven as a state machine: never overcommitted, nobody overtaken, everybody placed in the end."""
+
+from __future__ import annotations
+
+from itertools import count
+
+from alveary_contracts.common.v1 import common_pb2 as c
+from alveary_contracts.events.v1 import events_pb2 as ev
+from alveary_core.events import Event, Key, name_of
+from alveary_scheduler import domain
+from google.protobuf.message import Message
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+NODE = c.Resources(cpus=4, memory_bytes=8 << 30, gpus=2)
+T = ("w", "t")
+
+
+class World:
+    """A scheduler's state with a clock of sequence numbers."""
+
+    def __init__(self, min_nodes: int = 0, max_nodes: int = 3) -> None:
+        self.state, self.sequence, self.names = domain.State(), count(1), count(1)
+        spec = ev.ComputeSpec(kind="local", min_nodes=min_nodes, max_nodes=max_nodes, node_resources=NODE)
+        self.say("target", "t", ev.TargetCreated(spec=spec))
+
+    def say(self, aggregate: str, ident: str, message: Message) -> None:
+        event = Event("", Key("w", aggregate, ident), name_of(message)[1], message, next(self.sequence), 0.0)
+        domain.evolve(self.state, event)
+
+    def submit(self, cpus: float, gpus: int = 0, priority: int = 0) -> str:
+        run = f"r{next(self.names):04}"
+        resources = c.Resources(cpus=cpus, gpus=gpus, memory_bytes=1 << 30)
+        self.say("run", run, ev.RunPrepared(spec=c.RunSpec(compute_target="t", resources=resources, priority=priority)))
+        return run
+
+    def join(self) -> None:
+        self.say("node", f"t-{len(self.state.nodes)}", ev.NodeJoined(target="t", incarnation=str(next(self.names)), resources=NODE))
+
+    def act(self, starting: int = 0, idle: int = 0) -> list[domain.Decision]:
+        decisions = domain.plan(self.state, {T: starting}, {T: idle})
+        assert decisions == domain.plan(self.state, {T: starting}, {T: idle}), "not deterministic"
+        for decision in decisions:
+            if isinstance(decision, domain.Place):
+                waiting, node = self.state.queue[decision.run], self.state.nodes[decision.node]
+                need = c.Resources(cpus=waiting.need.cpus, gpus=waiting.need.gpus, memory_bytes=waiting.need.memory)
+                share = ev.NodeShare(node=node.id, incarnation=node.incarnation, gpu_indexes=decision.gpu_indexes)
+                made = ev.PlacementMade(attempt=waiting.attempt, nodes=[share], spec=c.RunSpec(resources=need))
+                self.say("placement", decision.run, made)
+            elif isinstance(decision, domain.Wait):
+                kind = ev.PlacementProvisioning if decision.provisioning else ev.PlacementWaiting
+                self.say("placement", decision.run, kind(reason=decision.reason))
+        return decisions
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Runs, nodes and losses in any order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.world = World()
+
+    @rule(cpus=st.sampled_from([0.5, 1.0, 4.0]), gpus=st.integers(0, 2), priority=st.integers(-1, 1))
+    def submit(self, cpus: float, gpus: int, priority: int) -> None:
+        self.world.submit(cpus, gpus, priority)
+
+    @rule()
+    def join(self) -> None:
+        if len(self.world.state.nodes) < 3:
+            self.world.join()
+
+    @rule(index=st.integers(0, 20))
+    def finish(self, index: int) -> None:
+        placed = sorted(self.world.state.placed)
+        if placed:
+            self.world.say("run", placed[index % len(placed)], ev.RunCompleted(attempt=1))
+
+    @rule(index=st.integers(0, 20))
+    def cancel(self, index: int) -> None:
+        queue = sorted(self.world.state.queue)
+        if queue:
+            self.world.say("run", queue[index % len(queue)], ev.RunCancelRequested())
+
+    @rule(index=st.integers(0, 20))
+    def lose(self, index: int) -> None:
+        nodes = sorted(self.world.state.nodes)
+        if not nodes:
+            return
+        node = self.world.state.nodes[nodes[index % len(nodes)]]
+        self.world.say("node", node.id, ev.NodeLost(incarnation=node.incarnation))
+        for placed in [p for p in self.world.state.placed.values() if p.node == node.id]:
+            self.world.say("placement", placed.run, ev.PlacementRevoked(attempt=placed.attempt))
+
+    @rule(starting=st.integers(0, 2), idle=st.integers(0, 3))
+    def plan(self, starting: int, idle: int) -> None:
+        starting = min(starting, 3 - len(self.world.state.nodes))
+        decisions = self.world.act(starting, idle)
+        for decision in decisions:
+            if isinstance(decision, domain.Scale):
+                assert 0 <= decision.nodes <= 3, "beyond min and max"
+        again = self.world.act(starting, 0)
+        assert not [d for d in again if isinstance(d, (domain.Place, domain.Wait))], "the same is said twice"
+        for waiting in self.world.state.queue.values():
+            assert waiting.reason, "a run waits and nobody says why"
+
+    @invariant()
+    def never_overcommitted(self) -> None:
+        state = self.world.state
+        for node in state.nodes.values():
+            held = [p for p in state.placed.values() if p.node == node.id]
+            assert sum(p.need.cpus for p in held) <= node.total.cpus + 1e-6
+            assert sum(p.need.memory for p in held) <= node.total.memory
+            indexes = [i for p in held for i in p.gpu_indexes]
+            assert len(indexes) == len(set(indexes)) and all(0 <= i < node.total.gpus for i in indexes)
+
+    @invariant()
+    def nobody_is_in_two_places(self) -> None:
+        assert not self.world.state.queue.keys() & self.world.state.placed.keys()
+
+
+TestSchedulerMachine = SchedulerMachine.TestCase
+TestSchedulerMachine.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
+
+
+def test_priority_then_time_and_nobody_overtakes() -> None:
+    world = World(max_nodes=1)
+    world.join()
+    first = world.submit(4.0)
+    world.act()
+    late_small, early_big, urgent = world.submit(4.0), world.submit(0.5), world.submit(4.0, priority=5)
+    assert not [d for d in world.act() if isinstance(d, domain.Place)]
+    world.say("run", first, ev.RunCompleted(attempt=1))
+    placed = [d.run for d in world.act() if isinstance(d, domain.Place)]
+    assert placed == [urgent]
+    assert {late_small, early_big} <= world.state.queue.keys()
+
+
+def test_an_empty_target_scales_up_and_says_so() -> None:
+    world = World()
+    run = world.submit(1.0)
+    decisions = world.act()
+    assert domain.Scale("w", "t", 1, "1 runs wait") in decisions
+    assert world.state.queue[run].provisioning
+
+
+def test_idle_nodes_go_but_not_below_the_minimum() -> None:
+    world = World(min_nodes=1)
+    world.join()
+    world.join()
+    assert domain.Scale("w", "t", 1, "idle nodes") in world.act(idle=2)
+
+
+def test_a_queue_of_any_feasible_runs_is_worked_off_in_bounded_rounds() -> None:
+    world = World()
+    for _ in range(3):
+        world.join()
+    for number in range(60):
+        world.submit(0.5 + number % 4, number % 3, number % 2)
+    for _ in range(61):
+        world.act()
+        for run in sorted(world.state.placed)[:1]:
+            world.say("run", run, ev.RunCompleted(attempt=1))
+    assert not world.state.queue
+
+
+def test_runs_of_a_deleted_target_say_what_to_do() -> None:
+    world = World()
+    run = world.submit(1.0)
+    world.say("target", "t", ev.TargetDeleted())
+    world.act()
+    assert "was deleted" in world.state.queue[run].reason
