@@ -5,14 +5,20 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from alveary.environment import Environment
+from alveary.estimator import ScriptRunConfig
+from alveary.experiment import Experiment
 from alveary.local.layout import Layout
 from alveary.local.stack import _binary, _die_with_parent, status, trainers
+from alveary.run import Run
 from alveary.workspace import Workspace
 
 
@@ -108,3 +114,38 @@ def until(condition: object, what: str, seconds: float = 60.0) -> None:
     while not condition():  # type: ignore[operator]
         assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
         time.sleep(0.05)
+
+
+def submit(workspace: Workspace, source: Path, code: str, *arguments: object, experiment: str = "tests", **options: object) -> Run:
+    """Submit `code` as train.py, in the trainer's own interpreter unless an environment is given."""
+    (source / "train.py").write_text(textwrap.dedent(code))
+    options.setdefault("environment", Environment("here", user_managed=True))
+    config = ScriptRunConfig(str(source), "train.py", list(arguments), **options)  # type: ignore[arg-type]
+    return Experiment(workspace, experiment).submit(config)
+
+
+def finished(run: Run, state: str = "Completed") -> dict[str, Any]:
+    """Wait for a run; fails, with all that is known of it, when it ends in another state."""
+    details = run.wait_for_completion(raise_on_error=False)
+    assert details["status"] == state, (details["status"], details["reason"], details["exit"], lines(run))
+    return details
+
+
+def tail(run: Run, after: int = 0, follow: bool = False, streams: tuple[str, ...] = ()) -> list[Any]:
+    """All TailLines of a run."""
+
+    async def collect() -> list[Any]:
+        return [one async for one in run._workspace._client.tail(run.id, after, follow, streams)]
+
+    return run._workspace._call(collect())
+
+
+def lines(run: Run, stream: str = "stdout") -> list[str]:
+    """Lines of one stream."""
+    return [one.line.data.decode(errors="replace") for one in tail(run, follow=False, streams=(stream,))]
+
+
+def wait_for_state(run: Run, *states: str) -> str:
+    """Wait until a run is in one of the states."""
+    until(lambda: run.get_status() in states, f"run {run.id} in {states}, is {run.get_status()}")
+    return run.get_status()

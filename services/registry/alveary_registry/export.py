@@ -8,8 +8,9 @@ import re
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
-from google.protobuf.json_format import MessageToDict
+from google.protobuf.json_format import MessageToDict, ParseDict, ParseError
 
 from alveary_contracts.common.v1 import common_pb2 as c
 from alveary_contracts.digests import environment_digest, manifest_digest, manifest_from_json
@@ -141,11 +142,19 @@ class ExportHandler:
             await self._store.get_file("runs", f"{prefix}outputs/model.onnx", path, onnx.sha256)
             await check(path)
         await self._store.copy("models", f"blobs/{onnx.sha256}", "runs", f"{prefix}outputs/model.onnx")
+        try:
+            return self._exported(run_id, version, onnx, report)
+        except (KeyError, TypeError, ValueError, ParseError) as error:
+            # The run's own code could have written anything: that must not be tried again for ever.
+            raise ExportFailed(f"the export run left a report that cannot be read: {type(error).__name__}: {error}") from error
+
+    @staticmethod
+    def _exported(run_id: str, version: int, onnx: c.FileEntry, report: dict[str, Any]) -> ev.ModelExported:
         return ev.ModelExported(
             version=version, export_id=run_id, run_id=run_id, key=f"blobs/{onnx.sha256}", file=onnx, opset=report["opset"],
             max_abs_diff=report["max_abs_diff"], max_rel_diff=report["max_rel_diff"],
             checked_batch_sizes=report["checked_batch_sizes"], export_seconds=report["export_seconds"],
-            exporter=report["exporter"], inputs=[ev.TensorSpec(**t) for t in report["inputs"]],
+            exporter=report["exporter"], inputs=[ParseDict(t, ev.TensorSpec()) for t in report["inputs"]],
         )  # fmt: skip
 
 

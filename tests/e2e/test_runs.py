@@ -1,0 +1,360 @@
+"""Runs through the public SDK, on a real stack."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import psutil
+import pytest
+from alveary import AlvearyError, ComputeTarget, ComputeTargetException, Dataset, Environment, Run, RunFailedException, Workspace
+from support import finished, lines, submit, tail, until, wait_for_state
+
+
+def test_metrics_files_logs_and_tags_of_a_run(workspace: Workspace, source: Path) -> None:
+    run = submit(workspace, source, """
+        import sys
+        from alveary import Run
+        run = Run.get_context()
+        print("to stdout"); print("to stderr", file=sys.stderr)
+        run.log("lr", 0.1)
+        for step in range(3):
+            run.log("loss", 1.0 / (step + 1), step=step)
+        run.log_list("sizes", [1, 2, 3])
+        run.log_row("confusion", a=1, b=2)
+        run.log_table("table", {"x": [1, 2], "y": [3, 4]})
+        open("picture.png", "wb").write(b"not really")
+        run.log_image("plot", path="picture.png")
+        run.tag("stage", "test")
+        run.add_properties({"fixed": "1"})
+        run.upload_file("outputs/early.txt", "picture.png")
+        open("outputs/model.txt", "w").write("weights")
+        open("logs/extra.log", "w").write("one\\ntwo\\n")
+        """)  # fmt: skip
+    finished(run)
+    metrics = run.get_metrics()
+    assert metrics["lr"] == 0.1
+    assert metrics["loss"] == [1.0, 0.5, pytest.approx(1 / 3)]
+    assert metrics["sizes"] == [1, 2, 3]
+    assert metrics["confusion"] == {"a": 1, "b": 2}
+    assert metrics["table"] == {"x": [1, 2], "y": [3, 4]}
+    assert metrics["plot"] == "outputs/images/plot.png"
+    assert run.tags["stage"] == "test" and run.properties["fixed"] == "1"
+    assert lines(run) == ["to stdout"] and lines(run, "stderr") == ["to stderr"] and lines(run, "logs/extra.log") == ["one", "two"]
+    assert set(run.get_file_names()) == {"logs/extra.log", "outputs/early.txt", "outputs/images/plot.png", "outputs/model.txt"}
+    run.download_file("outputs/model.txt", str(source / "copy"))
+    assert (source / "copy").read_text() == "weights"
+    with pytest.raises(AlvearyError, match=r"stored no 'outputs/none'"):
+        run.download_file("outputs/none")
+
+
+def test_the_training_process_holds_no_credential(workspace: Workspace, source: Path, stack: object) -> None:
+    run = submit(workspace, source, """
+        import json, os
+        from alveary import Run
+        Run.get_context().log("x", 1)
+        files = {fd: os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{fd}")}
+        json.dump({"env": dict(os.environ), "files": files}, open("outputs/seen.json", "w"))
+        """)  # fmt: skip
+    finished(run)
+    seen = Path(run.download_file("outputs/seen.json", str(source / "seen.json"))).read_text()
+    secrets = (stack.state_dir / "stack.json").read_text()  # type: ignore[attr-defined]
+    token = (stack.state_dir / "config.json").read_text()  # type: ignore[attr-defined]
+    import json
+
+    hidden = [*json.loads(secrets)["secrets"].values(), json.loads(token)["token"]]
+    assert not [s for s in hidden if s in seen]
+    allowed = {"ALVEARY_RUN_ID", "ALVEARY_ATTEMPT", "ALVEARY_SOCKET", "ALVEARY_EXPERIMENT", "ALVEARY_WORK_DIR"}
+    assert {k for k in json.loads(seen)["env"] if k.startswith("ALVEARY")} == allowed
+    others = [f for f in json.loads(seen)["files"].values() if not f.startswith(("pipe:", "socket:", "/dev/null", "/proc", "/dev/urandom"))]
+    assert [f for f in others if not f.endswith("seen.json")] == []
+
+
+def test_the_sdk_is_there_in_an_environment_with_nothing_else(workspace: Workspace, source: Path, tmp_path: Path) -> None:
+    import subprocess
+    import sys
+
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "bare")], check=True)
+    environment = Environment("bare", user_managed=True, interpreter=str(tmp_path / "bare/bin/python"))
+    run = submit(workspace, source, """
+        import sys
+        from alveary import Run
+        run = Run.get_context(allow_offline=False)
+        run.log("x", 2.5)
+        run.flush()
+        third = [m for m in sys.modules if m.split(".")[0] in ("grpc", "google", "nats", "minio", "urllib3")]
+        assert not third, third
+        """, environment=environment)  # fmt: skip
+    finished(run)
+    assert run.get_metrics() == {"x": 2.5}
+
+
+def test_a_script_cannot_speak_for_another_run_or_leave_its_folder(workspace: Workspace, source: Path) -> None:
+    run = submit(workspace, source, """
+        import json, os, socket
+        line = socket.socket(socket.AF_UNIX); line.connect(os.environ["ALVEARY_SOCKET"]); reader = line.makefile()
+        def ask(**message):
+            line.sendall(json.dumps({"id": 1, **message}).encode() + b"\\n"); return json.loads(reader.readline())["error"]
+        print(ask(op="tag", run_id="01M00000000000000000000000", set={"a": "b"}))
+        print(ask(op="upload", name="../../escape", path=__file__))
+        print(ask(op="register", name="stolen", path="../../../../etc"))
+        print(ask(op="metric", name="", kind="scalar", value=1, time=0))
+        """)  # fmt: skip
+    finished(run)
+    first, second, third, fourth = lines(run)
+    assert "speaks for run" in first and "'..'" in second and "no file or folder" in third and "needs a name" in fourth
+
+
+@pytest.mark.parametrize(
+    ("code", "options", "reason", "words"),
+    [
+        ("import sys; print('last words'); sys.exit(3)", {}, "exited", "exit code 3"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", {}, "signal", "SIGSEGV"),
+        ("import time; time.sleep(600)", {"max_run_duration_seconds": 1, "grace_seconds": 1}, "timeout", "max_run_duration_seconds = 1"),
+        ("b = bytearray(600 << 20); import time; time.sleep(600)", {"memory_gb": 0.25}, "out_of_memory", "256 MiB"),
+    ],
+)  # fmt: skip
+def test_failures_are_told_apart(workspace: Workspace, source: Path, code: str, options: dict[str, object], reason: str, words: str) -> None:
+    details = finished(submit(workspace, source, code, **options), "Failed")
+    assert details["exit"]["reason"] == reason
+    assert words in details["reason"]
+    assert details["attempt"] == 1
+
+
+def test_waiting_for_a_failed_run_raises_with_its_last_lines(workspace: Workspace, source: Path) -> None:
+    run = submit(workspace, source, "print('the reason is here'); raise SystemExit(2)")
+    with pytest.raises(RunFailedException, match="the reason is here"):
+        run.wait_for_completion()
+
+
+def test_nothing_survives_a_run(workspace: Workspace, source: Path) -> None:
+    run = submit(workspace, source, """
+        import os, subprocess, sys, time
+        if os.fork() == 0:
+            os.setsid()
+            if os.fork() == 0:
+                time.sleep(600)
+            os._exit(0)
+        subprocess.Popen(["sleep", "600"], start_new_session=True)
+        time.sleep(0.3)
+        """)  # fmt: skip
+    finished(run)
+
+    def left() -> list[int]:
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get("ALVEARY_RUN_ID") == run.id:
+                    found.append(process.pid)
+            except psutil.Error:
+                continue
+        return found
+
+    assert left() == []
+
+
+def test_cancel_asks_first_and_then_insists(workspace: Workspace, source: Path) -> None:
+    run = submit(workspace, source, """
+        import signal, time
+        def stop(*_): print("asked to stop", flush=True)
+        signal.signal(signal.SIGTERM, stop)
+        print("ready", flush=True)
+        while True: time.sleep(0.1)
+        """, grace_seconds=1)  # fmt: skip
+    until(lambda: "ready" in lines(run), "the script runs")
+    run.cancel()
+    details = finished(run, "Canceled")
+    assert details["exit"]["signal"] == signal.SIGKILL
+    assert "asked to stop" in lines(run)
+    with pytest.raises(AlvearyError, match="Canceled already"):
+        run.cancel()
+
+
+def test_cancel_while_it_is_queued(workspace: Workspace, source: Path) -> None:
+    cpus = ComputeTarget(workspace, "local").node_resources.cpus
+    first = submit(workspace, source, "import time; time.sleep(600)", cpus=cpus, grace_seconds=0)
+    second = submit(workspace, source, "print()", cpus=cpus)
+    wait_for_state(second, "Queued")
+    assert "in use by earlier runs" in second.get_details()["reason"]
+    second.cancel()
+    assert finished(second, "Canceled")["attempt"] == 0
+    first.cancel()
+    finished(first, "Canceled")
+
+
+def test_lines_of_any_length_and_any_bytes_survive(workspace: Workspace, source: Path) -> None:
+    run = submit(workspace, source, """
+        import sys
+        out = sys.stdout.buffer
+        out.write(b"x" * 3_000_000 + b"\\n"); out.write(bytes(b for b in range(256) if b != 10) + b"\\n"); out.write(b"\\n"); out.write(b"no end")
+        """)  # fmt: skip
+    finished(run)
+    parts = tail(run, streams=("stdout",))
+    whole, rest = [], b""
+    for one in parts:
+        rest += one.line.data
+        if not one.line.partial:
+            whole.append(rest)
+            rest = b""
+    assert whole == [b"x" * 3_000_000, bytes(b for b in range(256) if b != 10), b"", b"no end"]
+
+
+def test_a_flood_of_lines_loses_none_and_keeps_their_order(workspace: Workspace, source: Path) -> None:
+    run = submit(workspace, source, "for i in range(100_000): print(i)")
+    followed = tail(run, follow=True, streams=("stdout",))
+    assert [int(one.line.data) for one in followed] == list(range(100_000))
+    finished(run)
+    cursors = [one.cursor for one in followed]
+    assert cursors == sorted(set(cursors))
+    half = cursors[50_000]
+    until(lambda: len(tail(run, half, streams=("stdout",))) == 49_999, "the archive goes on behind any cursor")
+    assert [one.cursor for one in tail(run, streams=("stdout",))] == cursors
+
+
+def test_identical_sources_upload_nothing_and_ignore_files_are_honoured(workspace: Workspace, source: Path) -> None:
+    (source / "keep.py").write_text("")
+    (source / "drop.bin").write_text("x")
+    (source / "sub").mkdir()
+    (source / "sub" / "drop.bin").write_text("x")
+    (source / ".gitignore").write_text("keep.py")
+    (source / ".alvearyignore").write_text("*.bin\n")
+    run = submit(workspace, source, "import os; print(sorted(os.listdir('.')))")
+    finished(run)
+    assert "keep.py" in lines(run)[0] and "drop.bin" not in lines(run)[0]
+    uploads: list[object] = []
+    again = workspace._call(workspace._client.upload_snapshot(source, lambda *a: uploads.append(a)))
+    assert again == run.get_snapshot_id()
+    assert uploads == []
+    assert Path(run.restore_snapshot(path=str(source / "restored")), "keep.py").exists()
+
+
+def test_bad_input_is_refused_with_a_sentence(workspace: Workspace, source: Path) -> None:
+    def refused(words: str, code: str = "INVALID_ARGUMENT", **options: object) -> None:
+        with pytest.raises(AlvearyError, match=words) as caught:
+            submit(workspace, source, "print()", **options)
+        assert caught.value.code == code
+
+    refused("there is no compute target 'nowhere'; there are: ", compute_target="nowhere")
+    refused("have no GPU", use_gpu=True)
+    refused("64 CPUs were asked for; a node of 'local' has", cpus=64)
+    refused("is not a valid name", experiment="no/slashes")
+    refused("is not an input|is no dataset", inputs=[3])
+    with pytest.raises(AlvearyError, match=r"'none.py' is not in the source directory; it has train.py"):
+        workspace._call(_raw_submit(workspace, source, "none.py"))
+    with pytest.raises(ComputeTargetException, match="there is no compute target 'nowhere'"):
+        ComputeTarget(workspace, "nowhere")
+    with pytest.raises(AlvearyError, match="there is no run"):
+        Run.get(workspace, "01M00000000000000000000000")
+    big = source / "big.bin"
+    with big.open("wb") as file:
+        file.truncate(301_000_000)
+    refused(r"big.bin \(301.0 MB\)", "RESOURCE_EXHAUSTED")
+    big.unlink()
+    for number in range(2001):
+        (source / f"f{number}").touch()
+    refused("2002 files", "RESOURCE_EXHAUSTED")
+
+
+async def _raw_submit(workspace: Workspace, source: Path, script: str) -> object:
+    from alveary_contracts.common.v1 import common_pb2 as c
+
+    return await workspace._client.submit(c.RunSpec(entry_script=script, compute_target="local"), source)
+
+
+def test_datasets_are_versioned_shared_and_read_only(workspace: Workspace, source: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    (folder / "train" / "a").mkdir(parents=True)
+    (folder / "train" / "a" / "ü 1.txt").write_text("one")
+    name = f"data-{os.getpid()}"
+    first = Dataset.upload(workspace, str(folder), name)
+    assert Dataset.upload(workspace, str(folder), name).version == first.version == 1
+    (folder / "two.txt").write_text("two")
+    second = Dataset.upload(workspace, str(folder), name)
+    assert second.version == 2
+    run = submit(workspace, source, """
+        import os, sys, stat
+        folder = sys.argv[1]
+        assert folder == os.environ["ALVEARY_INPUT_PICTURES"]
+        print(sorted(os.listdir(folder)), oct(stat.S_IMODE(os.stat(folder + "/train/a/ü 1.txt").st_mode)))
+        """, first.as_mount("pictures"))  # fmt: skip
+    finished(run)
+    assert lines(run) == ["['train'] 0o444"]
+    assert run.get_details()["spec"]["inputs"][0]["version"] == 1
+    second.download(str(tmp_path / "copy"))
+    assert (tmp_path / "copy" / "train" / "a" / "ü 1.txt").read_text() == "one"
+    with pytest.raises(AlvearyError, match="there is no dataset"):
+        Dataset.get_by_name(workspace, name, 9)
+    shutil.rmtree(folder)
+
+
+def test_runs_are_found_by_what_is_known_of_them(workspace: Workspace, source: Path) -> None:
+    experiment = f"list-{os.getpid()}"
+    made = []
+    for number in range(3):
+        run = submit(workspace, source, "import sys; from alveary import Run; Run.get_context().log('loss', float(sys.argv[1]))", number, experiment=experiment)
+        run.tag("n", str(number))
+        made.append(run.id)
+        finished(run)
+    client = workspace._client
+
+    def find(condition: str, order: str = "") -> list[str]:
+        return [r.id for r in workspace._call(client.list_runs(f'experiment = "{experiment}" AND {condition}', order))]
+
+    until(lambda: len(find("metrics.loss >= 0")) == 3, "the metrics are there")
+    assert find("state = Completed") == made[::-1]
+    assert find('tags.n = "1"') == [made[1]]
+    assert find("metrics.loss > 0.5", "metrics.loss") == [made[1], made[2]]
+    assert find("metrics.loss >= 0", "metrics.loss desc") == made[::-1]
+    assert find("state = Failed") == []
+    from alveary_contracts.runs.v1 import runs_pb2 as pb
+
+    pages, token = [], ""
+    while True:
+        request = pb.ListRunsRequest(filter=f'experiment = "{experiment}"', page_size=2, page_token=token)
+        reply = workspace._call(client.call(client.runs.ListRuns, request))
+        pages += [r.id for r in reply.runs]
+        token = reply.next_page_token
+        if not token:
+            break
+    assert pages == made[::-1]
+    assert [r.id for r in workspace.experiments[experiment].get_runs()] == made[::-1]
+
+
+def test_a_target_starts_nodes_for_a_run_and_lets_them_go(workspace: Workspace, source: Path) -> None:
+    from alveary import AmlCompute
+
+    name = f"elastic-{os.getpid()}"
+    target = ComputeTarget.create(workspace, name, AmlCompute.provisioning_configuration(vm_size="STANDARD_D2", max_nodes=1, idle_seconds_before_scaledown=1))
+    assert target.get_status().current_nodes == 0
+    run = submit(workspace, source, "print('hi')", compute_target=name)
+    seen = []
+
+    async def watch() -> None:
+        from alveary.aio import state_name
+
+        async for one in workspace._client.watch(run.id):
+            seen.append((state_name(one.state), one.reason))
+
+    workspace._call(watch())
+    assert any(state == "Provisioning" and "starting a node" in reason for state, reason in seen), seen
+    assert seen[-1][0] == "Completed"
+    until(lambda: target.get_status().current_nodes == 0, "the idle node goes")
+    target.delete()
+    with pytest.raises(ComputeTargetException):
+        ComputeTarget(workspace, name)
+
+
+def test_torchrun_starts_its_processes(workspace: Workspace, source: Path) -> None:
+    from alveary import PyTorchConfiguration
+
+    run = submit(workspace, source, """
+        import os, torch.distributed as dist, torch
+        dist.init_process_group("gloo")
+        total = torch.tensor([float(dist.get_rank() + 1)])
+        dist.all_reduce(total)
+        os.write(1, f"sum {total.item()} of {dist.get_world_size()}\\n".encode())
+        """, distributed_job_config=PyTorchConfiguration(process_count=2))  # fmt: skip
+    run_lines = finished(run) and lines(run)
+    assert [x for x in run_lines if x.startswith("sum")] == ["sum 3.0 of 2"] * 2
