@@ -43,6 +43,10 @@ class Scheduler:
         self.pulses: dict[str, Pulse] = {}
         self._leaving: set[str] = set()
         self._released: set[str] = set()
+        # Placements that are in the log, or about to be, and perhaps not yet in the state.
+        self._placing: set[tuple[str, int]] = set()
+        # Since when a node's beats have not named an attempt that is placed on it.
+        self._missing: dict[tuple[str, int], float] = {}
         self._joining: dict[str, asyncio.Lock] = {}
         self._booted = time.monotonic()
         projection.on_event(self._on_event)
@@ -123,7 +127,12 @@ class Scheduler:
             attempt=waiting.attempt, target=waiting.target, nodes=[share], spec=asked.spec, image_digest=digest,
             lease_seconds=self._settings.lease_seconds, submitted_by=asked.submitted_by,
         )  # fmt: skip
-        await self.append(Key(waiting.workspace, "placement", waiting.run), made)
+        # The trainer may hear of it, and beat with it, before this process has folded its own event.
+        self._placing.add((waiting.run, waiting.attempt))
+        try:
+            await self.append(Key(waiting.workspace, "placement", waiting.run), made)
+        finally:
+            self._placing.discard((waiting.run, waiting.attempt))
         self.pulses.setdefault(node.id, Pulse(time.monotonic())).idle_since = 0.0
 
     async def _revoke_stale(self) -> None:
@@ -228,9 +237,33 @@ class Scheduler:
         stop = []
         for attempt in beat.attempts:
             held = self.state.placed.get(attempt.run_id)
-            if held is None or (held.node, held.incarnation, held.attempt) != (beat.node, beat.incarnation, attempt.attempt):
+            placing = (attempt.run_id, attempt.attempt) in self._placing
+            if not placing and (
+                held is None or (held.node, held.incarnation, held.attempt) != (beat.node, beat.incarnation, attempt.attempt)
+            ):
                 stop.append(f"{attempt.run_id}-{attempt.attempt}")
+        await self._revoke_missing(beat)
         return tr.BeatAnswer(known=True, stop=stop, leave=beat.node in self._leaving)
+
+    async def _revoke_missing(self, beat: tr.Beat) -> None:
+        """Take back what is placed on a node that beats, but has not named it for a whole lease.
+
+        It gave the attempt up (a lease of its own ran out), or never heard of it. A finished one is never taken for
+        lost: its end is in the log before its node forgets it, and runs read the log in order.
+        """
+        now = time.monotonic()
+        named = {(a.run_id, a.attempt) for a in beat.attempts}
+        held = [p for p in self.state.placed.values() if (p.node, p.incarnation) == (beat.node, beat.incarnation)]
+        for placed in held:
+            key = (placed.run, placed.attempt)
+            if key in named:
+                self._missing.pop(key, None)
+            elif now - self._missing.setdefault(key, now) > self._settings.lease_seconds:
+                reason = f"node {beat.node} no longer runs it"
+                revoked = ev.PlacementRevoked(attempt=placed.attempt, reason=reason)
+                await self.append(Key(placed.workspace, "placement", placed.run), revoked)
+        live = {(p.run, p.attempt) for p in self.state.placed.values()}
+        self._missing = {k: v for k, v in self._missing.items() if k in live}
 
     async def watch_nodes(self) -> None:
         """Declare nodes lost that were silent for longer than their trainers' leases; keep local ones alive."""
