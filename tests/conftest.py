@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support import Embedded, embedded, servers
+
 from alveary.local.layout import Layout
 from alveary.workspace import Workspace
-from support import Embedded, embedded, servers
 
 
 @pytest.fixture(scope="session")

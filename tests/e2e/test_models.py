@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy
 import pytest
-from alveary import AlvearyError, Environment, Model, Run, Workspace
 from support import finished, submit
+
+from alveary import AlvearyError, Environment, Model, Run, Workspace
 
 TORCH_HERE = Environment("torch", user_managed=True, interpreter=sys.executable)
 

@@ -11,16 +11,17 @@ from pathlib import Path
 
 import grpc
 import pytest
-from alveary import AlvearyError, Environment, Workspace
-from alveary_contracts.common.v1 import common_pb2 as c
-from alveary_contracts.runs.v1 import runs_pb2 as pb
-from alveary_contracts.runs.v1 import runs_pb2_grpc
 from google.protobuf import descriptor_pool
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from grpc_status import rpc_status
 from support import Embedded, finished, lines, submit, until, wait_for_state
+
+from alveary import AlvearyError, Environment, Workspace
+from alveary_contracts.common.v1 import common_pb2 as c
+from alveary_contracts.runs.v1 import runs_pb2 as pb
+from alveary_contracts.runs.v1 import runs_pb2_grpc
 
 SERVICES = {
     "alveary.runs.v1.RunService", "alveary.runs.v1.ExperimentService", "alveary.runs.v1.WorkspaceService",
@@ -49,7 +50,12 @@ def test_a_generic_client_explores_it_without_proto_files(stack: Embedded) -> No
 def test_calls_without_a_good_token_are_refused(stack: Embedded) -> None:
     channel, good = raw(stack)
     stub = runs_pb2_grpc.RunServiceStub(channel)
-    for metadata in ((), (("authorization", "Bearer x"),), (("authorization", good[0][1][:-4] + "AAAA"),), (("authorization", "Basic eA=="),)):
+    for metadata in (
+        (),
+        (("authorization", "Bearer x"),),
+        (("authorization", good[0][1][:-4] + "AAAA"),),
+        (("authorization", "Basic eA=="),),
+    ):
         with pytest.raises(grpc.RpcError) as caught:
             stub.ListRuns(pb.ListRunsRequest(), metadata=metadata)
         assert caught.value.code() == grpc.StatusCode.UNAUTHENTICATED  # type: ignore[attr-defined]
@@ -76,13 +82,17 @@ def test_errors_carry_details_that_a_program_can_act_on(stack: Embedded) -> None
 
 def test_a_submission_is_idempotent_by_its_key(stack: Embedded, workspace: Workspace, source: Path) -> None:
     run = submit(workspace, source, "print()")
-    spec = c.RunSpec(entry_script="train.py", snapshot=run.get_snapshot_id(), compute_target="local", environment=c.Environment(user_managed=True))
+    spec = c.RunSpec(
+        entry_script="train.py", snapshot=run.get_snapshot_id(), compute_target="local", environment=c.Environment(user_managed=True)
+    )
     channel, metadata = raw(stack)
     stub = runs_pb2_grpc.RunServiceStub(channel)
     request = pb.SubmitRunRequest(spec=spec, idempotency_key=f"once-{os.getpid()}")
     ids = {f.result().run.id for f in [stub.SubmitRun.future(request, metadata=metadata) for _ in range(8)]}
     assert len(ids) == 1
-    reply = stub.GetRun(pb.GetRunRequest(run_id=ids.pop(), min_sequence=stub.SubmitRun(request, metadata=metadata).sequence), metadata=metadata)
+    reply = stub.GetRun(
+        pb.GetRunRequest(run_id=ids.pop(), min_sequence=stub.SubmitRun(request, metadata=metadata).sequence), metadata=metadata
+    )
     assert reply.run.spec.max_attempts == 3
 
 
@@ -164,7 +174,9 @@ def test_the_log_speaks_to_a_plain_nats_client(stack: Embedded, workspace: Works
 
 
 def test_the_command_line_does_the_main_job(stack: Embedded, source: Path, tmp_path: Path) -> None:
-    (source / "train.py").write_text("from alveary import Run; Run.get_context().log('x', 1); print('hello'); open('outputs/a.txt', 'w').write('A')")
+    (source / "train.py").write_text(
+        "from alveary import Run; Run.get_context().log('x', 1); print('hello'); open('outputs/a.txt', 'w').write('A')"
+    )
     done = stack.cli("run", "submit", "-s", str(source), "--python", sys.executable, "--tag", "k=v", "-f", "--", "train.py")
     run_id = done.stdout.split()[0]
     assert "hello" in done.stdout and "[Completed]" in done.stdout
@@ -204,7 +216,9 @@ def test_no_platform_is_said_plainly(tmp_path: Path) -> None:
     env = os.environ | {"ALVEARY_HOME": str(tmp_path)}
     env.pop("ALVEARY_CONFIG", None)
     for command in (["status"], ["down"], ["run", "list"]):
-        done = subprocess.run([sys.executable, "-m", "alveary.cli", *command], env=env, capture_output=True, text=True, timeout=60, cwd=tmp_path)
+        done = subprocess.run(
+            [sys.executable, "-m", "alveary.cli", *command], env=env, capture_output=True, text=True, timeout=60, cwd=tmp_path
+        )
         assert done.returncode == 5, done.stderr
 
 
@@ -216,7 +230,7 @@ def test_nothing_of_a_secret_is_in_logs_or_events(stack: Embedded) -> None:
     for file in logs:
         text = file.read_text(errors="replace")
         assert not [s[:6] for s in hidden if s in text], file
-    blocks = [f for f in (stack.state_dir / "nats").rglob("*.blk")]
+    blocks = list((stack.state_dir / "nats").rglob("*.blk"))
     assert blocks
     for file in blocks:
         data = file.read_bytes()

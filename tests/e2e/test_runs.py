@@ -9,8 +9,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from alveary import AlvearyError, ComputeTarget, ComputeTargetException, Dataset, Environment, Run, RunFailedException, Workspace
 from support import finished, lines, submit, tail, until, wait_for_state
+
+from alveary import AlvearyError, ComputeTarget, ComputeTargetException, Dataset, Environment, Run, RunFailedException, Workspace
 
 
 def test_metrics_files_logs_and_tags_of_a_run(workspace: Workspace, source: Path) -> None:
@@ -116,7 +117,9 @@ def test_a_script_cannot_speak_for_another_run_or_leave_its_folder(workspace: Wo
         ("b = bytearray(600 << 20); import time; time.sleep(600)", {"memory_gb": 0.25}, "out_of_memory", "256 MiB"),
     ],
 )  # fmt: skip
-def test_failures_are_told_apart(workspace: Workspace, source: Path, code: str, options: dict[str, object], reason: str, words: str) -> None:
+def test_failures_are_told_apart(
+    workspace: Workspace, source: Path, code: str, options: dict[str, object], reason: str, words: str
+) -> None:
     details = finished(submit(workspace, source, code, **options), "Failed")
     assert details["exit"]["reason"] == reason
     assert words in details["reason"]
@@ -293,7 +296,13 @@ def test_runs_are_found_by_what_is_known_of_them(workspace: Workspace, source: P
     experiment = f"list-{os.getpid()}"
     made = []
     for number in range(3):
-        run = submit(workspace, source, "import sys; from alveary import Run; Run.get_context().log('loss', float(sys.argv[1]))", number, experiment=experiment)
+        run = submit(
+            workspace,
+            source,
+            "import sys; from alveary import Run; Run.get_context().log('loss', float(sys.argv[1]))",
+            number,
+            experiment=experiment,
+        )
         run.tag("n", str(number))
         made.append(run.id)
         finished(run)
@@ -326,7 +335,9 @@ def test_a_target_starts_nodes_for_a_run_and_lets_them_go(workspace: Workspace, 
     from alveary import AmlCompute
 
     name = f"elastic-{os.getpid()}"
-    target = ComputeTarget.create(workspace, name, AmlCompute.provisioning_configuration(vm_size="STANDARD_D2", max_nodes=1, idle_seconds_before_scaledown=1))
+    target = ComputeTarget.create(
+        workspace, name, AmlCompute.provisioning_configuration(vm_size="STANDARD_D2", max_nodes=1, idle_seconds_before_scaledown=1)
+    )
     assert target.get_status().current_nodes == 0
     run = submit(workspace, source, "print('hi')", compute_target=name)
     seen = []

@@ -8,6 +8,8 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from nats.errors import Error as NatsError
+
 from alveary.local.layout import Layout
 from alveary_contracts.common.v1 import common_pb2 as c
 from alveary_contracts.events.v1 import events_pb2 as ev
@@ -17,7 +19,6 @@ from alveary_core.errors import Unavailable
 from alveary_core.eventlog import Conflict, EventLog, connect, ensure_streams
 from alveary_core.events import Event, Key
 from alveary_core.projection import Projection
-from nats.errors import Error as NatsError
 
 
 async def open_log(layout: Layout, user: str) -> EventLog:
@@ -179,9 +180,7 @@ async def test_a_follower_survives_the_loss_of_its_consumer(log: EventLog) -> No
 
 async def test_a_service_cannot_write_what_belongs_to_another(log: EventLog) -> None:
     with pytest.raises((NatsError, Unavailable)):
-        await asyncio.wait_for(
-            log.js.publish("alveary.w.model.x.registered", b"{}", timeout=1), 5
-        )
+        await asyncio.wait_for(log.js.publish("alveary.w.model.x.registered", b"{}", timeout=1), 5)
     with pytest.raises(ValueError, match="does not belong"):
         await log.append(Key("w", "run", "x"), [ev.ModelArchived(version=1)], 0)
 

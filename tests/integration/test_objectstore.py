@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import urllib3
+
 from alveary.local.layout import Layout
 from alveary_contracts.common.v1 import common_pb2 as c
 from alveary_contracts.ids import new_id

@@ -1,10 +1,11 @@
+from hypothesis import given
+from hypothesis import strategies as st
+
 from alveary_contracts.common.v1 import common_pb2 as c
 from alveary_contracts.digests import environment_digest, manifest_digest, manifest_from_json, manifest_json
 from alveary_contracts.events.v1 import events_pb2
 from alveary_contracts.ids import id_from_key, is_id, new_id
 from alveary_contracts.names import AGGREGATES, event_name, message_name, name_problem, path_problem, token, untoken
-from hypothesis import given
-from hypothesis import strategies as st
 
 
 def test_every_event_of_the_protos_has_a_name_and_a_writer() -> None:

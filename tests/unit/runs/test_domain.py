@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import pytest
-from alveary_contracts.common.v1 import common_pb2 as c
-from alveary_contracts.events.v1 import events_pb2 as ev
-from alveary_runs import domain
 from google.protobuf.message import Message
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from alveary_contracts.common.v1 import common_pb2 as c
+from alveary_contracts.events.v1 import events_pb2 as ev
+from alveary_runs import domain
 
 DIGEST = "d" * 64
 MAX_ATTEMPTS = 3

@@ -1,4 +1,5 @@
 import pytest
+
 from alveary_contracts.common.v1 import common_pb2 as c
 from alveary_contracts.events.v1 import events_pb2 as ev
 from alveary_core.errors import InvalidArgument
@@ -56,7 +57,9 @@ def test_filters_bind_their_values() -> None:
     assert values[1:] == ["tags", "x", "1; DROP TABLE runs", "loss", 0.5]
 
 
-@pytest.mark.parametrize("bad", ["state", "state = Nowhere", "metrics.loss < x", "nothing = 1", "state = Failed OR x = 1", 'submitted_at > "x"'])
+@pytest.mark.parametrize(
+    "bad", ["state", "state = Nowhere", "metrics.loss < x", "nothing = 1", "state = Failed OR x = 1", 'submitted_at > "x"']
+)
 def test_filters_that_cannot_be_read_say_so(bad: str) -> None:
     with pytest.raises(InvalidArgument):
         query.where(bad)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from itertools import count
 
-from alveary_contracts.common.v1 import common_pb2 as c
-from alveary_contracts.events.v1 import events_pb2 as ev
-from alveary_core.events import Event, Key, name_of
-from alveary_scheduler import domain
 from google.protobuf.message import Message
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from alveary_contracts.common.v1 import common_pb2 as c
+from alveary_contracts.events.v1 import events_pb2 as ev
+from alveary_core.events import Event, Key, name_of
+from alveary_scheduler import domain
 
 NODE = c.Resources(cpus=4, memory_bytes=8 << 30, gpus=2)
 T = ("w", "t")
