@@ -430,8 +430,8 @@ class Client:
             start.from_time.FromDatetime(from_time)
         pause = 0.1
         while True:
+            stream = self.events.Subscribe(metadata=self.metadata)
             try:
-                stream = self.events.Subscribe(metadata=self.metadata)
                 await stream.write(pb.SubscribeRequest(start=start))
                 async for reply in stream:
                     pause = 0.1
@@ -443,6 +443,8 @@ class Client:
             except grpc.aio.AioRpcError as error:
                 if error.code() not in _RECONNECT:
                     raise translate(error, self.config) from error
+            finally:
+                stream.cancel()  # else the platform would go on handing events to a stream that nobody reads
             await asyncio.sleep(pause)
             pause = min(pause * 2, 3.0)
 

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from nats.aio.msg import Msg
+from nats.errors import Error as NatsError
 from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
 from nats.js.errors import NotFoundError
 
@@ -80,8 +81,10 @@ class EventService(rpc.EventServiceServicer):
         finally:
             if acks:
                 acks.cancel()
-            with contextlib.suppress(Exception):  # the connection may be gone, and the subscription with it
+            with contextlib.suppress(NatsError):  # the connection may be gone, and the subscription with it
                 await subscription.unsubscribe()
+                for message in waiting.values():  # for whoever comes next, now rather than after ack_wait
+                    await message.nak()
 
     async def _ensure(self, config: ConsumerConfig, name: str, subject: str) -> None:
         if name:
