@@ -147,9 +147,11 @@ def measure(stack: Embedded, folder: Path, ray: dict[str, float], mlflow: dict[s
     text = f"{ray['submit']:.3f} s (Ray, to RUNNING)" if ray else ""
     row("submit to the script's first line", f"{ours * 1000:.0f} ms", text, against(ours, ray.get("submit"), 10, less=True))
 
+    noop = c.RunSpec(snapshot=spec.snapshot, compute_target="local", environment=c.Environment(user_managed=True), command=["true"])
+
     async def many(count: int) -> float:
         started = time.monotonic()
-        runs = [await client.submit(c.RunSpec(**_noop(first.get_snapshot_id())), None) for _ in range(count)]
+        runs = [await client.submit(noop, None) for _ in range(count)]
         for run in runs:
             assert (await client.wait(run.id)).state in FINAL
         return count / (time.monotonic() - started)
@@ -222,12 +224,6 @@ def uploads(stack: Embedded, folder: Path) -> None:
         f"{256 / theirs:.0f} MiB/s (minio SDK)",
         against(256 / ours, 256 / theirs, 0.8, less=False),
     )
-
-
-def _noop(snapshot: str) -> dict[str, object]:
-    return {
-        "snapshot": snapshot, "compute_target": "local", "environment": c.Environment(user_managed=True), "command": ["true"],
-    }  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 _lock = threading.Lock()
 _loop: asyncio.AbstractEventLoop | None = None
+_THREAD = "alveary-loop"
 
 
 def loop() -> asyncio.AbstractEventLoop:
@@ -18,12 +19,19 @@ def loop() -> asyncio.AbstractEventLoop:
     with _lock:
         if _loop is None:
             _loop = asyncio.new_event_loop()
-            threading.Thread(target=_loop.run_forever, name="alveary", daemon=True).start()
+            threading.Thread(target=_loop.run_forever, name=_THREAD, daemon=True).start()
         return _loop
 
 
 def run(work: Coroutine[Any, Any, T]) -> T:
-    """Run `work` on the loop and wait for it; Ctrl-C cancels it."""
+    """Run `work` on the loop and wait for it; Ctrl-C cancels it.
+
+    Raises:
+        RuntimeError: called on the loop itself, where waiting would never end.
+    """
+    if threading.current_thread().name == _THREAD:
+        work.close()
+        raise RuntimeError("the synchronous classes cannot be used inside a coroutine of their own client: use alveary.aio there")
     future = asyncio.run_coroutine_threadsafe(work, loop())
     try:
         return future.result()
