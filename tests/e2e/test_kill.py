@@ -110,6 +110,23 @@ def test_a_killed_trainer_leads_to_the_next_attempt(separate: Embedded, source: 
     assert [int(x.line.data) for x in tail(run, streams=("stdout",)) if x.line.attempt == 1] == list(range(200))
 
 
+def test_a_trainer_killed_while_it_stores_outputs_leads_to_the_next_attempt(separate: Embedded, source: Path, tmp_path: Path) -> None:
+    workspace = separate.workspace()
+    go = tmp_path / "go"
+    go.touch()
+    code = SCRIPT + """open("outputs/big.bin", "wb").write(b"x" * (300 << 20))\n"""
+    run = submit(workspace, source, code, go)
+    until(lambda: run.get_status() == "Finalizing", "the first attempt is storing its outputs")
+    (trainer,) = separate.trainer_pids()
+    os.kill(trainer, signal.SIGKILL)
+    details = run.wait_for_completion(raise_on_error=False)
+    # Either the kill met the upload, and a second attempt did all of it, or the first was through already.
+    assert details["status"] == "Completed", details
+    whole(run, attempts=details["attempt"])
+    sizes = {x.file.path: x.file.size for x in workspace._call(workspace._client.list_run_files(run.id))}
+    assert sizes["outputs/big.bin"] == 300 << 20
+
+
 def test_a_run_whose_attempts_are_used_up_fails_and_says_so(separate: Embedded, source: Path, tmp_path: Path) -> None:
     run = submit(separate.workspace(), source, SCRIPT, tmp_path / "never", max_attempts=1)
     wait_for_state(run, "Running")
