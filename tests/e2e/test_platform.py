@@ -115,8 +115,8 @@ def test_a_requirement_that_cannot_be_met_fails_with_the_resolvers_words(workspa
     assert "six==99.99" in details["reason"] and details["exit"]["reason"] == "build_failed"
 
 
-def test_canceling_the_only_run_that_waits_stops_its_build(workspace: Workspace, source: Path) -> None:
-    # A requirement whose metadata needs a build takes long enough to be caught.
+def test_a_run_that_waits_for_its_environment_can_be_canceled(workspace: Workspace, source: Path) -> None:
+    # Many packages: resolving them takes long enough for the cancel to arrive first.
     environment = Environment("slow", ["docopt==0.6.2", "torch", "jupyter", "scipy", "pandas"], rebuild_key=os.urandom(4).hex())
     run = submit(workspace, source, "print()", environment=environment)
     wait_for_state(run, "Preparing", "Starting", "Queued")

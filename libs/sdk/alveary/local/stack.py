@@ -216,8 +216,7 @@ class Stack:
         _end([c.process for c in by_name.values() if c.process])
         _end(trainers(self.layout.state_dir))
         _end([c.process for c in servers if c.process])
-        for name in ("status.json",):
-            (self.layout.state_dir / name).unlink(missing_ok=True)
+        (self.layout.state_dir / "status.json").unlink(missing_ok=True)
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
