@@ -9,6 +9,11 @@ EPOCHS ?= 2
 
 .PHONY: install demo test lint bench generate lock clean format
 
+# A stamp whose environment was emptied or moved since is not believed.
+ifeq ($(and $(wildcard $(BIN)/alveary),$(wildcard $(VENV)/lib/python*/site-packages/torch)),)
+$(shell rm -f $(VENV)/.installed)
+endif
+
 install: $(VENV)/.installed
 
 # uv.py runs uv with this machine's pip settings (index, find-links, constraints, certificates).

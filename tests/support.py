@@ -77,9 +77,9 @@ def halt(stack: Embedded) -> None:
 
 
 @contextmanager
-def embedded(state_dir: Path, *, separate: bool = False, lease: float = 6.0) -> Iterator[Embedded]:
-    """A stack for the duration."""
-    stack = launch(state_dir, separate=separate, lease=lease)
+def embedded(state_dir: Path, *, port: int | None = 0, separate: bool = False, lease: float = 6.0) -> Iterator[Embedded]:
+    """A stack for the duration; port None: the ports that the directory had before."""
+    stack = launch(state_dir, port=port, separate=separate, lease=lease)
     try:
         yield stack
     finally:
@@ -116,12 +116,15 @@ def until(condition: object, what: str, seconds: float = 60.0) -> None:
         time.sleep(0.05)
 
 
-def submit(workspace: Workspace, source: Path, code: str, *arguments: object, experiment: str = "tests", **options: object) -> Run:
+def submit(
+    workspace: Workspace, source: Path, code: str, *arguments: object, experiment: str = "tests", tags: dict[str, str] | None = None,
+    **options: object,
+) -> Run:  # fmt: skip
     """Submit `code` as train.py, in the trainer's own interpreter unless an environment is given."""
     (source / "train.py").write_text(textwrap.dedent(code))
     options.setdefault("environment", Environment("here", user_managed=True))
     config = ScriptRunConfig(str(source), "train.py", list(arguments), **options)  # type: ignore[arg-type]
-    return Experiment(workspace, experiment).submit(config)
+    return Experiment(workspace, experiment).submit(config, tags=tags)
 
 
 def finished(run: Run, state: str = "Completed") -> dict[str, Any]:

@@ -183,6 +183,8 @@ def test_the_command_line_does_the_main_job(stack: Embedded, source: Path, tmp_p
     assert json.loads(stack.cli("run", "show", run_id, "--json").stdout)["tags"] == {"k": "v"}
     assert run_id in stack.cli("run", "list").stdout
     assert "hello" in stack.cli("run", "logs", run_id, "--stream", "stdout").stdout
+    assert stack.cli("run", "logs", run_id, "--grep", "HELL", "-i", "--stream", "stdout").stdout == "hello\n"
+    assert stack.cli("run", "logs", run_id, "--newest", "1", "--stream", "stdout").stdout == "hello\n"
     assert json.loads(stack.cli("run", "files", run_id, "--json").stdout)[0]["path"] == "outputs/a.txt"
     stack.cli("run", "download", run_id, "--to", str(tmp_path / "out"))
     assert (tmp_path / "out" / "outputs" / "a.txt").read_text() == "A"

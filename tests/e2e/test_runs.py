@@ -369,3 +369,44 @@ def test_torchrun_starts_its_processes(workspace: Workspace, source: Path) -> No
         """, distributed_job_config=PyTorchConfiguration(process_count=2))  # fmt: skip
     run_lines = finished(run) and lines(run)
     assert [x for x in run_lines if x.startswith("sum")] == ["sum 3.0 of 2"] * 2
+
+
+def test_logs_are_read_by_page_and_searched_alive_and_archived(workspace: Workspace, source: Path, tmp_path: Path) -> None:
+    code = """
+        import os, sys, time
+        for i in range(2500):
+            print(f"line {i} " + ("Loss" if i % 1000 == 7 else ""))
+        print("café", flush=True)
+        while not os.path.exists(sys.argv[1]):
+            time.sleep(0.05)
+        """
+    run = submit(workspace, source, code, tmp_path / "go")
+    client = workspace._client
+
+    def pages(limit: int) -> list[str]:
+        found, after = [], 0
+        while True:
+            reply = workspace._call(client.read_logs(run.id, after=after, limit=limit, streams=["stdout"]))
+            found += [one.line.data.decode() for one in reply.lines]
+            assert len(reply.lines) <= limit
+            if not reply.next:
+                return found
+            after = reply.next
+
+    until(lambda: "café" in pages(1000), "all is printed")
+    for _ in range(2):  # alive, then archived: the same answers
+        assert pages(700) == [*(f"line {i} " + ("Loss" if i % 1000 == 7 else "") for i in range(2500)), "café"]
+        newest = workspace._call(client.read_logs(run.id, limit=2, newest=True, streams=["stdout"])).lines
+        assert [one.line.data.decode() for one in newest] == ["line 2499 ", "café"]
+        hits = workspace._call(client.search_logs(run.id, "loss", ignore_case=True))
+        assert [one.line.data.decode().split()[1] for one in hits.lines] == ["7", "1007", "2007"] and not hits.next
+        assert not workspace._call(client.search_logs(run.id, "loss")).lines
+        assert workspace._call(client.search_logs(run.id, "é")).lines
+        first = workspace._call(client.search_logs(run.id, "Loss", limit=2))
+        rest = workspace._call(client.search_logs(run.id, "Loss", after=first.next))
+        assert [one.cursor for one in first.lines] + [one.cursor for one in rest.lines] == [one.cursor for one in hits.lines]
+        (tmp_path / "go").touch()
+        finished(run)
+    for bad in (lambda: client.read_logs(run.id, limit=10**6), lambda: client.search_logs(run.id, "")):
+        with pytest.raises(AlvearyError, match="1 to"):
+            workspace._call(bad())

@@ -165,6 +165,17 @@ class EventLog:
         except _TRANSIENT as error:
             raise Unavailable(f"the event log does not answer: {error or type(error).__name__}") from error
 
+    async def purge(self, key: Key, before: int) -> None:
+        """Remove the events of an aggregate that are older than sequence `before`, once a newer one says it all.
+
+        Raises:
+            Unavailable: the log did not answer in time.
+        """
+        try:
+            await self.js.purge_stream(STREAM, seq=before, subject=key.subject())
+        except _TRANSIENT as error:
+            raise Unavailable(f"the event log does not purge {key.subject()}: {error or type(error).__name__}") from error
+
     async def last_sequence(self) -> int:
         """Sequence of the newest event of all."""
         return (await self.js.stream_info(STREAM)).state.last_seq

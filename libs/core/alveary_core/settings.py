@@ -31,3 +31,6 @@ class CoreSettings(BaseSettings):
     # How long a node may be silent before it is lost, and how long a trainer goes on unanswered, seconds.
     lease_seconds: float = Field(default=30.0, ge=1.0)
     beat_seconds: float = Field(default=1.0, gt=0.0)
+    # When the events of a final run are replaced by one, seconds after its end; and how often that is looked at.
+    compact_after_seconds: float = Field(default=7 * 86400.0, ge=0.0)
+    compact_interval_seconds: float = Field(default=600.0, gt=0.0)

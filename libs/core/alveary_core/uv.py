@@ -48,9 +48,14 @@ def pip_settings() -> dict[str, str]:
     return found
 
 
+def clean_environment() -> dict[str, str]:
+    """This process's environment without what is Alveary's own: a package's build runs foreign code."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("ALVEARY_")}
+
+
 def uv_environment(base: dict[str, str] | None = None) -> dict[str, str]:
     """Environment for a uv process. What UV_* says already wins over what pip says."""
-    env = dict(os.environ if base is None else base)
+    env = clean_environment() if base is None else dict(base)
     for option, value in pip_settings().items():
         env.setdefault(_VARIABLES[option], value)
     # pip takes the best version of all indexes; uv would take the first index that knows the name.

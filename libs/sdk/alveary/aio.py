@@ -3,38 +3,33 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
-import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import grpc
 import grpc.aio
-import urllib3
 from google.protobuf.json_format import MessageToDict
 
 from alveary.config import Config
 from alveary.errors import AlvearyError
 from alveary.source import manifest_of
+from alveary.transfer import Transfers
 from alveary_contracts.common.v1 import common_pb2 as c
 from alveary_contracts.events.v1 import events_pb2 as ev
 from alveary_contracts.ids import new_id
-from alveary_contracts.images.v1 import images_pb2, images_pb2_grpc
+from alveary_contracts.images.v1 import images_pb2_grpc
 from alveary_contracts.logs.v1 import logs_pb2, logs_pb2_grpc
 from alveary_contracts.registry.v1 import registry_pb2 as reg
 from alveary_contracts.registry.v1 import registry_pb2_grpc
 from alveary_contracts.runs.v1 import runs_pb2 as pb
 from alveary_contracts.runs.v1 import runs_pb2_grpc
-from alveary_contracts.scheduler.v1 import scheduler_pb2, scheduler_pb2_grpc
+from alveary_contracts.scheduler.v1 import scheduler_pb2_grpc
 
-T = TypeVar("T")
 FINAL = (c.RUN_STATE_COMPLETED, c.RUN_STATE_FAILED, c.RUN_STATE_CANCELED)
 TIMEOUT = 60.0
 _TRIES = 8
-_PARALLEL = 8
-_CHUNK = 1 << 20
 
 
 def state_name(state: int) -> str:
@@ -81,10 +76,8 @@ class Client:
         self.models = registry_pb2_grpc.ModelServiceStub(at("registry"))
         self.datasets = registry_pb2_grpc.DatasetServiceStub(at("registry"))
         self.metadata = (("authorization", f"Bearer {config.token}"),)
-        self._http = urllib3.PoolManager(
-            maxsize=_PARALLEL, retries=urllib3.Retry(5, backoff_factor=0.2), timeout=urllib3.Timeout(10, read=120)
-        )
-        self._slots = asyncio.Semaphore(_PARALLEL)
+        transfers = Transfers()
+        self._upload, self.download, self.download_all = transfers.upload, transfers.download, transfers.download_all
 
     async def close(self) -> None:
         """Close the connections."""
@@ -248,6 +241,20 @@ class Client:
             await asyncio.sleep(pause)
             pause = min(pause * 2, 3.0)
 
+    async def read_logs(
+        self, run_id: str, after: int = 0, limit: int = 0, newest: bool = False, streams: Sequence[str] = (), rank: int | None = None
+    ) -> logs_pb2.ReadResponse:
+        """One page of log lines: `limit` (1,000) behind the cursor `after`, or the newest ones."""
+        request = logs_pb2.ReadRequest(run_id=run_id, after=after, limit=limit, newest=newest, streams=streams, rank=rank)
+        return await self.call(self.logs.Read, request)  # type: ignore[no-any-return]
+
+    async def search_logs(
+        self, run_id: str, text: str, *, ignore_case: bool = False, after: int = 0, limit: int = 0, streams: Sequence[str] = ()
+    ) -> logs_pb2.SearchResponse:
+        """Log lines that hold `text`, the first `limit` (1,000) behind the cursor `after`."""
+        request = logs_pb2.SearchRequest(run_id=run_id, text=text, ignore_case=ignore_case, after=after, limit=limit, streams=streams)
+        return await self.call(self.logs.Search, request)  # type: ignore[no-any-return]
+
     async def show(
         self, run_id: str, line: Callable[[str, str], None], state: Callable[[str, str], None], streams: Sequence[str] = ()
     ) -> None:
@@ -290,71 +297,6 @@ class Client:
             for file in files.values():
                 file.close()
         return sorted(files)
-
-    # ---- bytes ----------------------------------------------------------------------------------------------------
-
-    async def _upload(
-        self, slots: Iterable[c.UploadSlot], manifest: c.Manifest, paths: Mapping[str, Path], progress: Callable[[int, int], None] | None
-    ) -> None:
-        by_digest = {f.sha256: f for f in manifest.files}
-        todo = list(slots)
-        total = sum(by_digest[s.sha256].size for s in todo)
-        done = 0
-
-        async def one(slot: c.UploadSlot) -> None:
-            nonlocal done
-            file = by_digest[slot.sha256]
-            async with self._slots:
-                await asyncio.to_thread(self._put, slot.url, paths[file.path], file)
-            done += file.size
-            if progress:
-                progress(done, total)
-
-        await _all(one(slot) for slot in todo)
-
-    def _put(self, url: str, path: Path, file: c.FileEntry) -> None:
-        with path.open("rb") as opened:
-            reply = self._http.request("PUT", url, body=opened, headers={"Content-Length": str(file.size)})
-        if reply.status >= 300:
-            raise AlvearyError(f"upload of {path} failed: the object store said {reply.status}: {reply.data[:200]!r}", "UNAVAILABLE")
-
-    async def download(self, link: c.FileLink, path: Path, progress: Callable[[int], None] | None = None) -> None:
-        """Store a file here: whole and verified, or not at all."""
-        async with self._slots:
-            await asyncio.to_thread(self._fetch, link, path, progress)
-
-    def _fetch(self, link: c.FileLink, path: Path, progress: Callable[[int], None] | None) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.part{os.getpid()}")
-        digest = hashlib.sha256()
-        reply = self._http.request("GET", link.url, preload_content=False)
-        try:
-            if reply.status >= 300:
-                raise AlvearyError(f"download of {link.file.path} failed: the object store said {reply.status}", "UNAVAILABLE")
-            with part.open("wb") as file:
-                for chunk in reply.stream(_CHUNK):
-                    digest.update(chunk)
-                    file.write(chunk)
-                    if progress:
-                        progress(len(chunk))
-            if link.file.sha256 and digest.hexdigest() != link.file.sha256:
-                raise AlvearyError(f"{link.file.path} is damaged: its sha256 is {digest.hexdigest()}, not {link.file.sha256}", "DATA_LOSS")
-            if link.file.executable:
-                part.chmod(part.stat().st_mode | 0o111)
-            part.rename(path)
-        finally:
-            reply.release_conn()
-            part.unlink(missing_ok=True)
-
-    async def download_all(self, links: Iterable[c.FileLink], folder: Path, progress: Callable[[int], None] | None = None) -> None:
-        """Store files here with their folders; a path that would leave `folder` is refused."""
-        from alveary_contracts.names import path_problem
-
-        todo = list(links)
-        for link in todo:
-            if problem := path_problem(link.file.path):
-                raise AlvearyError(problem, "DATA_LOSS")
-        await _all(self.download(link, folder / link.file.path, progress) for link in todo)
 
     # ---- models and datasets --------------------------------------------------------------------------------------
 
@@ -458,16 +400,3 @@ def translate(error: grpc.aio.AioRpcError, config: Config) -> AlvearyError:
     if code == grpc.StatusCode.UNAVAILABLE and "Alveary" not in (error.details() or "") and "connect" in (error.details() or ""):
         return AlvearyError(f"no platform answers at {config.endpoint} (from {config.source}): start it with `alveary up`", code.name)
     return AlvearyError(error.details() or code.name, code.name)
-
-
-async def _all(work: Iterable[Awaitable[None]]) -> None:
-    """All of them; the first failure stops the rest and is raised as it is."""
-    try:
-        async with asyncio.TaskGroup() as group:
-            for one in work:
-                group.create_task(one)  # type: ignore[arg-type]
-    except BaseExceptionGroup as group_error:
-        raise group_error.exceptions[0] from group_error
-
-
-__all__ = ["Client", "images_pb2", "run_details", "scheduler_pb2", "state_name", "translate"]

@@ -57,6 +57,11 @@ def failed(image: Image, builder: str, reason: str, canceled: bool = False) -> E
     return [ev.ImageFailed(reason=reason, canceled=canceled)] if holds(image, builder) else []
 
 
+def evict(image: Image) -> Events:
+    """It is removed to make room; whoever wants it again gets it built again."""
+    return [ev.ImageEvicted()] if image.state == pb.IMAGE_STATE_READY else []
+
+
 def evolve(image: Image, event: Message) -> Image:
     """Fold one event."""
     match event:
@@ -67,7 +72,7 @@ def evolve(image: Image, event: Message) -> Image:
         case ev.ImageReady():
             return replace(image, state=pb.IMAGE_STATE_READY, ready=event, reason="")
         case ev.ImageFailed():
-            return replace(image, state=pb.IMAGE_STATE_FAILED, reason=event.reason)
+            return replace(image, state=pb.IMAGE_STATE_FAILED, reason=event.reason, ready=None)
         case ev.ImageEvicted():
             return replace(image, state=pb.IMAGE_STATE_EVICTED, ready=None)
     return image

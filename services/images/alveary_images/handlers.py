@@ -19,9 +19,7 @@ from alveary_images import domain
 from alveary_images.adapters.venv import BUCKET, BuildFailed, Lock, build, lock_key
 from alveary_images.projection import ImagesProjection
 
-SUBJECTS = (
-    "alveary.*.run.*.submitted", "alveary.*.run.*.cancel_requested", "alveary.*.image.*.requested",
-)  # fmt: skip
+SUBJECTS = ("alveary.*.run.*.submitted", "alveary.*.image.*.requested")
 LEASE = 30.0
 BUILD_SECONDS = 3600.0
 _PARALLEL = 2
@@ -35,6 +33,7 @@ class Handlers:
         self._me = new_id()
         self._builds: dict[Key, asyncio.Task[None]] = {}
         self._slots = asyncio.Semaphore(_PARALLEL)
+        projection.on_event(self.on_view)
 
     async def __call__(self, event: Event) -> None:
         """Handle one event; idempotent."""
@@ -43,11 +42,13 @@ class Handlers:
                 await self.request(event.key.workspace, submitted.image_digest, submitted.spec.environment, event.key.id)
             case ev.ImageRequested():
                 self._start(event.key)
-            case ev.RunCancelRequested():
-                await self._view.wait_for(event.sequence)
-                for key, task in list(self._builds.items()):
-                    if not self._view.waiting(key.workspace, key.id) and not self._view.wanted_anyway(key):
-                        task.cancel("no run waits for it any more")
+
+    def on_view(self, event: Event) -> None:
+        """Stop builds that nobody waits for. Called in every replica, so in the one that builds."""
+        if event.key.aggregate == "run" and event.name in ("cancel_requested", "canceled", "failed"):
+            for key, task in list(self._builds.items()):
+                if not self._view.waiting(key.workspace, key.id) and not self._view.wanted_anyway(key):
+                    task.cancel("no run waits for it any more")
 
     async def request(self, workspace: str, digest: str, environment: c.Environment, run_id: str) -> domain.Image:
         """Make sure that somebody builds an image."""

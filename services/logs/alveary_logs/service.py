@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
-from collections.abc import AsyncIterator, Iterable
+import tempfile
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
 from fnmatch import fnmatchcase
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from nats.js.errors import NotFoundError
@@ -20,18 +23,21 @@ from alveary_core.aggregates import Aggregates
 from alveary_core.errors import FailedPrecondition, InvalidArgument, NotFound
 from alveary_core.eventlog import LOGS, EventLog
 from alveary_core.events import Event
-from alveary_core.objectstore import ObjectStore
+from alveary_core.objectstore import DigestMismatch, ObjectStore
 from alveary_core.projection import Projection
-from alveary_logs.archive import compress, decompress, lines_of, sequence_of
+from alveary_logs import archive
+from alveary_logs.archive import lines_of, sequence_of
 
 SUBJECTS = ("alveary.*.run.*.completed", "alveary.*.run.*.failed", "alveary.*.run.*.canceled")
 _BATCH = 500
+PAGE, MAX_PAGE = 1000, 10_000
 
 
 class LogsProjection(Projection):
     """Which runs exist, which are final, which are archived."""
 
-    subjects = ("alveary.*.run.*.submitted", *SUBJECTS, "alveary.*.log.>")
+    subjects = ("alveary.*.run.*.submitted", "alveary.*.run.*.compacted", *SUBJECTS, "alveary.*.log.>")
+    version = 2
     schema = """
     CREATE TABLE IF NOT EXISTS runs (run TEXT PRIMARY KEY, workspace TEXT, final INTEGER DEFAULT 0, archive BLOB);
     """
@@ -42,7 +48,16 @@ class LogsProjection(Projection):
             case ev.RunSubmitted():
                 self.db.execute("INSERT OR IGNORE INTO runs (run, workspace) VALUES (?,?)", (event.key.id, event.key.workspace))
             case ev.LogArchived() as archived:
-                self.db.execute("UPDATE runs SET archive=? WHERE run=?", (archived.SerializeToString(), event.key.id))
+                # It may come before the run's first event, where that was compacted: the row is made here then.
+                self.db.execute(
+                    "INSERT INTO runs (run, workspace, archive) VALUES (?,?,?) ON CONFLICT DO UPDATE SET archive=excluded.archive",
+                    (event.key.id, event.key.workspace, archived.SerializeToString()),
+                )
+            case ev.RunCompacted():
+                self.db.execute(
+                    "INSERT INTO runs (run, workspace, final) VALUES (?,?,1) ON CONFLICT DO UPDATE SET final=1",
+                    (event.key.id, event.key.workspace),
+                )
             case _:
                 self.db.execute("UPDATE runs SET final=1 WHERE run=?", (event.key.id,))
 
@@ -65,32 +80,39 @@ class Archiver:
         if (await self._logs.load(key))[0]:
             return
         subject = f"alveary-logs.{token(event.key.workspace)}.{token(event.key.id)}"
-        lines = await read_all(self._log, subject)
-        data = await asyncio.to_thread(compress, lines)
         name = f"{event.key.id}/log.binpb.zst"
-        await self._store.put("runs", name, data)
-        archived = ev.LogArchived(key=name, lines=len(lines), size=len(data), sha256=hashlib.sha256(data).hexdigest())
+        with tempfile.TemporaryDirectory(prefix="alveary-log-") as folder:
+            path = Path(folder, "log")
+            writer = archive.Writer(path)
+            try:
+                async with contextlib.aclosing(stored(self._log, subject)) as chunks:
+                    async for lines in chunks:
+                        await asyncio.to_thread(writer.add, lines)
+            finally:
+                await asyncio.to_thread(writer.close)
+            entry = await self._store.put_file("runs", name, path)
+        archived = ev.LogArchived(key=name, lines=writer.lines, size=entry.size, sha256=entry.sha256)
         await self._logs.execute(key, lambda done: [] if done else [archived])
-        if lines:
-            await self._log.js.purge_stream(LOGS, seq=sequence_of(lines[-1].cursor) + 1, subject=subject)
+        if writer.lines:
+            await self._log.js.purge_stream(LOGS, seq=sequence_of(writer.last) + 1, subject=subject)
 
 
-async def read_all(log: EventLog, subject: str) -> list[pb.TailLine]:
-    """All lines that the stream holds now for a run."""
-    lines: list[pb.TailLine] = []
+async def stored(log: EventLog, subject: str, start: int = 1) -> AsyncGenerator[list[pb.TailLine], None]:
+    """All lines that the stream holds now for a run, chunk by chunk."""
     try:
         newest = (await log.js.get_last_msg(LOGS, subject)).seq or 0
     except NotFoundError:
-        return lines
-    async with contextlib.aclosing(log.follow([subject], 1, LOGS)) as stream:
+        return
+    if newest < start:
+        return
+    async with contextlib.aclosing(log.follow([subject], start, LOGS)) as stream:
         async for item in stream:
             if item is None:
                 continue
             message, sequence = item
-            lines += lines_of(sequence, message.data)
+            yield list(lines_of(sequence, message.data))
             if sequence >= newest:
                 break
-    return lines
 
 
 class LogService(rpc.LogServiceServicer):
@@ -121,21 +143,82 @@ class LogService(rpc.LogServiceServicer):
                 wanted = [one for one in lines if self._wanted(one, request)]
                 if wanted:
                     yield pb.TailResponse(lines=wanted)
-        archive = self._view.archive(request.run_id)
-        if archive is None:
+        archived = self._view.archive(request.run_id)
+        if archived is None:
             return
-        data = await self._store.get("runs", archive.key)
-        if hashlib.sha256(data).hexdigest() != archive.sha256:
-            raise FailedPrecondition(f"the archived log of run {request.run_id} is damaged: its digest is another")
-        batch: list[pb.TailLine] = []
-        for line in decompress(data):
-            if line.cursor > last and self._wanted(line, request):
-                batch.append(line)
-            if len(batch) >= _BATCH:
-                yield pb.TailResponse(lines=batch)
-                batch = []
-        if batch:
-            yield pb.TailResponse(lines=batch)
+        async with contextlib.aclosing(self._archived(request.run_id, archived, last)) as batches:
+            async for lines in batches:
+                wanted = [one for one in lines if self._wanted(one, request)]
+                if wanted:
+                    yield pb.TailResponse(lines=wanted)
+
+    async def _archived(self, run_id: str, archived: ev.LogArchived, after: int) -> AsyncGenerator[list[pb.TailLine], None]:
+        """Lines of an archive behind a cursor, a batch at a time."""
+        with tempfile.TemporaryDirectory(prefix="alveary-log-") as folder:
+            path = Path(folder, "log")
+            try:
+                await self._store.get_file("runs", archived.key, path, archived.sha256)
+            except DigestMismatch as error:
+                raise FailedPrecondition(f"the archived log of run {run_id} is damaged: {error}", f"run/{run_id}") from error
+            lines = archive.read(path)
+            try:
+                while batch := await asyncio.to_thread(lambda: list(islice(lines, _BATCH))):
+                    if batch[-1].cursor > after:
+                        yield [line for line in batch if line.cursor > after]
+            finally:
+                lines.close()  # type: ignore[attr-defined]
+
+    async def _now(self, run_id: str, after: int) -> AsyncGenerator[list[pb.TailLine], None]:
+        """All lines there are now behind a cursor, wherever they are."""
+        workspace = await self._require(run_id)
+        last = after
+        if self._view.archive(run_id) is None:
+            subject = f"alveary-logs.{token(workspace)}.{token(run_id)}"
+            async with contextlib.aclosing(stored(self._log, subject, max(sequence_of(after), 1))) as chunks:
+                async for lines in chunks:
+                    fresh = [line for line in lines if line.cursor > last]
+                    if fresh:
+                        last = fresh[-1].cursor
+                        yield fresh
+        archived = self._view.archive(run_id)
+        if archived is not None:  # since before, or since a moment ago
+            async with contextlib.aclosing(self._archived(run_id, archived, last)) as batches:
+                async for lines in batches:
+                    yield lines
+
+    async def _page(
+        self, request: pb.ReadRequest | pb.SearchRequest, keep: Callable[[pb.TailLine], bool], *, newest: bool = False
+    ) -> tuple[list[pb.TailLine], int]:
+        limit = request.limit or PAGE
+        if not 1 <= limit <= MAX_PAGE:
+            raise InvalidArgument(("limit", f"{request.limit}: 1 to {MAX_PAGE}"))
+        if request.after < 0:
+            raise InvalidArgument(("after", "a cursor that the service gave, or 0"))
+        found: deque[pb.TailLine] = deque(maxlen=limit if newest else None)
+        async with contextlib.aclosing(self._now(request.run_id, request.after)) as batches:
+            async for lines in batches:
+                for line in lines:
+                    if not (self._wanted(line, request) and keep(line)):
+                        continue
+                    if not newest and len(found) == limit:
+                        return list(found), found[-1].cursor
+                    found.append(line)
+        return list(found), 0
+
+    async def Read(self, request: pb.ReadRequest, context: Any) -> pb.ReadResponse:
+        lines, following = await self._page(request, lambda _: True, newest=request.newest)
+        return pb.ReadResponse(lines=lines, next=following)
+
+    async def Search(self, request: pb.SearchRequest, context: Any) -> pb.SearchResponse:
+        if not 1 <= len(request.text) <= 1000:
+            raise InvalidArgument(("text", f"{len(request.text)} characters: 1 to 1,000 are looked for"))
+        text = request.text.encode()
+        if request.ignore_case:
+            small = text.lower()
+            lines, following = await self._page(request, lambda one: small in one.line.data.lower())
+        else:
+            lines, following = await self._page(request, lambda one: text in one.line.data)
+        return pb.SearchResponse(lines=lines, next=following)
 
     async def _live(self, workspace: str, request: pb.TailRequest) -> AsyncIterator[list[pb.TailLine]]:
         """Lines of the stream; ends when caught up without follow, or when the archive has taken over."""
@@ -178,7 +261,7 @@ class LogService(rpc.LogServiceServicer):
                 task.cancel()
 
     @staticmethod
-    def _wanted(line: pb.TailLine, request: pb.TailRequest) -> bool:
+    def _wanted(line: pb.TailLine, request: pb.TailRequest | pb.ReadRequest | pb.SearchRequest) -> bool:
         if request.HasField("rank") and line.line.rank != request.rank:
             return False
         patterns: Iterable[str] = request.streams
@@ -186,7 +269,7 @@ class LogService(rpc.LogServiceServicer):
 
     async def Download(self, request: pb.DownloadRequest, context: Any) -> pb.DownloadResponse:
         await self._require(request.run_id)
-        archive = self._view.archive(request.run_id)
-        if archive is None:
+        archived = self._view.archive(request.run_id)
+        if archived is None:
             raise FailedPrecondition(f"run {request.run_id} is not final yet: its log is not archived; use Tail", f"run/{request.run_id}")
-        return pb.DownloadResponse(url=self._store.get_url("runs", archive.key), lines=archive.lines, sha256=archive.sha256)
+        return pb.DownloadResponse(url=self._store.get_url("runs", archived.key), lines=archived.lines, sha256=archived.sha256)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from alveary_contracts.common.v1 import common_pb2 as c
 from alveary_contracts.events.v1 import events_pb2 as ev
 from alveary_contracts.registry.v1 import registry_pb2 as pb
 from alveary_core.events import Event
@@ -13,8 +14,9 @@ class RegistryProjection(Projection):
 
     subjects = (
         "alveary.*.model.>", "alveary.*.dataset.>", "alveary.*.run.*.submitted", "alveary.*.run.*.completed",
-        "alveary.*.run.*.failed", "alveary.*.run.*.canceled",
+        "alveary.*.run.*.failed", "alveary.*.run.*.canceled", "alveary.*.run.*.compacted",
     )  # fmt: skip
+    version = 2
     schema = """
     CREATE TABLE IF NOT EXISTS models (workspace TEXT, name TEXT, version INTEGER, run TEXT, archived INTEGER, at REAL,
       proto BLOB, PRIMARY KEY (workspace, name, version));
@@ -36,6 +38,12 @@ class RegistryProjection(Projection):
             self.db.execute(
                 "UPDATE runs SET attempt=?, manifest=?, state=? WHERE run=?",
                 (message.attempt, message.manifest_digest, event.name, key.id),
+            )
+        elif isinstance(message, ev.RunCompacted):
+            state = c.RunState.Name(message.state).removeprefix("RUN_STATE_").lower()
+            self.db.execute(
+                "INSERT OR REPLACE INTO runs VALUES (?,?,?,?,?,?)",
+                (key.id, key.workspace, message.submitted.SerializeToString(), message.attempt, message.manifest_digest, state),
             )
         elif isinstance(message, ev.DatasetRegistered):
             self.db.execute(

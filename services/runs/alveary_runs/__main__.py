@@ -10,6 +10,7 @@ from alveary_core.service import Service, serve
 from alveary_core.settings import CoreSettings
 from alveary_runs import domain
 from alveary_runs.api import ExperimentService, RunService, WorkspaceService
+from alveary_runs.compaction import Compaction
 from alveary_runs.handlers import SUBJECTS, Handlers, settle
 from alveary_runs.projection import RunsProjection
 from alveary_runs.subscriptions import EventService
@@ -29,6 +30,9 @@ async def start(service: Service) -> None:
     service.spawn(projection.run_metrics(service.log), "metrics")
     service.spawn(service.log.consume("runs", SUBJECTS, Handlers(runs, projection)), "handlers")
     service.spawn(settle(runs, projection), "settle")
+    settings = service.settings
+    compaction = Compaction(service.log, runs, projection, settings.compact_after_seconds, settings.compact_interval_seconds)
+    service.spawn(compaction.run(), "compaction")
     await projection.caught_up.wait()
 
 

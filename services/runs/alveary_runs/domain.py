@@ -6,10 +6,11 @@ an attempt that is not the current one decides nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from google.protobuf.message import Message
+from google.protobuf.timestamp_pb2 import Timestamp
 
 from alveary_contracts.common.v1 import common_pb2 as c
 from alveary_contracts.events.v1 import events_pb2 as ev
@@ -53,6 +54,7 @@ class Run:
     display_name: str = ""
     description: str = ""
     archived: bool = False
+    compacted: bool = False
 
     @property
     def final(self) -> bool:
@@ -207,6 +209,20 @@ def tag(run: Run, event: ev.RunTagged) -> Events:
     return [event]
 
 
+def compact(run: Run, submitted: ev.RunSubmitted, times: Mapping[str, Timestamp]) -> Events:
+    """The whole of a final run in one event, that makes all earlier ones superfluous; once."""
+    if not run.final or run.compacted:
+        return []
+    return [
+        ev.RunCompacted(
+            submitted=submitted, state=run.state, reason=run.reason, attempt=run.attempt, nodes=run.nodes,
+            cancel_requested=run.cancel_requested, exit=run.exit, manifest_digest=run.manifest_digest, tags=run.tags,
+            properties=run.properties, display_name=run.display_name, description=run.description, archived=run.archived,
+            **times,
+        )
+    ]  # fmt: skip
+
+
 def state_name(state: c.RunState.ValueType) -> str:
     """ "NotStarted" of RUN_STATE_NOT_STARTED: the names that users of Azure ML know."""
     words = c.RunState.Name(state).removeprefix("RUN_STATE_").split("_")
@@ -261,4 +277,12 @@ def evolve(run: Run, event: Message) -> Run:
             )  # fmt: skip
         case ev.RunArchived():
             return replace(run, archived=True)
+        case ev.RunCompacted(submitted=first):
+            return Run(
+                state=event.state, spec=first.spec, submitted_by=first.submitted_by, image_digest=first.image_digest,
+                number=first.number, prepared=True, reason=event.reason, attempt=event.attempt, nodes=tuple(event.nodes),
+                cancel_requested=event.cancel_requested, exit=event.exit, manifest_digest=event.manifest_digest,
+                tags=dict(event.tags), properties=dict(event.properties), display_name=event.display_name,
+                description=event.description, archived=event.archived, compacted=True,
+            )  # fmt: skip
     return run

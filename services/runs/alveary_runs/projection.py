@@ -34,7 +34,7 @@ class RunsProjection(Projection):
     """Runs, their metrics, images that are ready, targets that exist."""
 
     subjects = ("alveary.*.run.>", "alveary.*.image.>", "alveary.*.target.>", "alveary.*.dataset.*.registered")
-    version = 1
+    version = 2
     schema = """
     CREATE TABLE IF NOT EXISTS runs (
       id TEXT PRIMARY KEY, workspace TEXT, experiment TEXT, state INTEGER, submitted_at REAL, parent TEXT, name TEXT,
@@ -44,6 +44,8 @@ class RunsProjection(Projection):
     CREATE UNIQUE INDEX IF NOT EXISTS runs_key ON runs (workspace, idempotency) WHERE idempotency <> '';
     CREATE TABLE IF NOT EXISTS run_events (run TEXT, sequence INTEGER PRIMARY KEY, name TEXT, time REAL, body BLOB);
     CREATE INDEX IF NOT EXISTS run_events_run ON run_events (run);
+    CREATE TABLE IF NOT EXISTS compacted (run TEXT PRIMARY KEY, workspace TEXT, sequence INTEGER, purged INTEGER DEFAULT 0);
+    CREATE INDEX IF NOT EXISTS compacted_left ON compacted (purged) WHERE purged = 0;
     CREATE TABLE IF NOT EXISTS labels (run TEXT, kind TEXT, key TEXT, value TEXT, PRIMARY KEY (run, kind, key));
     CREATE TABLE IF NOT EXISTS images (digest TEXT PRIMARY KEY, state TEXT);
     CREATE TABLE IF NOT EXISTS targets (workspace TEXT, name TEXT, proto BLOB, PRIMARY KEY (workspace, name));
@@ -99,6 +101,11 @@ class RunsProjection(Projection):
         self._live.move_to_end(run_id)
         while len(self._live) > 2000:
             self._live.popitem(last=False)
+        if isinstance(event.message, ev.RunCompacted):
+            self.db.execute("DELETE FROM run_events WHERE run=?", (run_id,))
+            self.db.execute(
+                "INSERT OR IGNORE INTO compacted (run, workspace, sequence) VALUES (?,?,?)", (run_id, event.key.workspace, event.sequence)
+            )
         self.db.execute(
             "INSERT OR IGNORE INTO run_events VALUES (?,?,?,?,?)",
             (run_id, event.sequence, event.message.DESCRIPTOR.name, event.time, event.message.SerializeToString()),
@@ -117,14 +124,20 @@ class RunsProjection(Projection):
                 _set_time(shown.started_at, event.time)
             case ev.RunCompleted() | ev.RunFailed() | ev.RunCanceled():
                 _set_time(shown.ended_at, event.time)
+            case ev.RunCompacted() as whole:
+                for name in ("submitted_at", "started_at", "ended_at"):
+                    if whole.HasField(name):  # type: ignore[arg-type]
+                        getattr(shown, name).CopyFrom(getattr(whole, name))
+                shown.state_since.CopyFrom(whole.ended_at)
         shown.sequence = event.sequence
-        if isinstance(event.message, ev.RunSubmitted):
+        if isinstance(event.message, (ev.RunSubmitted, ev.RunCompacted)):
+            first = event.message if isinstance(event.message, ev.RunSubmitted) else event.message.submitted
             self.db.execute(
-                "INSERT OR IGNORE INTO runs VALUES (?,?,?,?,?,?,?,?,?,?,?,?)",
+                "INSERT OR REPLACE INTO runs VALUES (?,?,?,?,?,?,?,?,?,?,?,?)",
                 (
-                    run_id, event.key.workspace, run.spec.experiment, run.state, event.time, run.spec.parent_run_id,
-                    run.display_name, run.spec.compute_target, 0, run.image_digest, event.message.idempotency_key,
-                    shown.SerializeToString(),
+                    run_id, event.key.workspace, run.spec.experiment, run.state, shown.submitted_at.ToNanoseconds() / 1e9,
+                    run.spec.parent_run_id, run.display_name, run.spec.compute_target, int(run.archived), run.image_digest,
+                    first.idempotency_key, shown.SerializeToString(),
                 ),
             )  # fmt: skip
         else:
@@ -132,11 +145,16 @@ class RunsProjection(Projection):
                 "UPDATE runs SET state=?, name=?, archived=?, proto=? WHERE id=?",
                 (run.state, run.display_name, int(run.archived), shown.SerializeToString(), run_id),
             )
-        if isinstance(event.message, (ev.RunSubmitted, ev.RunTagged)):
+        if isinstance(event.message, (ev.RunSubmitted, ev.RunTagged, ev.RunCompacted)):
             self.db.execute("DELETE FROM labels WHERE run=?", (run_id,))
             labels = [(run_id, "tags", k, v) for k, v in run.tags.items()]
             labels += [(run_id, "properties", k, v) for k, v in run.properties.items()]
             self.db.executemany("INSERT INTO labels VALUES (?,?,?,?)", labels)
+
+    def submission(self, run_id: str) -> ev.RunSubmitted | None:
+        """The first event of a run that is not compacted."""
+        row = self.row("SELECT body FROM run_events WHERE run=? AND name='RunSubmitted'", (run_id,))
+        return ev.RunSubmitted.FromString(row["body"]) if row else None
 
     def get(self, workspace: str, run_id: str) -> pb.Run | None:
         """A run with its newest metrics."""

@@ -8,6 +8,7 @@ import importlib.util
 import os
 import shutil
 import signal
+import tempfile
 from pathlib import Path
 
 from alveary_contracts.ids import new_id
@@ -47,6 +48,15 @@ def runtime(cache: Path) -> Path:
     return final
 
 
+def sockets(runs_dir: Path) -> Path:
+    """A short folder that belongs to this node alone: what an earlier life left in it goes."""
+    name = hashlib.sha256(str(runs_dir.resolve()).encode()).hexdigest()[:12]
+    folder = Path(tempfile.gettempdir(), f"alveary-{os.getuid()}-{name}")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(mode=0o700)
+    return folder
+
+
 async def main() -> None:
     """Serve as a node until SIGTERM, or until the target shrinks."""
     settings = TrainerSettings()
@@ -65,7 +75,7 @@ async def main() -> None:
         ContentCache(cache / "snapshots", "snapshots", service.store, limit, read_only=False),
         ContentCache(cache / "datasets", "datasets", service.store, limit, read_only=True),
         ContentCache(cache / "models", "models", service.store, limit, read_only=True),
-        runs_dir, runtime(cache),
+        runs_dir, sockets(runs_dir), runtime(cache),
     )  # fmt: skip
     agent = Agent(context)
     loop = asyncio.get_running_loop()
@@ -80,6 +90,7 @@ async def main() -> None:
     await until(agent.done, service)
     await agent.stop()
     await service.close()
+    shutil.rmtree(context.sockets_dir, ignore_errors=True)
     if service.failed.done():
         service.failed.result()
 

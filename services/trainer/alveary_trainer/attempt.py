@@ -7,9 +7,9 @@ import hashlib
 import os
 import shutil
 import signal
-import tempfile
 import time
 from collections import deque
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,7 @@ class Attempt:
         self._metrics = Shipper(node.log.js, f"alveary-metrics.{token(key.workspace)}.{token(key.id)}", metric_batch)
         self._reports: asyncio.Queue[Message | None] = asyncio.Queue()
         self._uploaded: dict[str, c.FileEntry] = {}
+        self._held = AsyncExitStack()
 
     def end(self, why: str) -> None:
         """Ask for the end, once; "fenced" overrules everything."""
@@ -100,6 +101,7 @@ class Attempt:
                 self._tree.kill()
             await self._logs.close()
             await self._metrics.close()
+            await self._held.aclose()
             await asyncio.to_thread(shutil.rmtree, self._work, ignore_errors=True)
 
     # ---- reports --------------------------------------------------------------------------------------------------
@@ -148,30 +150,37 @@ class Attempt:
             staging.cancel()
             await asyncio.gather(staging, return_exceptions=True)
             return self._status(Outcome(), 0)
-        python = staging.result()
-        try:
-            return await self._supervise(code, python, inputs)
-        finally:
-            self._node.environments.release(self._placement.image_digest)
+        return await self._supervise(code, staging.result(), inputs)
 
     async def _stage(self, code: Path, inputs: dict[str, str], say: Any) -> Path:
-        env = self.spec.environment
-        snapshot = self._node.snapshots.folder(self.spec.snapshot) if self.spec.snapshot else _nothing()
-        python, source, *_ = await asyncio.gather(  # type: ignore[misc]
-            self._node.environments.python(self._placement.image_digest, env.interpreter, env.user_managed, say),
-            snapshot,
-            *(self._input(i, inputs) for i in self.spec.inputs),
-        )
-        if source is not None:
-            await asyncio.to_thread(shutil.copytree, source, code, dirs_exist_ok=True, symlinks=True)
+        """Everything that the run needs, held on this node until the attempt is over."""
+        env, node = self.spec.environment, self._node
+
+        async def environment() -> Path:
+            return await self._held.enter_async_context(
+                node.environments.use(self._placement.image_digest, env.interpreter, env.user_managed, say)
+            )
+
+        async def snapshot() -> None:
+            if self.spec.snapshot:
+                async with node.snapshots.use(self.spec.snapshot) as source:
+                    await asyncio.to_thread(shutil.copytree, source, code, dirs_exist_ok=True, symlinks=True)
+
+        async def dataset(item: c.InputDataset) -> None:
+            cache = node.models if item.model else node.datasets
+            inputs[item.name] = str(await self._held.enter_async_context(cache.use(item.manifest_digest)))
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                python = group.create_task(environment())
+                group.create_task(snapshot())
+                for item in self.spec.inputs:
+                    group.create_task(dataset(item))
+        except ExceptionGroup as error:
+            raise error.exceptions[0] from error
         (code / "outputs").mkdir(exist_ok=True)
         (code / "logs").mkdir(exist_ok=True)
-        assert python is not None
-        return python
-
-    async def _input(self, item: c.InputDataset, inputs: dict[str, str]) -> None:
-        cache = self._node.models if item.model else self._node.datasets
-        inputs[item.name] = str(await cache.folder(item.manifest_digest))
+        return python.result()
 
     def _argv(self, python: Path, inputs: dict[str, str]) -> list[str]:
         spec = self.spec
@@ -212,7 +221,8 @@ class Attempt:
         (self._work / "tmp").mkdir()
         socket_dir = self._work
         if len(str(self._work / "run.sock")) > _SOCKET_PATH:
-            socket_dir = Path(tempfile.mkdtemp(prefix="alveary-"))
+            socket_dir = self._node.sockets_dir / f"{self.run_id}-{self.number}"
+            socket_dir.mkdir(mode=0o700)
         server = ContextServer(socket_dir / "run.sock", self.run_id, self._metrics, self._asks(code))
         await server.start()
         before = oom_kills()
@@ -362,7 +372,3 @@ class Attempt:
             return {"run_id": self.run_id, "attempt": self.number, "tags": dict(self.spec.tags), "properties": dict(self.spec.properties)}
 
         return {"upload": upload, "tag": tag, "register": register, "info": info}
-
-
-async def _nothing() -> None:
-    return None

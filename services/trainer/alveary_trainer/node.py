@@ -32,6 +32,8 @@ class NodeContext:
     datasets: ContentCache
     models: ContentCache
     runs_dir: Path
+    # For sockets whose path under runs_dir would be too long for the kernel.
+    sockets_dir: Path
     # Holds the `alveary` package for training processes.
     runtime_dir: Path
 

@@ -98,6 +98,17 @@ class RunMachine(RuleBasedStateMachine):
         self.do(domain.released(self.run))
 
     @invariant()
+    def compacting_changes_nothing(self) -> None:
+        events = domain.compact(self.run, submitted(), {})
+        assert len(events) == int(self.run.final)
+        whole = fold(domain.Run(), events)
+        if self.run.final:
+            kept = ("state", "spec", "submitted_by", "image_digest", "reason", "attempt", "nodes", "exit", "manifest_digest", "tags",
+                    "properties", "display_name", "description", "archived", "cancel_requested")  # fmt: skip
+            assert [getattr(whole, name) for name in kept] == [getattr(self.run, name) for name in kept]
+            assert domain.compact(whole, submitted(), {}) == []
+
+    @invariant()
     def ends_once(self) -> None:
         finals = [e for e in self.history if isinstance(e, (ev.RunCompleted, ev.RunFailed, ev.RunCanceled))]
         assert len(finals) == int(self.run.final)

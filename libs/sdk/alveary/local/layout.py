@@ -125,12 +125,14 @@ class Layout:
     def nats_config(self) -> str:
         """nats-server.conf: a user per service that may write its own subjects alone."""
         common = ["$JS.API.>", "$JS.ACK.>", "$JS.FC.>", "_INBOX.>", "_FC.>"]
-        deny = ["$JS.API.STREAM.DELETE.>", "$JS.API.STREAM.UPDATE.>", "$JS.API.STREAM.MSG.DELETE.>", "$JS.API.STREAM.PURGE.ALVEARY"]
+        deny = ["$JS.API.STREAM.DELETE.>", "$JS.API.STREAM.UPDATE.>", "$JS.API.STREAM.MSG.DELETE.>"]
         users = []
         for name, own in WRITES.items():
+            # Compaction purges what one newer event says: of runs, placements and attempts, so runs alone may.
+            purge = ["$JS.API.STREAM.PURGE.ALVEARY"] if name != "runs" else []
             allow = json.dumps([*own, *common])
             users.append(
-                f'{{user: {name}, password: "{self.secrets[name]}", permissions: {{publish: {{allow: {allow}, deny: {json.dumps(deny)}}}}}}}'
+                f'{{user: {name}, password: "{self.secrets[name]}", permissions: {{publish: {{allow: {allow}, deny: {json.dumps([*deny, *purge])}}}}}}}'
             )
         reads = ["$JS.API.CONSUMER.>", "$JS.API.STREAM.INFO.>", "$JS.API.STREAM.NAMES", "$JS.API.INFO", "$JS.ACK.>", "$JS.FC.>", "_INBOX.>"]
         users.append(

@@ -20,7 +20,7 @@ from pathlib import Path
 from alveary_contracts.common.v1 import common_pb2 as c
 from alveary_core.errors import NotFound
 from alveary_core.objectstore import ObjectStore
-from alveary_core.uv import uv_binary, uv_environment
+from alveary_core.uv import clean_environment, uv_binary, uv_environment
 
 Say = Callable[[str], Awaitable[None]]
 BUCKET = "images"
@@ -113,7 +113,7 @@ async def _build_sources(work: Path, python: str, store: ObjectStore, say: Say) 
             "-w",
             str(out),
         ]
-        await _run(command, work, say, dict(os.environ))
+        await _run(command, work, say, clean_environment())
         for wheel in out.glob("*.whl"):
             entry = await store.put_file(BUCKET, f"wheels/{hashlib.sha256(wheel.read_bytes()).hexdigest()}", wheel)
             built.append({"name": name, "file": wheel.name, "sha256": entry.sha256})
@@ -135,6 +135,7 @@ async def _run(command: list[str], work: Path, say: Say, env: dict[str, str], st
     process = await asyncio.create_subprocess_exec(
         *command, cwd=work, env=env, stdin=asyncio.subprocess.DEVNULL, start_new_session=True,
         stdout=asyncio.subprocess.PIPE if stdout else asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE,
+        limit=1 << 24,
     )  # fmt: skip
     lines: list[str] = []
 

@@ -21,6 +21,7 @@ A run's life
   NotResponding    RunNotResponding: the node of its attempt is lost, its placement revoked. Followed by
                    RunRetrying (back to Queued with the next attempt) or RunFailed when no attempt is left, or
                    RunCanceled when a cancel was asked for.
+RunCompacted follows some time after the end and says it all again in one event: earlier events of the run are purged.
 States advance in that order; only NotResponding leads back. Attempts are numbered from 1 and fenced: events of an
 attempt other than the current one, and of one whose placement was revoked, change nothing.
 
@@ -37,6 +38,7 @@ from alveary_contracts.common.v1 import common_pb2 as _common_pb2
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 import builtins as _builtins
 import sys
@@ -569,6 +571,124 @@ class RunArchived(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RunArchived: _TypeAlias = RunArchived  # noqa: Y015
+
+@_typing.final
+class RunCompacted(_message.Message):
+    """A final run in one event: some time after its end, when everybody has seen how it came about, it takes the place of
+    all earlier events of the run, its placements and its attempts, which are then purged. Replay costs one event a run.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class TagsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class PropertiesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    SUBMITTED_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    NODES_FIELD_NUMBER: _builtins.int
+    CANCEL_REQUESTED_FIELD_NUMBER: _builtins.int
+    EXIT_FIELD_NUMBER: _builtins.int
+    MANIFEST_DIGEST_FIELD_NUMBER: _builtins.int
+    TAGS_FIELD_NUMBER: _builtins.int
+    PROPERTIES_FIELD_NUMBER: _builtins.int
+    DISPLAY_NAME_FIELD_NUMBER: _builtins.int
+    DESCRIPTION_FIELD_NUMBER: _builtins.int
+    ARCHIVED_FIELD_NUMBER: _builtins.int
+    SUBMITTED_AT_FIELD_NUMBER: _builtins.int
+    STARTED_AT_FIELD_NUMBER: _builtins.int
+    ENDED_AT_FIELD_NUMBER: _builtins.int
+    state: _common_pb2.RunState.ValueType
+    reason: _builtins.str
+    attempt: _builtins.int
+    cancel_requested: _builtins.bool
+    manifest_digest: _builtins.str
+    display_name: _builtins.str
+    description: _builtins.str
+    archived: _builtins.bool
+    @_builtins.property
+    def submitted(self) -> Global___RunSubmitted: ...
+    @_builtins.property
+    def nodes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def exit(self) -> _common_pb2.ExitStatus: ...
+    @_builtins.property
+    def tags(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """As they were then; RunTagged may follow."""
+
+    @_builtins.property
+    def properties(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
+    @_builtins.property
+    def submitted_at(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def started_at(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def ended_at(self) -> _timestamp_pb2.Timestamp: ...
+    def __init__(
+        self,
+        *,
+        submitted: Global___RunSubmitted | None = ...,
+        state: _common_pb2.RunState.ValueType = ...,
+        reason: _builtins.str = ...,
+        attempt: _builtins.int = ...,
+        nodes: _abc.Iterable[_builtins.str] | None = ...,
+        cancel_requested: _builtins.bool = ...,
+        exit: _common_pb2.ExitStatus | None = ...,
+        manifest_digest: _builtins.str = ...,
+        tags: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        properties: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        display_name: _builtins.str = ...,
+        description: _builtins.str = ...,
+        archived: _builtins.bool = ...,
+        submitted_at: _timestamp_pb2.Timestamp | None = ...,
+        started_at: _timestamp_pb2.Timestamp | None = ...,
+        ended_at: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ended_at", b"ended_at", "exit", b"exit", "started_at", b"started_at", "submitted", b"submitted", "submitted_at", b"submitted_at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["archived", b"archived", "attempt", b"attempt", "cancel_requested", b"cancel_requested", "description", b"description", "display_name", b"display_name", "ended_at", b"ended_at", "exit", b"exit", "manifest_digest", b"manifest_digest", "nodes", b"nodes", "properties", b"properties", "reason", b"reason", "started_at", b"started_at", "state", b"state", "submitted", b"submitted", "submitted_at", b"submitted_at", "tags", b"tags"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RunCompacted: _TypeAlias = RunCompacted  # noqa: Y015
 
 @_typing.final
 class ImageRequested(_message.Message):

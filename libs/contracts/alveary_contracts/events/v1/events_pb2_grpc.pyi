@@ -21,6 +21,7 @@ A run's life
   NotResponding    RunNotResponding: the node of its attempt is lost, its placement revoked. Followed by
                    RunRetrying (back to Queued with the next attempt) or RunFailed when no attempt is left, or
                    RunCanceled when a cancel was asked for.
+RunCompacted follows some time after the end and says it all again in one event: earlier events of the run are purged.
 States advance in that order; only NotResponding leads back. Attempts are numbered from 1 and fenced: events of an
 attempt other than the current one, and of one whose placement was revoked, change nothing.
 

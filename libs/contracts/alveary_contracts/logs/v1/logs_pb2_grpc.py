@@ -39,6 +39,16 @@ class LogServiceStub:
                 request_serializer=alveary_dot_logs_dot_v1_dot_logs__pb2.TailRequest.SerializeToString,
                 response_deserializer=alveary_dot_logs_dot_v1_dot_logs__pb2.TailResponse.FromString,
                 _registered_method=True)
+        self.Read = channel.unary_unary(
+                '/alveary.logs.v1.LogService/Read',
+                request_serializer=alveary_dot_logs_dot_v1_dot_logs__pb2.ReadRequest.SerializeToString,
+                response_deserializer=alveary_dot_logs_dot_v1_dot_logs__pb2.ReadResponse.FromString,
+                _registered_method=True)
+        self.Search = channel.unary_unary(
+                '/alveary.logs.v1.LogService/Search',
+                request_serializer=alveary_dot_logs_dot_v1_dot_logs__pb2.SearchRequest.SerializeToString,
+                response_deserializer=alveary_dot_logs_dot_v1_dot_logs__pb2.SearchResponse.FromString,
+                _registered_method=True)
         self.Download = channel.unary_unary(
                 '/alveary.logs.v1.LogService/Download',
                 request_serializer=alveary_dot_logs_dot_v1_dot_logs__pb2.DownloadRequest.SerializeToString,
@@ -52,6 +62,20 @@ class LogServiceServicer:
     def Tail(self, request, context):
         """Lines from `after` on; with follow, until the run is final and its log is complete. A client that reconnects
         passes the cursor of the last line it saw: it misses nothing and sees nothing twice.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Read(self, request, context):
+        """One page of lines: from `after` on, or the newest ones.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Search(self, request, context):
+        """Lines that hold a text.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -71,6 +95,16 @@ def add_LogServiceServicer_to_server(servicer, server):
                     servicer.Tail,
                     request_deserializer=alveary_dot_logs_dot_v1_dot_logs__pb2.TailRequest.FromString,
                     response_serializer=alveary_dot_logs_dot_v1_dot_logs__pb2.TailResponse.SerializeToString,
+            ),
+            'Read': grpc.unary_unary_rpc_method_handler(
+                    servicer.Read,
+                    request_deserializer=alveary_dot_logs_dot_v1_dot_logs__pb2.ReadRequest.FromString,
+                    response_serializer=alveary_dot_logs_dot_v1_dot_logs__pb2.ReadResponse.SerializeToString,
+            ),
+            'Search': grpc.unary_unary_rpc_method_handler(
+                    servicer.Search,
+                    request_deserializer=alveary_dot_logs_dot_v1_dot_logs__pb2.SearchRequest.FromString,
+                    response_serializer=alveary_dot_logs_dot_v1_dot_logs__pb2.SearchResponse.SerializeToString,
             ),
             'Download': grpc.unary_unary_rpc_method_handler(
                     servicer.Download,
@@ -105,6 +139,60 @@ class LogService:
             '/alveary.logs.v1.LogService/Tail',
             alveary_dot_logs_dot_v1_dot_logs__pb2.TailRequest.SerializeToString,
             alveary_dot_logs_dot_v1_dot_logs__pb2.TailResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Read(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/alveary.logs.v1.LogService/Read',
+            alveary_dot_logs_dot_v1_dot_logs__pb2.ReadRequest.SerializeToString,
+            alveary_dot_logs_dot_v1_dot_logs__pb2.ReadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Search(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/alveary.logs.v1.LogService/Search',
+            alveary_dot_logs_dot_v1_dot_logs__pb2.SearchRequest.SerializeToString,
+            alveary_dot_logs_dot_v1_dot_logs__pb2.SearchResponse.FromString,
             options,
             channel_credentials,
             insecure,

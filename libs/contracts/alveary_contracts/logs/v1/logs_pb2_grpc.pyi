@@ -35,6 +35,10 @@ class LogServiceStub:
     """Lines from `after` on; with follow, until the run is final and its log is complete. A client that reconnects
     passes the cursor of the last line it saw: it misses nothing and sees nothing twice.
     """
+    Read: _grpc.UnaryUnaryMultiCallable[_logs_pb2.ReadRequest, _logs_pb2.ReadResponse]
+    """One page of lines: from `after` on, or the newest ones."""
+    Search: _grpc.UnaryUnaryMultiCallable[_logs_pb2.SearchRequest, _logs_pb2.SearchResponse]
+    """Lines that hold a text."""
     Download: _grpc.UnaryUnaryMultiCallable[_logs_pb2.DownloadRequest, _logs_pb2.DownloadResponse]
     """Link to the compressed archive; FAILED_PRECONDITION until the run is final and archived."""
 
@@ -45,6 +49,10 @@ class LogServiceAsyncStub(LogServiceStub):
     """Lines from `after` on; with follow, until the run is final and its log is complete. A client that reconnects
     passes the cursor of the last line it saw: it misses nothing and sees nothing twice.
     """
+    Read: _aio.UnaryUnaryMultiCallable[_logs_pb2.ReadRequest, _logs_pb2.ReadResponse]  # type: ignore[assignment]
+    """One page of lines: from `after` on, or the newest ones."""
+    Search: _aio.UnaryUnaryMultiCallable[_logs_pb2.SearchRequest, _logs_pb2.SearchResponse]  # type: ignore[assignment]
+    """Lines that hold a text."""
     Download: _aio.UnaryUnaryMultiCallable[_logs_pb2.DownloadRequest, _logs_pb2.DownloadResponse]  # type: ignore[assignment]
     """Link to the compressed archive; FAILED_PRECONDITION until the run is final and archived."""
 
@@ -58,6 +66,22 @@ class LogServiceServicer(metaclass=_abc_1.ABCMeta):
         """Lines from `after` on; with follow, until the run is final and its log is complete. A client that reconnects
         passes the cursor of the last line it saw: it misses nothing and sees nothing twice.
         """
+
+    @_abc_1.abstractmethod
+    def Read(
+        self,
+        request: _logs_pb2.ReadRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_logs_pb2.ReadResponse, _abc.Awaitable[_logs_pb2.ReadResponse]]:
+        """One page of lines: from `after` on, or the newest ones."""
+
+    @_abc_1.abstractmethod
+    def Search(
+        self,
+        request: _logs_pb2.SearchRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_logs_pb2.SearchResponse, _abc.Awaitable[_logs_pb2.SearchResponse]]:
+        """Lines that hold a text."""
 
     @_abc_1.abstractmethod
     def Download(

@@ -1,0 +1,5 @@
+"""`python -m alveary.cli`."""
+
+from alveary.cli import main
+
+main()
