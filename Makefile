@@ -7,7 +7,7 @@ PACKAGES := libs/contracts libs/core libs/sdk $(sort $(wildcard services/*))
 DATA ?=
 EPOCHS ?= 2
 
-.PHONY: install demo test lint bench generate lock clean format
+.PHONY: install demo test lint breaking bench generate lock clean format
 
 # A stamp whose environment was emptied or moved since is not believed.
 ifeq ($(and $(wildcard $(BIN)/alveary),$(wildcard $(VENV)/lib/python*/site-packages/torch)),)
@@ -40,6 +40,10 @@ lint: install
 	$(BIN)/lint-imports
 	cd protos && $(BIN)/buf lint && $(BIN)/buf format --diff --exit-code
 	$(BIN)/python tools/generate.py --check
+
+# Against what is on main: removing or renumbering a field breaks clients that are out there.
+breaking: install
+	cd protos && $(BIN)/buf breaking --against '../.git#branch=main,subdir=protos'
 
 format: install
 	$(BIN)/ruff check --fix .

@@ -53,12 +53,13 @@ class Embedded:
         return done
 
 
-def launch(state_dir: Path, *, port: int | None = 0, separate: bool = False, lease: float = 6.0) -> Embedded:
+def launch(state_dir: Path, *, port: int | None = 0, separate: bool = False, lease: float = 6.0, metrics_port: int = 0) -> Embedded:
     """`alveary up` in a process of its own, ready."""
     state_dir.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "alveary.cli", "up", "--state-dir", str(state_dir), "--lease-seconds", str(lease)]
     command += ["--port", str(port)] if port is not None else []
     command += ["--separate"] if separate else []
+    command += ["--metrics-port", str(metrics_port)] if metrics_port else []
     log = state_dir / "up.log"
     with log.open("wb") as opened:
         process = subprocess.Popen(command, stdout=opened, stderr=opened, stdin=subprocess.DEVNULL, start_new_session=True)

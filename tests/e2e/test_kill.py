@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,10 +45,11 @@ def kill(stack: Embedded, name: str) -> None:
     until(lambda: stack.pids()[name] != before, f"{name} is started again")
 
 
-def whole(run: Run, attempts: int = 1) -> None:
-    """Everything that the script did is there, once."""
+def whole(run: Run, attempts: int | None = 1) -> None:
+    """Everything that the script did is there, once; `attempts` None: however many it took."""
     details = finished(run)
-    assert details["attempt"] == attempts
+    assert attempts in (None, details["attempt"])
+    attempts = details["attempt"]
     until(lambda: len(lines(run)) >= 400, "all lines are there")
     mine = [int(one.line.data) for one in tail(run, streams=("stdout",)) if one.line.attempt == attempts]
     assert mine == list(range(400))
@@ -70,7 +72,7 @@ def test_killed_while_a_run_is_running(separate: Embedded, source: Path, tmp_pat
     assert values == list(range(400))
 
 
-@pytest.mark.parametrize("victim", ["runs", "scheduler", "nats", "objects"])
+@pytest.mark.parametrize("victim", ["runs", "images", "scheduler", "logs", "registry", "nats", "objects"])
 def test_killed_while_outputs_are_being_stored(separate: Embedded, source: Path, tmp_path: Path, victim: str) -> None:
     workspace = separate.workspace()
     go = tmp_path / "go"
@@ -85,15 +87,35 @@ def test_killed_while_outputs_are_being_stored(separate: Embedded, source: Path,
     assert sizes["outputs/big.bin"] == 150 << 20
 
 
-@pytest.mark.parametrize("victim", ["runs", "images", "nats"])
+@pytest.mark.parametrize("victim", ["runs", "images", "scheduler", "logs", "registry", "nats", "objects", "trainer"])
 def test_killed_while_a_run_is_preparing(separate: Embedded, source: Path, tmp_path: Path, victim: str) -> None:
     workspace = separate.workspace()
     go = tmp_path / "go"
     go.touch()
-    environment = Environment("e", ["six"], rebuild_key=os.urandom(4).hex())
+    environment = Environment("e", [slow_package(tmp_path, victim)])
     run = submit(workspace, source, SCRIPT, go, environment=environment)
-    kill(separate, victim)
-    whole(run)
+    until(lambda: "building a wheel" in "".join(lines(run, "prepare")), "the build is under way")
+    assert run.get_status() == "Preparing"
+    if victim == "trainer":
+        os.kill(separate.trainer_pids()[0], signal.SIGKILL)
+    else:
+        kill(separate, victim)
+    whole(run, attempts=run.get_details()["attempt"] or None)
+
+
+def slow_package(folder: Path, name: str, seconds: float = 3.0) -> str:
+    """A requirement that takes some seconds to build: a source distribution on this disk."""
+    root = folder / f"slow-{name}"
+    root.mkdir()
+    (root / "pyproject.toml").write_text('[build-system]\nrequires = ["setuptools"]\nbuild-backend = "setuptools.build_meta"\n')
+    (root / "setup.py").write_text(
+        f"import sys, time\nif 'bdist_wheel' in sys.argv:\n    time.sleep({seconds})\n"
+        f"from setuptools import setup\nsetup(name='slow-{name}', version='1.0', py_modules=[])\n"
+    )
+    archive = folder / f"slow_{name}-1.0.tar.gz"
+    with tarfile.open(archive, "w:gz") as packed:
+        packed.add(root, f"slow_{name}-1.0")
+    return f"slow-{name} @ file://{archive}"
 
 
 def test_a_killed_trainer_leads_to_the_next_attempt(separate: Embedded, source: Path, tmp_path: Path) -> None:
@@ -113,18 +135,21 @@ def test_a_killed_trainer_leads_to_the_next_attempt(separate: Embedded, source: 
 def test_a_trainer_killed_while_it_stores_outputs_leads_to_the_next_attempt(separate: Embedded, source: Path, tmp_path: Path) -> None:
     workspace = separate.workspace()
     go = tmp_path / "go"
-    go.touch()
-    code = SCRIPT + """open("outputs/big.bin", "wb").write(b"x" * (300 << 20))\n"""
+    code = SCRIPT + """open("outputs/big.bin", "wb").write(b"x" * (30 << 20))\n"""
     run = submit(workspace, source, code, go)
-    until(lambda: run.get_status() == "Finalizing", "the first attempt is storing its outputs")
-    (trainer,) = separate.trainer_pids()
-    os.kill(trainer, signal.SIGKILL)
-    details = run.wait_for_completion(raise_on_error=False)
-    # Either the kill met the upload, and a second attempt did all of it, or the first was through already.
-    assert details["status"] == "Completed", details
-    whole(run, attempts=details["attempt"])
+    wait_for_state(run, "Running")
+    objects = separate.pids()["objects"]
+    os.kill(objects, signal.SIGSTOP)  # so that the upload cannot be through before the kill
+    try:
+        go.touch()
+        until(lambda: run.get_status() == "Finalizing", "the first attempt is storing its outputs")
+        (trainer,) = separate.trainer_pids()
+        os.kill(trainer, signal.SIGKILL)
+    finally:
+        os.kill(objects, signal.SIGCONT)
+    whole(run, attempts=2)
     sizes = {x.file.path: x.file.size for x in workspace._call(workspace._client.list_run_files(run.id))}
-    assert sizes["outputs/big.bin"] == 300 << 20
+    assert sizes["outputs/big.bin"] == 30 << 20
 
 
 def test_a_run_whose_attempts_are_used_up_fails_and_says_so(separate: Embedded, source: Path, tmp_path: Path) -> None:

@@ -7,21 +7,27 @@ import os
 import stat
 import subprocess
 import sys
+import tarfile
+import zipfile
 from pathlib import Path
 
 import grpc
+import psutil
 import pytest
+import urllib3
 from google.protobuf import descriptor_pool
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from grpc_status import rpc_status
-from support import Embedded, finished, lines, submit, until, wait_for_state
+from support import Embedded, embedded, finished, halt, launch, lines, submit, until
 
 from alveary import AlvearyError, Environment, Workspace
+from alveary.local.layout import Layout, Ports
 from alveary_contracts.common.v1 import common_pb2 as c
 from alveary_contracts.runs.v1 import runs_pb2 as pb
 from alveary_contracts.runs.v1 import runs_pb2_grpc
+from alveary_core.uv import pip_settings
 
 SERVICES = {
     "alveary.runs.v1.RunService", "alveary.runs.v1.ExperimentService", "alveary.runs.v1.WorkspaceService",
@@ -115,13 +121,68 @@ def test_a_requirement_that_cannot_be_met_fails_with_the_resolvers_words(workspa
     assert "six==99.99" in details["reason"] and details["exit"]["reason"] == "build_failed"
 
 
-def test_a_run_that_waits_for_its_environment_can_be_canceled(workspace: Workspace, source: Path) -> None:
-    # Many packages: resolving them takes long enough for the cancel to arrive first.
-    environment = Environment("slow", ["docopt==0.6.2", "torch", "jupyter", "scipy", "pandas"], rebuild_key=os.urandom(4).hex())
-    run = submit(workspace, source, "print()", environment=environment)
-    wait_for_state(run, "Preparing", "Starting", "Queued")
-    run.cancel()
-    finished(run, "Canceled")
+def test_a_canceled_build_stops_at_once_with_all_its_processes(workspace: Workspace, source: Path, tmp_path: Path) -> None:
+    mark = tmp_path / "pid"
+    root = tmp_path / "endless-1.0"
+    root.mkdir()
+    (root / "setup.py").write_text(
+        "import os, subprocess, sys, time\nfrom setuptools import setup\nif 'bdist_wheel' in sys.argv:\n"
+        f"    child = subprocess.Popen(['sleep', '1000'])\n    open({str(mark)!r}, 'w').write(f'{{os.getpid()}} {{child.pid}}')\n"
+        "    time.sleep(1000)\nsetup(name='endless', version='1.0', py_modules=[])\n"
+    )
+    with tarfile.open(tmp_path / "endless-1.0.tar.gz", "w:gz") as packed:
+        packed.add(root, "endless-1.0")
+    environment = Environment("endless", [f"endless @ file://{tmp_path}/endless-1.0.tar.gz"])
+    runs = [submit(workspace, source, "print()", environment=environment) for _ in range(2)]
+    until(lambda: mark.exists() and len(mark.read_text().split()) == 2, "the build is under way")
+    pids = [int(p) for p in mark.read_text().split()]
+    runs[0].cancel()
+    finished(runs[0], "Canceled")
+    assert all(psutil.pid_exists(p) for p in pids), "the other run still waits for it"
+    runs[1].cancel()
+    finished(runs[1], "Canceled")
+    until(lambda: not any(psutil.pid_exists(p) for p in pids), "the build's processes are gone", 10)
+
+
+def test_pips_find_links_are_honoured(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    name = "alveary_local_only"
+    with zipfile.ZipFile(wheels / f"{name}-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"{name}.py", "VALUE = 42\n")
+        wheel.writestr(f"{name}-1.0.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        wheel.writestr(f"{name}-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{name}-1.0.dist-info/RECORD", f"{name}.py,,\n{name}-1.0.dist-info/METADATA,,\n{name}-1.0.dist-info/WHEEL,,\n")
+    monkeypatch.setenv("PIP_FIND_LINKS", f"{pip_settings().get('find-links', '')} {wheels}".strip())
+    with embedded(tmp_path / "stack") as stack:
+        run = submit(stack.workspace(), source, f"import {name}; print({name}.VALUE)", environment=Environment("links", [name]))
+        finished(run)
+        assert lines(run) == ["42"]
+
+
+def test_a_second_scheduler_stops_loudly_and_harms_nothing(stack: Embedded, workspace: Workspace, source: Path, tmp_path: Path) -> None:
+    layout = Layout.open(stack.state_dir, None)
+    env = os.environ | layout.environment("scheduler") | {"ALVEARY_STATE_DIR": str(tmp_path), "ALVEARY_LISTEN": "127.0.0.1:0"}
+    with (tmp_path / "log").open("wb") as log:
+        second = subprocess.Popen([sys.executable, "-m", "alveary_scheduler"], env=env, stdout=log, stderr=log)
+    try:
+        assert second.wait(60) != 0
+        assert "another scheduler is active" in (tmp_path / "log").read_text()
+        finished(submit(workspace, source, "print()"))
+    finally:
+        second.kill()
+
+
+def test_metrics_are_served_for_prometheus(tmp_path: Path, source: Path) -> None:
+    port = Ports.choose(0).grpc
+    stack = launch(tmp_path / "stack", metrics_port=port)
+    try:
+        finished(submit(stack.workspace(), source, "print()"))
+        text = urllib3.request("GET", f"http://127.0.0.1:{port}/metrics").data.decode()
+        assert 'alveary_events_appended_total{type="run.submitted"} 1.0' in text
+        assert 'alveary_grpc_requests_total{code="OK",method="SubmitRun"' in text
+    finally:
+        halt(stack)
 
 
 def test_events_are_durable_by_name_and_come_again_until_acknowledged(workspace: Workspace, source: Path) -> None:

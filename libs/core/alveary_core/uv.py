@@ -57,7 +57,8 @@ def uv_environment(base: dict[str, str] | None = None) -> dict[str, str]:
     """Environment for a uv process. What UV_* says already wins over what pip says."""
     env = clean_environment() if base is None else dict(base)
     for option, value in pip_settings().items():
-        env.setdefault(_VARIABLES[option], value)
+        # Of its lists uv separates this one by commas, the others by spaces as pip does.
+        env.setdefault(_VARIABLES[option], value.replace(" ", ",") if option == "find-links" else value)
     # pip takes the best version of all indexes; uv would take the first index that knows the name.
     env.setdefault("UV_INDEX_STRATEGY", "unsafe-best-match")
     env.setdefault("UV_HTTP_TIMEOUT", "180")

@@ -27,6 +27,7 @@ async def start(service: Service) -> None:
     projection = SchedulerProjection(str(service.settings.state_dir / "scheduler.sqlite"))
     local = LocalNodes(service.settings.state_dir, trainer_environment())
     scheduler = Scheduler(service, projection, local)
+    await scheduler.take_over()
     grpc_server = service.server.server
     scheduler_pb2_grpc.add_ComputeServiceServicer_to_server(ComputeService(scheduler), grpc_server)
     scheduler_pb2_grpc.add_NodeServiceServicer_to_server(NodeService(scheduler), grpc_server)

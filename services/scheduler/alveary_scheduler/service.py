@@ -4,23 +4,33 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import socket
 import time
 from dataclasses import dataclass, field
 
 from google.protobuf.message import DecodeError, Message
 from nats.aio.msg import Msg
+from nats.errors import NoRespondersError
+from nats.errors import TimeoutError as NatsTimeout
 
 from alveary_contracts.common.v1 import common_pb2 as c
 from alveary_contracts.digests import environment_digest
 from alveary_contracts.events.v1 import events_pb2 as ev
+from alveary_contracts.ids import new_id
 from alveary_contracts.trainer.v1 import trainer_pb2 as tr
 from alveary_core import telemetry
+from alveary_core.errors import Aborted, FailedPrecondition
 from alveary_core.eventlog import Conflict
 from alveary_core.events import Event, Key
 from alveary_core.service import Service
 from alveary_scheduler import domain
 from alveary_scheduler.adapters.local import LocalNodes
 from alveary_scheduler.projection import SchedulerProjection
+
+_TRIES = 5
+# Whoever is active answers here.
+_WHO = "alveary-scheduler.who"
 
 
 @dataclass
@@ -49,6 +59,7 @@ class Scheduler:
         self._missing: dict[tuple[str, int], float] = {}
         self._joining: dict[str, asyncio.Lock] = {}
         self._booted = time.monotonic()
+        self._me = f"{socket.gethostname()}, pid {os.getpid()}, {new_id()}".encode()
         projection.on_event(self._on_event)
 
     @property
@@ -69,20 +80,45 @@ class Scheduler:
 
     async def append(self, key: Key, message: Message) -> int:
         """Append one event of ours and wait until the state includes it."""
-        for _ in range(5):
+        for _ in range(_TRIES):
             if key not in self._sequences:
                 events = await self._service.log.read(key)
                 self._sequences[key] = events[-1].sequence if events else 0
             try:
                 done = await self._service.log.append(key, [message], self._sequences[key])
             except Conflict:
+                # An append of ours whose acknowledgement never came, or another scheduler: that must not be.
+                await self._must_be_alone(1.0)
                 self._sequences.pop(key, None)
                 await asyncio.sleep(0.05)
                 continue
             self._sequences[key] = done.sequence
             await self.view.wait_for(done.sequence)
             return done.sequence
-        raise RuntimeError(f"{key.subject()}: somebody else writes it: is a second scheduler running?")
+        raise Aborted(f"{key.subject()}: somebody else writes it: is a second scheduler running?")
+
+    async def take_over(self) -> None:
+        """Become the active scheduler.
+
+        Raises:
+            FailedPrecondition: another one is.
+        """
+        await self._must_be_alone(2.0)
+
+        async def answer(message: Msg) -> None:
+            if message.data != self._me:
+                await message.respond(self._me)
+
+        await self._service.connection.subscribe(_WHO, cb=answer)
+
+    async def _must_be_alone(self, patience: float) -> None:
+        try:
+            reply = await self._service.connection.request(_WHO, self._me, timeout=patience)
+        except (NoRespondersError, NatsTimeout):
+            return
+        raise FailedPrecondition(
+            f"another scheduler is active ({reply.data.decode(errors='replace')}): two would place runs twice, so this one stops"
+        )
 
     async def run(self) -> None:
         """Decide whenever something changed, and once a second."""

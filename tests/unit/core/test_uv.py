@@ -27,7 +27,7 @@ def test_pips_file_is_honoured_and_variables_win(no_settings: Path, monkeypatch:
     )
     env = uv_environment()
     assert env["UV_DEFAULT_INDEX"] == "https://one.example/simple"
-    assert env["UV_FIND_LINKS"] == "/w1 /w2"
+    assert env["UV_FIND_LINKS"] == "/w1,/w2"
     assert env["SSL_CERT_FILE"] == "/ca.pem" or "SSL_CERT_FILE" in __import__("os").environ
     assert env["UV_INSECURE_HOST"] == "one.example"
     monkeypatch.setenv("PIP_INDEX_URL", "https://two.example/simple")

@@ -21,6 +21,7 @@ def up(
     ] = None,
     separate: Annotated[bool, typer.Option(help="Each service as a process of its own.")] = False,
     lease_seconds: Annotated[float, typer.Option(help="Silence after which a node is lost.")] = 30.0,
+    metrics_port: Annotated[int, typer.Option(help="Serve Prometheus metrics here; with --separate five ports from here. 0: none.")] = 0,
 ) -> None:
     """Start the whole platform on this machine."""
     from alveary.local.layout import Layout
@@ -32,6 +33,7 @@ def up(
         command = [sys.executable, "-m", "alveary.cli", "up", "--state-dir", str(folder), "--lease-seconds", str(lease_seconds)]
         command += ["--port", str(port)] if port is not None else []
         command += ["--separate"] if separate else []
+        command += ["--metrics-port", str(metrics_port)]
         log = folder / "up.log"
         with log.open("wb") as opened:
             child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=opened, stderr=opened, start_new_session=True)
@@ -45,7 +47,9 @@ def up(
                 return
             time.sleep(0.05)
     started = time.monotonic()
-    layout = Layout.open(folder, port, lease_seconds=lease_seconds, beat_seconds=min(1.0, lease_seconds / 5), separate=separate)
+    layout = Layout.open(
+        folder, port, lease_seconds=lease_seconds, beat_seconds=min(1.0, lease_seconds / 5), separate=separate, metrics_port=metrics_port
+    )
     stack = Stack(layout, lambda text: print(text, flush=True))
     stack.acquire()
     try:

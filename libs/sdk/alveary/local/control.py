@@ -8,6 +8,7 @@ import os
 import signal
 from collections.abc import Awaitable, Callable
 
+from prometheus_client import start_http_server
 from pydantic import SecretStr
 
 import alveary_images.__main__ as images
@@ -41,6 +42,8 @@ async def main() -> None:
     await services[0].store.ensure_buckets()
     await asyncio.gather(*(start(s) for start, s in zip(_STARTS.values(), services, strict=True)))
     await server.start(base.listen)
+    if base.metrics_port:
+        start_http_server(base.metrics_port, base.listen.rpartition(":")[0])
     telemetry.logger().info("serving", port=server.port)
     gc.collect()
     gc.freeze()  # what is there now stays: later collections need not look at it

@@ -17,7 +17,7 @@ SERVICES = ("runs", "images", "scheduler", "logs", "registry")
 WRITES = {
     "runs": ("alveary.*.run.>", "alveary-metrics.>"),
     "images": ("alveary.*.image.>", "alveary-logs.>"),
-    "scheduler": ("alveary.*.target.>", "alveary.*.node.>", "alveary.*.placement.>"),
+    "scheduler": ("alveary.*.target.>", "alveary.*.node.>", "alveary.*.placement.>", "alveary-scheduler.>"),
     "trainer": ("alveary.*.attempt.>", "alveary-logs.>", "alveary-metrics.>", "alveary-beat.>"),
     "logs": ("alveary.*.log.>",),
     "registry": ("alveary.*.model.>", "alveary.*.dataset.>"),
@@ -86,11 +86,13 @@ class Layout:
     lease_seconds: float = 30.0
     beat_seconds: float = 1.0
     separate: bool = False
+    metrics_port: int = 0
 
     @classmethod
     def open(
-        cls, state_dir: Path, port: int | None, *, lease_seconds: float = 30.0, beat_seconds: float = 1.0, separate: bool = False
-    ) -> Layout:
+        cls, state_dir: Path, port: int | None, *, lease_seconds: float = 30.0, beat_seconds: float = 1.0, separate: bool = False,
+        metrics_port: int = 0,
+    ) -> Layout:  # fmt: skip
         """Read or make the directory; ports and secrets stay what they were.
 
         Raises:
@@ -111,7 +113,7 @@ class Layout:
         made = known.get("secrets", {})
         hidden = {name: made.get(name) or secrets.token_hex(24) for name in names}
         write_private(file, json.dumps({"ports": asdict(ports), "secrets": hidden}, indent=1))
-        return cls(state_dir, ports, hidden, lease_seconds, beat_seconds, separate)
+        return cls(state_dir, ports, hidden, lease_seconds, beat_seconds, separate, metrics_port)
 
     @property
     def endpoint(self) -> str:
@@ -159,7 +161,13 @@ authorization {{ users: [
             "ALVEARY_TOKEN_SECRET": self.secrets["tokens"], "ALVEARY_STATE_DIR": str(self.state_dir / "services"),
             "ALVEARY_LEASE_SECONDS": str(self.lease_seconds), "ALVEARY_BEAT_SECONDS": str(self.beat_seconds),
             "ALVEARY_LISTEN": self.endpoint_of(service) if service in SERVICES else "127.0.0.1:0",
+            "ALVEARY_METRICS_PORT": str(self._metrics_port_of(service)),
         }  # fmt: skip
+
+    def _metrics_port_of(self, service: str) -> int:
+        if not self.metrics_port or service not in SERVICES:
+            return 0
+        return self.metrics_port + (SERVICES.index(service) if self.separate else 0)
 
     def weed_command(self, binary: str) -> list[str]:
         """The object store's command line."""

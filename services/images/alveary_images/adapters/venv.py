@@ -24,6 +24,8 @@ from alveary_core.uv import clean_environment, uv_binary, uv_environment
 
 Say = Callable[[str], Awaitable[None]]
 BUCKET = "images"
+_PIN = re.compile(r"^([A-Za-z0-9_.-]+==[^\s;\\]+)", re.MULTILINE)
+_REFERENCE = re.compile(r"^([A-Za-z0-9_.-]+) @ ([^\s;\\]+)", re.MULTILINE)
 _SECRET_URL = re.compile(r"(https?://)[^/@\s]+@")
 
 
@@ -72,11 +74,12 @@ async def build(environment: c.Environment, digest: str, store: ObjectStore, say
         await _uv([*compile_args, "--generate-hashes", "-o", "lock.txt"], work, say, show=False)
         await _uv([*compile_args, "--format", "pylock.toml", "-o", "pylock.toml"], work, say, show=False)
         requirements = (work / "lock.txt").read_text()
-        packages = sorted(re.findall(r"^([A-Za-z0-9_.-]+==[^\s;\\]+)", requirements, re.MULTILINE))
-        await say(f"resolved {len(packages)} packages: {' '.join(packages)}")
+        await say(f"resolved {len(_PIN.findall(requirements)) + len(_REFERENCE.findall(requirements))} packages")
         wheels = await _build_sources(work, python, store, say)
         for wheel in wheels:
-            requirements = _replace_hashes(requirements, wheel["name"], wheel["sha256"])
+            requirements = _pinned(requirements, wheel)
+        packages = sorted(_PIN.findall(requirements))
+        await say(f"locked: {' '.join(packages)}")
         return Lock(digest, python, requirements, wheels, packages)
 
 
@@ -91,39 +94,42 @@ async def _pins_of(digest: str, store: ObjectStore) -> list[str]:
 
 
 async def _build_sources(work: Path, python: str, store: ObjectStore, say: Say) -> list[dict[str, str]]:
-    """Wheels of the locked packages that have none for download, stored by content."""
+    """Wheels of the locked packages that have none on an index, stored by content.
+
+    These are packages published as source alone, and direct references (`name @ URL`): the node that installs the lock
+    need not reach, or trust, what they point at.
+    """
     pylock = tomllib.loads((work / "pylock.toml").read_text())
-    sources = [p for p in pylock.get("packages", []) if "sdist" in p and not p.get("wheels")]
+    references = dict(_REFERENCE.findall((work / "lock.txt").read_text()))
     built: list[dict[str, str]] = []
-    for package in sources:
-        name, version = package["name"], package["version"]
-        await say(f"building a wheel of {name} {version} from source")
+    for package in pylock.get("packages", []):
+        name = package["name"]
+        direct = references.get(name)
+        if direct is None and (package.get("wheels") or "sdist" not in package):
+            continue
+        wanted = ["--no-binary", name, f"{name}=={package['version']}"] if direct is None else [f"{name} @ {direct}"]
+        await say(f"building a wheel of {name} {package.get('version', '')} from source")
         if not (work / "build-env").exists():
             await _uv(["venv", "--quiet", "--seed", "--python", python, "build-env"], work, say)
         out = work / "wheels"
-        command = [
-            str(work / "build-env/bin/python"),
-            "-m",
-            "pip",
-            "wheel",
-            "--no-deps",
-            "--no-binary",
-            name,
-            f"{name}=={version}",
-            "-w",
-            str(out),
-        ]
-        await _run(command, work, say, clean_environment())
+        pip = [str(work / "build-env/bin/python"), "-m", "pip", "wheel", "--no-deps", "-w", str(out)]
+        await _run([*pip, *wanted], work, say, clean_environment())
         for wheel in out.glob("*.whl"):
-            entry = await store.put_file(BUCKET, f"wheels/{hashlib.sha256(wheel.read_bytes()).hexdigest()}", wheel)
-            built.append({"name": name, "file": wheel.name, "sha256": entry.sha256})
+            with wheel.open("rb") as opened:
+                digest = hashlib.file_digest(opened, "sha256").hexdigest()
+            entry = await store.put_file(BUCKET, f"wheels/{digest}", wheel)
+            built.append({"name": name, "version": wheel.name.split("-")[1], "file": wheel.name, "sha256": entry.sha256})
         shutil.rmtree(out)
     return built
 
 
-def _replace_hashes(requirements: str, name: str, sha256: str) -> str:
-    pattern = re.compile(rf"^({re.escape(name)}==[^\s\\]+)(?: \\\n\s+--hash=\S+)+", re.MULTILINE | re.IGNORECASE)
-    return pattern.sub(rf"\1 \\\n    --hash=sha256:{sha256}", requirements)
+def _pinned(requirements: str, wheel: dict[str, str]) -> str:
+    """The lock with a package's wheel in the place of its source."""
+    pattern = re.compile(rf"^{re.escape(wheel['name'])}(?:==| @ )[^\n]+?(?: \\\n\s+--hash=\S+)*$", re.MULTILINE | re.IGNORECASE)
+    # A marker stays with its pin.
+    marker = re.search(rf"^{re.escape(wheel['name'])}[^;\n]+?( ; [^\\\n]+?)(?: \\)?$", requirements, re.MULTILINE | re.IGNORECASE)
+    line = f"{wheel['name']}=={wheel['version']}{marker[1] if marker else ''} \\\n    --hash=sha256:{wheel['sha256']}"
+    return pattern.sub(lambda _: line, requirements)
 
 
 async def _uv(arguments: list[str], work: Path, say: Say, show: bool = True) -> None:

@@ -60,7 +60,7 @@ class Environments:
             for wheel in lock["wheels"]:
                 await self._store.get_file("images", f"wheels/{wheel['sha256']}", wheels / wheel["file"], wheel["sha256"])
             install = ["pip", "install", "--python", str(part / "bin/python"), "--require-hashes", "--no-deps", "-r", "lock.txt"]
-            await self._uv([*install, "--find-links", str(wheels)], part)
+            await self._uv(install, part, wheels)
             shutil.rmtree(wheels)
         # The path of the interpreter is written into console scripts: they must name the final one.
         for script in (part / "bin").iterdir():
@@ -70,8 +70,10 @@ class Environments:
                     script.write_bytes(text.replace(bytes(part), bytes(final)))
         await say(f"environment {digest[:12]}: ready")
 
-    async def _uv(self, arguments: list[str], cwd: Path) -> None:
+    async def _uv(self, arguments: list[str], cwd: Path, wheels: Path | None = None) -> None:
         env = uv_environment()
+        if wheels is not None:  # beside the machine's own find-links, which an option would replace
+            env["UV_FIND_LINKS"] = ",".join(filter(None, [env.get("UV_FIND_LINKS"), str(wheels)]))
         env.pop("UV_CONSTRAINT", None)  # the lock was resolved under it; with --require-hashes uv refuses ranges
         process = await asyncio.create_subprocess_exec(
             uv_binary(), *arguments, cwd=cwd, env=env, stdin=asyncio.subprocess.DEVNULL,
