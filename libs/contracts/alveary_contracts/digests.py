@@ -38,11 +38,18 @@ def manifest_digest(manifest: c.Manifest) -> str:
 
 
 def environment_digest(environment: c.Environment) -> str:
-    """Hex SHA-256 over all of the environment but its name and version: package order and case do not matter."""
+    """Hex SHA-256 over all of the environment but its name and version: the order of packages does not matter."""
     copy = c.Environment()
     copy.CopyFrom(environment)
     copy.name, copy.version = "", 0
-    packages = sorted({" ".join(p.split()) for p in copy.pip_packages}, key=str.lower)
-    del copy.pip_packages[:]
-    copy.pip_packages.extend(packages)
+    for packages in (copy.pip_packages, copy.conda_packages, copy.apt_packages):
+        packages[:] = sorted({" ".join(p.split()) for p in packages}, key=str.lower)
     return hashlib.sha256(_canonical(MessageToDict(copy))).hexdigest()
+
+
+def lock_digest(environment: c.Environment) -> str:
+    """Digest of what an environment is resolved from: the same for all its rebuilds."""
+    copy = c.Environment()
+    copy.CopyFrom(environment)
+    copy.rebuild_key, copy.locked = "", False
+    return environment_digest(copy)

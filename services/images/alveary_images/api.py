@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from alveary_contracts.digests import environment_digest
 from alveary_contracts.images.v1 import images_pb2 as pb
 from alveary_contracts.images.v1 import images_pb2_grpc as rpc
 from alveary_core import auth
-from alveary_core.errors import NotFound
+from alveary_core.errors import InvalidArgument, NotFound
+from alveary_images.adapters.credentials import Credentials
 from alveary_images.handlers import Handlers
 from alveary_images.projection import ImagesProjection
+
+_REGISTRY = re.compile(r"[A-Za-z0-9.-]+(:\d{1,5})?")
 
 
 class ImageService(rpc.ImageServiceServicer):
     """alveary.images.v1.ImageService."""
 
-    def __init__(self, handlers: Handlers, projection: ImagesProjection) -> None:
-        self._handlers, self._view = handlers, projection
+    def __init__(self, handlers: Handlers, projection: ImagesProjection, credentials: Credentials) -> None:
+        self._handlers, self._view, self._credentials = handlers, projection, credentials
 
     async def GetImage(self, request: pb.GetImageRequest, context: Any) -> pb.GetImageResponse:
         who = auth.require("reader")
@@ -35,3 +39,22 @@ class ImageService(rpc.ImageServiceServicer):
         digest = environment_digest(request.environment)
         image = await self._handlers.request(who.workspace, digest, request.environment, "")
         return pb.BuildImageResponse(image=pb.Image(digest=digest, state=image.state, environment=image.environment, reason=image.reason))
+
+    async def SetRegistryCredentials(
+        self, request: pb.SetRegistryCredentialsRequest, context: Any
+    ) -> pb.SetRegistryCredentialsResponse:  # fmt: skip
+        auth.require("owner")
+        if not _REGISTRY.fullmatch(request.registry):
+            raise InvalidArgument(("registry", f"{request.registry[:80]!r}: host or host:port, as references begin"))
+        if request.password and not request.username:
+            raise InvalidArgument(("username", "a password needs its user"))
+        await self._credentials.set(request.registry, request.username, request.password)
+        return pb.SetRegistryCredentialsResponse()
+
+    async def ListRegistryCredentials(
+        self, request: pb.ListRegistryCredentialsRequest, context: Any
+    ) -> pb.ListRegistryCredentialsResponse:  # fmt: skip
+        auth.require("owner")
+        known = await self._credentials.all()
+        found = [pb.RegistryCredentials(registry=name, username=one["username"]) for name, one in sorted(known.items())]
+        return pb.ListRegistryCredentialsResponse(credentials=found)

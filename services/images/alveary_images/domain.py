@@ -57,9 +57,9 @@ def failed(image: Image, builder: str, reason: str, canceled: bool = False) -> E
     return [ev.ImageFailed(reason=reason, canceled=canceled)] if holds(image, builder) else []
 
 
-def evict(image: Image) -> Events:
+def evict(image: Image, reason: str) -> Events:
     """It is removed to make room; whoever wants it again gets it built again."""
-    return [ev.ImageEvicted()] if image.state == pb.IMAGE_STATE_READY else []
+    return [ev.ImageEvicted(reason=reason)] if image.state == pb.IMAGE_STATE_READY else []
 
 
 def evolve(image: Image, event: Message) -> Image:

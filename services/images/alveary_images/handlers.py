@@ -16,8 +16,10 @@ from alveary_core.aggregates import Aggregates
 from alveary_core.events import Event, Key
 from alveary_core.service import Service
 from alveary_images import domain
-from alveary_images.adapters.venv import BUCKET, BuildFailed, Lock, build, lock_key
+from alveary_images.adapters.builder import Builder, Lock
+from alveary_images.adapters.resolve import BUCKET, BuildFailed, lock_key
 from alveary_images.projection import ImagesProjection
+from alveary_images.settings import ImagesSettings
 
 SUBJECTS = ("alveary.*.run.*.submitted", "alveary.*.image.*.requested")
 LEASE = 30.0
@@ -28,8 +30,8 @@ _PARALLEL = 2
 class Handlers:
     """Builds images that runs wait for; one build for many runs, one builder for many replicas."""
 
-    def __init__(self, service: Service, images: Aggregates[domain.Image], projection: ImagesProjection) -> None:
-        self._service, self._images, self._view = service, images, projection
+    def __init__(self, service: Service, images: Aggregates[domain.Image], projection: ImagesProjection, builder: Builder) -> None:
+        self._service, self._images, self._view, self._builder = service, images, projection, builder
         self._me = new_id()
         self._builds: dict[Key, asyncio.Task[None]] = {}
         self._slots = asyncio.Semaphore(_PARALLEL)
@@ -88,7 +90,8 @@ class Handlers:
             else:
                 event = ev.ImageReady(
                     lock_key=lock_key(key.id), python_version=lock.python_version, packages=lock.packages,
-                    build_seconds=time.monotonic() - started, environment=image.environment,
+                    build_seconds=time.monotonic() - started, environment=image.environment, builder=lock.builder,
+                    image=lock.image, size=lock.size,
                 )  # fmt: skip
                 await self._images.execute(key, lambda i: domain.ready(i, self._me, event))
             finally:
@@ -104,14 +107,26 @@ class Handlers:
         async def say(line: str) -> None:
             await self._say(key, line)
 
-        if environment.user_managed:
-            await say(f"user managed: nothing is built, {environment.interpreter or 'the node’s own python'} is used")
-            lock = Lock(key.id, environment.python_version, "", [], [])
-        else:
-            lock = await build(environment, key.id, self._service.store, say)
+        lock = await self._builder.build(environment, key.id, say)
         await self._service.store.put(BUCKET, lock_key(key.id), lock.to_json())
         await say("the environment is ready")
         return lock
+
+    async def collect(self, settings: ImagesSettings) -> None:
+        """For ever: remove images that no run asked for in long, and the least recently used beyond the limit."""
+        await self._view.caught_up.wait()
+        while True:
+            for workspace, digest, reason in self._view.superfluous(time.time() - settings.images_days * 86400, settings.images_bytes):
+                key = self._images.key(workspace, digest)
+                image, _ = await self._images.load(key)
+                # First the fact, so that no run is promised an image that is about to go.
+                await self._images.execute(key, lambda i, reason=reason: domain.evict(i, reason))  # type: ignore[misc]
+                if image.ready is not None and image.ready.image:
+                    try:
+                        await self._builder.remove(image.ready.image)
+                    except Exception as error:
+                        telemetry.logger().error("image.remove", digest=digest, exc_info=error)
+            await asyncio.sleep(settings.collect_seconds)
 
     async def _renew(self, key: Key) -> None:
         while True:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sqlite3
+
 from alveary_contracts.events.v1 import events_pb2 as ev
 from alveary_contracts.images.v1 import images_pb2 as pb
 from alveary_core.events import Event, Key
@@ -14,9 +16,9 @@ class ImagesProjection(Projection):
     """Images, and which runs wait for them."""
 
     subjects = ("alveary.*.image.>", "alveary.*.run.>")
-    version = 1
+    version = 2
     schema = """
-    CREATE TABLE IF NOT EXISTS images (workspace TEXT, digest TEXT, state INTEGER, asked INTEGER, proto BLOB,
+    CREATE TABLE IF NOT EXISTS images (workspace TEXT, digest TEXT, state INTEGER, asked INTEGER, used REAL, size INTEGER, proto BLOB,
       PRIMARY KEY (workspace, digest));
     CREATE TABLE IF NOT EXISTS waiting (workspace TEXT, run TEXT PRIMARY KEY, digest TEXT);
     CREATE INDEX IF NOT EXISTS waiting_digest ON waiting (digest);
@@ -29,6 +31,8 @@ class ImagesProjection(Projection):
             if isinstance(event.message, ev.RunSubmitted):
                 row = (key.workspace, key.id, event.message.image_digest)
                 self.db.execute("INSERT OR REPLACE INTO waiting VALUES (?,?,?)", row)
+                sql = "UPDATE images SET used=? WHERE workspace=? AND digest=?"
+                self.db.execute(sql, (event.time, key.workspace, event.message.image_digest))
             elif event.name in ("prepared", "failed", "canceled", "cancel_requested", "completed"):
                 self.db.execute("DELETE FROM waiting WHERE run=?", (key.id,))
             return
@@ -45,26 +49,53 @@ class ImagesProjection(Projection):
                 image.packages[:] = ready.packages
                 image.python_version, image.build_seconds = ready.python_version, ready.build_seconds
                 image.lock_key, image.lock_sha256 = ready.lock_key, ready.lock_sha256
+                image.builder, image.image, image.size = ready.builder, ready.image, ready.size
+                image.ready_at.FromNanoseconds(int(event.time * 1e6) * 1000)
             case ev.ImageFailed() as failed:
                 image.state, image.reason = pb.IMAGE_STATE_FAILED, failed.reason
             case ev.ImageEvicted():
                 image.state = pb.IMAGE_STATE_EVICTED
         asked_directly = isinstance(event.message, ev.ImageRequested) and not event.message.run_id
         self.db.execute(
-            "INSERT INTO images VALUES (?,?,?,?,?) ON CONFLICT DO UPDATE SET state=excluded.state, "
-            "asked=max(asked, excluded.asked), proto=excluded.proto",
-            (key.workspace, key.id, image.state, int(asked_directly), image.SerializeToString()),
+            "INSERT INTO images VALUES (?,?,?,?,?,?,?) ON CONFLICT DO UPDATE SET state=excluded.state, "
+            "asked=max(asked, excluded.asked), used=max(used, excluded.used), size=excluded.size, proto=excluded.proto",
+            (key.workspace, key.id, image.state, int(asked_directly), event.time, image.size, image.SerializeToString()),
         )
 
+    @staticmethod
+    def _shown(row: sqlite3.Row) -> pb.Image:
+        image = pb.Image.FromString(row["proto"])
+        image.last_used_at.FromNanoseconds(int(row["used"] * 1e6) * 1000)
+        return image
+
     def get(self, workspace: str, digest: str) -> pb.Image | None:
-        """One image."""
-        row = self.row("SELECT proto FROM images WHERE workspace=? AND digest=?", (workspace, digest))
-        return pb.Image.FromString(row["proto"]) if row else None
+        """One image; the beginning of its digest is enough where only one begins so."""
+        sql = "SELECT proto, used FROM images WHERE workspace=? AND digest BETWEEN ? AND ? LIMIT 2"
+        rows = self.rows(sql, (workspace, digest, digest + "g")) if digest else []
+        return self._shown(rows[0]) if len(rows) == 1 else None
 
     def all(self, workspace: str) -> list[pb.Image]:
-        """All images of a workspace."""
-        rows = self.rows("SELECT proto FROM images WHERE workspace=? ORDER BY digest", (workspace,))
-        return [pb.Image.FromString(r["proto"]) for r in rows]
+        """All images of a workspace, newest use first."""
+        rows = self.rows("SELECT proto, used FROM images WHERE workspace=? ORDER BY used DESC", (workspace,))
+        return [self._shown(r) for r in rows]
+
+    def superfluous(self, before: float, limit: int) -> list[tuple[str, str, str]]:
+        """(workspace, digest, why) of ready images that may go: not used since `before`, or beyond `limit` bytes in all.
+
+        Those that a run waits for stay.
+        """
+        sql = (
+            "SELECT workspace, digest, used, size FROM images i WHERE state=? "
+            "AND NOT EXISTS (SELECT 1 FROM waiting w WHERE w.digest = i.digest) ORDER BY used DESC"
+        )
+        found, total = [], 0
+        for workspace, digest, used, size in self.rows(sql, (pb.IMAGE_STATE_READY,)):
+            total += size
+            if used < before:
+                found.append((workspace, digest, "no run asked for it in long"))
+            elif size and total > limit:
+                found.append((workspace, digest, "room is needed, and others were used since"))
+        return found
 
     def waiting(self, workspace: str, digest: str) -> list[str]:
         """Runs that wait for an image."""

@@ -22,7 +22,7 @@ from alveary_core import auth
 from alveary_core.aggregates import Aggregates
 from alveary_core.errors import FailedPrecondition, InvalidArgument, NotFound
 from alveary_core.eventlog import LOGS, EventLog
-from alveary_core.events import Event
+from alveary_core.events import Event, Key
 from alveary_core.objectstore import DigestMismatch, ObjectStore
 from alveary_core.projection import Projection
 from alveary_logs import archive
@@ -107,8 +107,8 @@ async def stored(log: EventLog, subject: str, start: int = 1) -> AsyncGenerator[
         return
     async with contextlib.aclosing(log.follow([subject], start, LOGS)) as stream:
         async for item in stream:
-            if item is None:
-                continue
+            if item is None:  # caught up: an archiver may have purged what was newest a moment ago
+                break
             message, sequence = item
             yield list(lines_of(sequence, message.data))
             if sequence >= newest:
@@ -143,7 +143,7 @@ class LogService(rpc.LogServiceServicer):
                 wanted = [one for one in lines if self._wanted(one, request)]
                 if wanted:
                     yield pb.TailResponse(lines=wanted)
-        archived = self._view.archive(request.run_id)
+        archived = await self._archive_of(workspace, request.run_id)
         if archived is None:
             return
         async with contextlib.aclosing(self._archived(request.run_id, archived, last)) as batches:
@@ -151,6 +151,14 @@ class LogService(rpc.LogServiceServicer):
                 wanted = [one for one in lines if self._wanted(one, request)]
                 if wanted:
                     yield pb.TailResponse(lines=wanted)
+
+    async def _archive_of(self, workspace: str, run_id: str) -> ev.LogArchived | None:
+        """The archive, asked of the log itself where the view has none: lines are purged once it is there."""
+        known = self._view.archive(run_id)
+        if known is None:
+            for event in await self._log.read(Key(workspace, "log", run_id)):
+                known = event.message if isinstance(event.message, ev.LogArchived) else None
+        return known
 
     async def _archived(self, run_id: str, archived: ev.LogArchived, after: int) -> AsyncGenerator[list[pb.TailLine], None]:
         """Lines of an archive behind a cursor, a batch at a time."""
@@ -180,7 +188,7 @@ class LogService(rpc.LogServiceServicer):
                     if fresh:
                         last = fresh[-1].cursor
                         yield fresh
-        archived = self._view.archive(run_id)
+        archived = await self._archive_of(workspace, run_id)
         if archived is not None:  # since before, or since a moment ago
             async with contextlib.aclosing(self._archived(run_id, archived, last)) as batches:
                 async for lines in batches:

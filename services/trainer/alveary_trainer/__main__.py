@@ -14,17 +14,19 @@ from pathlib import Path
 from alveary_contracts.ids import new_id
 from alveary_contracts.trainer.v1 import trainer_pb2, trainer_pb2_grpc
 from alveary_core import telemetry
+from alveary_core.objectstore import ObjectStore
 from alveary_core.service import Service, until
 from alveary_trainer.adapters.environments import Environments
-from alveary_trainer.adapters.process import become_subreaper
+from alveary_trainer.adapters.process import ProcessRuntime, become_subreaper
+from alveary_trainer.adapters.runtime import Runtime
 from alveary_trainer.agent import Agent, TrainerService
 from alveary_trainer.node import NodeContext
 from alveary_trainer.settings import TrainerSettings
 from alveary_trainer.staging import ContentCache
 
 
-def runtime(cache: Path) -> Path:
-    """A folder that holds a copy of the `alveary` package and nothing else, named by its content.
+def library(cache: Path) -> Path:
+    """A folder that holds a copy of the `alveary` package and the shim and nothing else, named by its content.
 
     Training processes get it on PYTHONPATH: their environments need not contain it, and it always fits the trainer.
     """
@@ -36,11 +38,14 @@ def runtime(cache: Path) -> Path:
     digest = hashlib.sha256()
     for file in files:
         digest.update(str(file.relative_to(source)).encode() + b"\0" + file.read_bytes())
+    shim = Path(__file__).parent / "adapters" / "shim.py"
+    digest.update(shim.read_bytes())
     final = cache / "runtime" / digest.hexdigest()[:16]
     if not final.exists():
         part = final.with_name(f".{final.name}.{os.getpid()}")
         shutil.rmtree(part, ignore_errors=True)
         shutil.copytree(source, part / "alveary", ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(shim, part / "alveary_shim.py")
         try:
             part.rename(final)
         except OSError:  # another trainer of this machine was faster
@@ -48,13 +53,25 @@ def runtime(cache: Path) -> Path:
     return final
 
 
-def sockets(runs_dir: Path) -> Path:
+def sockets(settings: TrainerSettings, runs_dir: Path) -> Path:
     """A short folder that belongs to this node alone: what an earlier life left in it goes."""
-    name = hashlib.sha256(str(runs_dir.resolve()).encode()).hexdigest()[:12]
-    folder = Path(tempfile.gettempdir(), f"alveary-{os.getuid()}-{name}")
+    base = settings.sockets_dir or Path(tempfile.gettempdir(), f"alveary-{os.getuid()}")
+    folder = base / hashlib.sha256(str(runs_dir.resolve()).encode()).hexdigest()[:12]
+    base.mkdir(mode=0o711, parents=True, exist_ok=True)
+    if base.stat().st_uid not in (os.getuid(), 0):
+        raise RuntimeError(f"{base} belongs to somebody else: set ALVEARY_SOCKETS_DIR")
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(mode=0o700)
+    folder.mkdir(mode=0o711)
     return folder
+
+
+def runtime_of(settings: TrainerSettings, cache: Path, store: ObjectStore, runs_dir: Path) -> Runtime:
+    """The runtime that the settings name."""
+    if settings.runtime == "docker":
+        from alveary_trainer.adapters.containers import DockerRuntime  # needs a package that a process node may lack
+
+        return DockerRuntime(settings, cache, store, runs_dir)
+    return ProcessRuntime(Environments(cache / "environments", settings.environments_bytes, store))
 
 
 async def main() -> None:
@@ -71,12 +88,13 @@ async def main() -> None:
     limit = settings.data_bytes
     context = NodeContext(
         settings, new_id(), service.log, service.store,
-        Environments(cache / "environments", settings.environments_bytes, service.store),
+        runtime_of(settings, cache, service.store, runs_dir),
         ContentCache(cache / "snapshots", "snapshots", service.store, limit, read_only=False),
         ContentCache(cache / "datasets", "datasets", service.store, limit, read_only=True),
         ContentCache(cache / "models", "models", service.store, limit, read_only=True),
-        runs_dir, sockets(runs_dir), runtime(cache),
+        runs_dir, sockets(settings, runs_dir), library(cache),
     )  # fmt: skip
+    await context.runtime.sweep()
     agent = Agent(context)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

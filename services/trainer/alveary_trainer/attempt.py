@@ -25,15 +25,11 @@ from alveary_core.errors import AlvearyError
 from alveary_core.eventlog import Conflict
 from alveary_core.events import Key
 from alveary_core.objectstore import DigestMismatch
-from alveary_trainer.adapters.environments import StagingFailed
-from alveary_trainer.adapters.process import Outcome, ProcessTree, Usage, oom_kills
-from alveary_trainer.context_server import ContextServer
+from alveary_trainer.adapters.runtime import Limits, Outcome, Place, Say, Staged, StagingFailed, Tree, Usage, View, opened
+from alveary_trainer.adapters.shared_cache import remove_tree
+from alveary_trainer.context_server import Ask, ContextServer
 from alveary_trainer.node import NodeContext
 from alveary_trainer.shipper import FolderTail, Lines, Shipper, log_chunk, metric_batch, pump
-
-# What a training process inherits of the trainer's environment; everything else is the run's own.
-_INHERITED = ("PATH", "HOME", "LANG", "LC_ALL", "TZ", "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "LD_LIBRARY_PATH")  # fmt: skip
-_SOCKET_PATH = 100  # sun_path has 108 bytes
 
 
 class Attempt:
@@ -46,8 +42,10 @@ class Attempt:
         self.usage = Usage()
         self._key = Key(key.workspace, "attempt", f"{key.id}-{self.number}")
         self._sequence = 0
-        self._work = node.runs_dir / f"{key.id}-{self.number}"
-        self._tree: ProcessTree | None = None
+        self._root = node.runs_dir / f"{key.id}-{self.number}"
+        self._code = self._root / "work"
+        self._place: Place | None = None
+        self._tree: Tree | None = None
         # Why it must end before its time: "canceled", "timeout", "out_of_memory", or "fenced" (then it says nothing).
         self._end: str = ""
         self._ending = asyncio.Event()
@@ -102,7 +100,7 @@ class Attempt:
             await self._logs.close()
             await self._metrics.close()
             await self._held.aclose()
-            await asyncio.to_thread(shutil.rmtree, self._work, ignore_errors=True)
+            await asyncio.to_thread(remove_tree, self._root)
 
     # ---- reports --------------------------------------------------------------------------------------------------
 
@@ -139,104 +137,99 @@ class Attempt:
         async def say(text: str) -> None:
             self._note(text)
 
-        code = self._work / "work"
-        code.mkdir(parents=True)
-        inputs: dict[str, str] = {}
-        staging = asyncio.create_task(self._stage(code, inputs, say))
+        self._code.mkdir(parents=True)
+        inputs: dict[str, Path] = {}
+        staging = asyncio.create_task(self._stage(inputs, say))
         ending = asyncio.create_task(self._ending.wait())
         await asyncio.wait({staging, ending}, return_when=asyncio.FIRST_COMPLETED)
         ending.cancel()
         if not staging.done():
             staging.cancel()
             await asyncio.gather(staging, return_exceptions=True)
-            return self._status(Outcome(), 0)
-        return await self._supervise(code, staging.result(), inputs)
+            return self._status(Outcome())
+        return await self._supervise(staging.result(), inputs)
 
-    async def _stage(self, code: Path, inputs: dict[str, str], say: Any) -> Path:
+    async def _stage(self, inputs: dict[str, Path], say: Say) -> Staged:
         """Everything that the run needs, held on this node until the attempt is over."""
-        env, node = self.spec.environment, self._node
+        node = self._node
 
-        async def environment() -> Path:
-            return await self._held.enter_async_context(
-                node.environments.use(self._placement.image_digest, env.interpreter, env.user_managed, say)
-            )
+        async def environment() -> Staged:
+            staged = node.runtime.stage(self._placement.image_digest, self.spec.environment, say)
+            return await self._held.enter_async_context(staged)
 
         async def snapshot() -> None:
             if self.spec.snapshot:
                 async with node.snapshots.use(self.spec.snapshot) as source:
-                    await asyncio.to_thread(shutil.copytree, source, code, dirs_exist_ok=True, symlinks=True)
+                    await asyncio.to_thread(shutil.copytree, source, self._code, dirs_exist_ok=True, symlinks=True)
 
         async def dataset(item: c.InputDataset) -> None:
             cache = node.models if item.model else node.datasets
-            inputs[item.name] = str(await self._held.enter_async_context(cache.use(item.manifest_digest)))
+            inputs[item.name] = await self._held.enter_async_context(cache.use(item.manifest_digest))
 
         try:
             async with asyncio.TaskGroup() as group:
-                python = group.create_task(environment())
+                staged = group.create_task(environment())
                 group.create_task(snapshot())
                 for item in self.spec.inputs:
                     group.create_task(dataset(item))
         except ExceptionGroup as error:
             raise error.exceptions[0] from error
-        (code / "outputs").mkdir(exist_ok=True)
-        (code / "logs").mkdir(exist_ok=True)
-        return python.result()
+        for name in ("outputs", "logs"):
+            (self._code / name).mkdir(exist_ok=True)
+        return staged.result()
 
-    def _argv(self, python: Path, inputs: dict[str, str]) -> list[str]:
-        spec = self.spec
+    def _argv(self, staged: Staged, view: View) -> list[str]:
+        spec, python = self.spec, staged.python
         arguments = list(spec.arguments)
-        for name, folder in inputs.items():
+        for name, folder in view.inputs.items():
             arguments = [a.replace(f"{{inputs.{name}}}", folder) for a in arguments]
         if spec.command:
             first, *rest = spec.command
             if first in ("python", "python3"):
-                return [str(python), "-u", *rest, *arguments]
-            found = shutil.which(first, path=f"{python.parent}:{os.environ.get('PATH', '')}")
-            if found is None:
-                raise StagingFailed(f"command {first!r} is neither in the environment nor on this node")
-            return [found, *rest, *arguments]
+                return [python, "-u", *rest, *arguments]
+            return [self._node.runtime.command(first, staged), *rest, *arguments]
         program = ["-m", spec.module] if spec.module else [spec.entry_script]
         if spec.launcher == c.LAUNCHER_TORCHRUN:
             run = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={spec.process_count_per_node}"]
-            return [str(python), "-u", *run, *(["--module", spec.module] if spec.module else program), *arguments]
-        return [str(python), "-u", *program, *arguments]
+            return [python, "-u", *run, *(["--module", spec.module] if spec.module else program), *arguments]
+        return [python, "-u", *program, *arguments]
 
-    def _environment(self, code: Path, python: Path, inputs: dict[str, str], socket: Path) -> dict[str, str]:
-        env = {name: os.environ[name] for name in _INHERITED if name in os.environ}
-        env.update(self.spec.environment.environment_variables)
-        env["PATH"] = f"{python.parent}:{env.get('PATH', '/usr/bin:/bin')}"
+    def _environment(self, view: View) -> dict[str, str]:
+        env = dict(view.inherited) | dict(self.spec.environment.environment_variables)
+        if "PATH" in view.inherited:
+            env["PATH"] = view.inherited["PATH"]
         # The module that talks to the trainer is in every environment: standard library alone, first on the path.
-        paths = [str(self._node.runtime_dir), *filter(None, [env.get("PYTHONPATH")])]
         env |= {
-            "PYTHONPATH": ":".join(paths), "PYTHONUNBUFFERED": "1", "TMPDIR": str(self._work / "tmp"),
-            "ALVEARY_RUN_ID": self.run_id, "ALVEARY_ATTEMPT": str(self.number), "ALVEARY_SOCKET": str(socket),
-            "ALVEARY_EXPERIMENT": self.spec.experiment, "ALVEARY_WORK_DIR": str(code),
+            "PYTHONPATH": ":".join(filter(None, [view.lib, env.get("PYTHONPATH")])), "PYTHONUNBUFFERED": "1", "TMPDIR": view.tmp,
+            "ALVEARY_RUN_ID": self.run_id, "ALVEARY_ATTEMPT": str(self.number), "ALVEARY_SOCKET": view.socket,
+            "ALVEARY_EXPERIMENT": self.spec.experiment, "ALVEARY_WORK_DIR": view.work,
         }  # fmt: skip
-        env |= {f"ALVEARY_INPUT_{name.upper().replace('-', '_').replace('.', '_')}": path for name, path in inputs.items()}
-        share = self._placement.nodes[0]
-        env["CUDA_VISIBLE_DEVICES"] = ",".join(str(self._node.settings.gpu_offset + i) for i in share.gpu_indexes)
-        return env
+        return env | {f"ALVEARY_INPUT_{name.upper().replace('-', '_').replace('.', '_')}": path for name, path in view.inputs.items()}
 
-    async def _supervise(self, code: Path, python: Path, inputs: dict[str, str]) -> c.ExitStatus:
-        (self._work / "tmp").mkdir()
-        socket_dir = self._work
-        if len(str(self._work / "run.sock")) > _SOCKET_PATH:
-            socket_dir = self._node.sockets_dir / f"{self.run_id}-{self.number}"
-            socket_dir.mkdir(mode=0o700)
-        server = ContextServer(socket_dir / "run.sock", self.run_id, self._metrics, self._asks(code))
+    def _limits(self) -> Limits:
+        share = self._placement.nodes[0]
+        gpus = tuple(self._node.settings.gpu_offset + i for i in share.gpu_indexes)
+        return Limits(self.spec.resources, gpus, self._placement.network or "bridge")
+
+    async def _supervise(self, staged: Staged, inputs: dict[str, Path]) -> c.ExitStatus:
+        runtime = self._node.runtime
+        (self._root / "tmp").mkdir()
+        sockets = self._node.sockets_dir / f"{self.run_id}-{self.number}"
+        sockets.mkdir(mode=0o700)
+        place = self._place = Place(f"{self.run_id}-{self.number}", self._root, sockets / "run.sock", self._node.runtime_dir, inputs)
+        server = ContextServer(place.socket, self.run_id, self._metrics, self._asks(place))
         await server.start()
-        before = oom_kills()
         tasks: list[asyncio.Task[None]] = []
         try:
-            env = self._environment(code, python, inputs, socket_dir / "run.sock")
-            tree = self._tree = ProcessTree.launch(self._argv(python, inputs), code, env)
+            view = runtime.view(place, staged)
+            tree = self._tree = await runtime.launch(place, staged, self._argv(staged, view), self._environment(view), self._limits())
             self.phase = "running"
             self._say("started", ev.AttemptStarted(process_count=self.spec.process_count_per_node))
             pumps = [
                 asyncio.create_task(pump(fd, Lines(self._logs, name, 0, self.number, self._tail), self._logs))
                 for fd, name in ((tree.stdout, "stdout"), (tree.stderr, "stderr"))
             ]
-            folder = FolderTail(code / "logs", self._logs, self.number)
+            folder = FolderTail(self._code / "logs", self._logs, self.number, runtime.readable_below(place))
             tasks = [asyncio.create_task(w) for w in (folder.run(), self._measure(), self._enforce(tree), self._limit())]
             outcome = await tree.wait()
             await asyncio.gather(*pumps)
@@ -244,15 +237,14 @@ class Attempt:
             await asyncio.gather(tasks[0], return_exceptions=True)
             await folder.finish()
             await server.finish()
-            return self._status(outcome, oom_kills() - before)
+            return self._status(outcome)
         finally:
             for task in tasks:
                 task.cancel()
             await server.finish(0.1)
-            if socket_dir != self._work:
-                shutil.rmtree(socket_dir, ignore_errors=True)
+            shutil.rmtree(sockets, ignore_errors=True)
 
-    async def _enforce(self, tree: ProcessTree) -> None:
+    async def _enforce(self, tree: Tree) -> None:
         """When the end is asked for: SIGTERM, the grace, SIGKILL."""
         await self._ending.wait()
         if self._end == "canceled" or self._end == "timeout":
@@ -277,7 +269,7 @@ class Attempt:
                 self.end("out_of_memory")
             await asyncio.sleep(0.25 if limit else 1.0)
 
-    def _status(self, outcome: Outcome, oom: int) -> c.ExitStatus:
+    def _status(self, outcome: Outcome) -> c.ExitStatus:
         status = c.ExitStatus()
         if outcome.exit_code is not None:
             status.exit_code = outcome.exit_code
@@ -290,8 +282,10 @@ class Attempt:
                 "timeout": f"it ran longer than max_run_duration_seconds = {self.spec.max_run_duration_seconds:g}",
                 "out_of_memory": f"it used more than the {self.spec.resources.memory_bytes / 2**20:.0f} MiB of memory it asked for",
             }[self._end]
-        elif outcome.signal == signal.SIGKILL and oom > 0:
-            status.reason, status.message = "out_of_memory", "the kernel killed it because the node ran out of memory"
+        elif outcome.signal == signal.SIGKILL and outcome.out_of_memory:
+            limit = self.spec.resources.memory_bytes
+            what = f"it needed more than its {limit / 2**20:.0f} MiB" if limit else "the node ran out of memory"
+            status.reason, status.message = "out_of_memory", f"the kernel killed it because {what}"
         elif outcome.signal is not None:
             name = signal.Signals(outcome.signal).name if outcome.signal in set(signal.Signals) else str(outcome.signal)
             status.reason, status.message = "signal", f"it was ended by {name}"
@@ -305,18 +299,31 @@ class Attempt:
     # ---- storing --------------------------------------------------------------------------------------------------
 
     async def _put(self, path: Path, name: str) -> c.FileEntry:
-        entry = await self._node.store.put_file("runs", f"{self.run_id}/{self.number}/{name}", path)
+        below = self._node.runtime.readable_below(self._place) if self._place else self._root
+        with opened(path, below) as readable:
+            entry = await self._node.store.put_file("runs", f"{self.run_id}/{self.number}/{name}", readable)
         entry.path = name
         self._uploaded[name] = entry
         return entry
 
+    def _stored_files(self) -> list[Path]:
+        """Files of ./outputs and ./logs; what leads outside the run's folders is left out, and said."""
+        found = []
+        below = self._node.runtime.readable_below(self._place) if self._place else self._root
+        for top in ("outputs", "logs"):
+            for root, _, names in os.walk(self._code / top):
+                for path in (Path(root, n) for n in names):
+                    try:
+                        with opened(path, below):
+                            found.append(path)
+                    except (ValueError, OSError) as error:
+                        self._note(f"not stored: {path.relative_to(self._code)}: {error}")
+        return found
+
     async def _store(self) -> tuple[str, c.Manifest]:
         """./outputs and ./logs, then the manifest that makes them whole; returns its digest."""
-        code = self._work / "work"
-        files = []
-        for top in ("outputs", "logs"):
-            for root, _, names in os.walk(code / top):
-                files += [Path(root, n) for n in names if Path(root, n).is_file()]
+        code = self._code
+        files = await asyncio.to_thread(self._stored_files)
         total = sum(f.stat().st_size for f in files)
         if files:
             self._note(f"storing {len(files)} files, {total / 1e6:.1f} MB")
@@ -347,15 +354,14 @@ class Attempt:
 
     # ---- what the script may ask ----------------------------------------------------------------------------------
 
-    def _asks(self, code: Path) -> dict[str, Any]:
+    def _asks(self, place: Place) -> dict[str, Ask]:
+        runtime = self._node.runtime
+
         async def upload(message: dict[str, Any]) -> Any:
             name = str(message["name"])
             if problem := path_problem(name):
                 raise ValueError(problem)
-            path = Path(str(message["path"]))
-            if not path.is_file():
-                raise ValueError(f"{path} is not a file")
-            entry = await self._put(path, name)
+            entry = await self._put(runtime.host_path(place, str(message["path"])), name)
             return {"path": entry.path, "size": entry.size, "sha256": entry.sha256}
 
         async def tag(message: dict[str, Any]) -> Any:
@@ -363,10 +369,10 @@ class Attempt:
             return True
 
         async def register(message: dict[str, Any]) -> Any:
-            path = (code / str(message["path"])).resolve()
-            if not path.is_relative_to(code.resolve()) or not path.exists():
+            path = (self._code / str(message["path"])).resolve()
+            if not path.is_relative_to(self._code.resolve()) or not path.exists():
                 raise ValueError(f"model_path {message['path']!r} is no file or folder of this run's working directory")
-            return await self._node.register(self.run_id, path, message)
+            return await self._node.register(self.run_id, path, message, runtime.readable_below(place))
 
         async def info(_: dict[str, Any]) -> Any:
             return {"run_id": self.run_id, "attempt": self.number, "tags": dict(self.spec.tags), "properties": dict(self.spec.properties)}

@@ -14,7 +14,7 @@ from alveary_contracts.registry.v1 import registry_pb2, registry_pb2_grpc
 from alveary_contracts.runs.v1 import runs_pb2, runs_pb2_grpc
 from alveary_core.eventlog import EventLog
 from alveary_core.objectstore import ObjectStore
-from alveary_trainer.adapters.environments import Environments
+from alveary_trainer.adapters.runtime import Runtime, opened
 from alveary_trainer.settings import TrainerSettings
 from alveary_trainer.staging import ContentCache
 
@@ -27,12 +27,12 @@ class NodeContext:
     incarnation: str
     log: EventLog
     store: ObjectStore
-    environments: Environments
+    runtime: Runtime
     snapshots: ContentCache
     datasets: ContentCache
     models: ContentCache
     runs_dir: Path
-    # For sockets whose path under runs_dir would be too long for the kernel.
+    # Holds the sockets of attempts: their paths must be short for the kernel.
     sockets_dir: Path
     # Holds the `alveary` package for training processes.
     runtime_dir: Path
@@ -54,15 +54,16 @@ class NodeContext:
         async with self._channel(self.settings.endpoint) as channel:
             await runs_pb2_grpc.RunServiceStub(channel).TagRun(request, metadata=self._metadata(), timeout=30)
 
-    async def register(self, run_id: str, path: Path, message: dict[str, Any]) -> dict[str, Any]:
-        """RegisterModel on behalf of a script, with files as they are now."""
+    async def register(self, run_id: str, path: Path, message: dict[str, Any], below: Path) -> dict[str, Any]:
+        """RegisterModel on behalf of a script, with files as they are now; they must lie below `below`."""
         files = [f for f in sorted(path.rglob("*")) if f.is_file()] if path.is_dir() else [path]
         base = path if path.is_dir() else path.parent
         manifest = c.Manifest()
         for file in files:
-            with file.open("rb") as opened:
-                digest = hashlib.file_digest(opened, "sha256").hexdigest()
-            entry = await self.store.put_file("models", f"blobs/{digest}", file)
+            with opened(file, below) as readable:
+                with readable.open("rb") as content:
+                    digest = hashlib.file_digest(content, "sha256").hexdigest()
+                entry = await self.store.put_file("models", f"blobs/{digest}", readable)
             if entry.sha256 != digest:
                 raise ValueError(f"{file.name} changed while it was registered")
             entry.path = file.relative_to(base).as_posix()

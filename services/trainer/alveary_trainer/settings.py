@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import SecretStr
 
@@ -28,3 +29,13 @@ class TrainerSettings(CoreSettings):
     # Environments beyond this are evicted, least recently used first.
     environments_bytes: int = 60 * 2**30
     data_bytes: int = 100 * 2**30
+    # "process": in virtual environments; "docker": in containers of the daemon that DOCKER_HOST names.
+    runtime: Literal["process", "docker"] = "process"
+    # User and group of containers; a trainer that is not root gives them its own.
+    run_uid: int = 10001
+    # Where images are pulled from, where that asks for a password.
+    registry: str = ""
+    registry_user: str = ""
+    registry_password: SecretStr = SecretStr("")
+    # Short and on the same path on the docker host; empty: a folder under the temporary directory.
+    sockets_dir: Path | None = None

@@ -17,6 +17,7 @@ from alveary_contracts.ids import new_id
 from alveary_contracts.logs.v1 import logs_pb2
 from alveary_contracts.runs.v1 import runs_pb2
 from alveary_core import telemetry
+from alveary_trainer.adapters.runtime import opened
 
 # A process that prints faster than the network takes is slowed down once this much waits, bytes.
 HIGH_WATER = 8 << 20
@@ -175,8 +176,8 @@ class FolderTail:
 
     MAX_FILES = 200
 
-    def __init__(self, folder: Path, shipper: Shipper, attempt: int) -> None:
-        self._folder, self._shipper, self._attempt = folder, shipper, attempt
+    def __init__(self, folder: Path, shipper: Shipper, attempt: int, below: Path) -> None:
+        self._folder, self._shipper, self._attempt, self._below = folder, shipper, attempt, below
         self._known: dict[Path, tuple[int, Lines]] = {}
 
     async def run(self) -> None:
@@ -196,14 +197,17 @@ class FolderTail:
                 name = f"logs/{path.relative_to(self._folder)}"
                 self._known[path] = (0, Lines(self._shipper, name, 0, self._attempt))
             position, lines = self._known[path]
-            if path.stat().st_size < position:
-                position = 0  # truncated: it begins anew
-            with path.open("rb") as file:
-                file.seek(position)
-                while data := file.read(1 << 16):
-                    await self._shipper.room()
-                    lines.feed(data)
-                    position += len(data)
+            try:
+                with opened(path, self._below) as readable, readable.open("rb") as file:
+                    if os.fstat(file.fileno()).st_size < position:
+                        position = 0  # truncated: it begins anew
+                    file.seek(position)
+                    while data := file.read(1 << 16):
+                        await self._shipper.room()
+                        lines.feed(data)
+                        position += len(data)
+            except (FileNotFoundError, ValueError):
+                continue  # it went, or became something else, meanwhile
             self._known[path] = (position, lines)
 
     async def finish(self) -> None:

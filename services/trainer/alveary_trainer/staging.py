@@ -14,7 +14,7 @@ from alveary_contracts.digests import manifest_from_json
 from alveary_contracts.names import path_problem
 from alveary_core.errors import NotFound
 from alveary_core.objectstore import ObjectStore
-from alveary_trainer.adapters.environments import StagingFailed
+from alveary_trainer.adapters.runtime import StagingFailed
 from alveary_trainer.adapters.shared_cache import SharedCache
 
 _PARALLEL = 16

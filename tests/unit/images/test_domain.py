@@ -55,7 +55,7 @@ class ImageMachine(RuleBasedStateMachine):
 
     @rule()
     def evict(self) -> None:
-        self.do(domain.evict(self.image))
+        self.do(domain.evict(self.image, "room"))
 
     @invariant()
     def ready_means_there_is_something(self) -> None:

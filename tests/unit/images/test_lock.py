@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from alveary_images.adapters.venv import _PIN, _REFERENCE, _pinned
+from alveary_images.adapters.resolve import _PIN, _REFERENCE, _pinned
 
 LOCK = """\
 docopt==0.6.2 \\

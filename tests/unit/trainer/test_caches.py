@@ -15,7 +15,8 @@ from fakes import MemoryStore
 from alveary_contracts.common.v1 import common_pb2 as c
 from alveary_contracts.digests import manifest_digest, manifest_json
 from alveary_core.objectstore import DigestMismatch
-from alveary_trainer.adapters.environments import Environments, StagingFailed
+from alveary_trainer.adapters.environments import Environments
+from alveary_trainer.adapters.runtime import StagingFailed
 from alveary_trainer.staging import ContentCache
 
 

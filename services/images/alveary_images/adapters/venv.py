@@ -1,162 +1,37 @@
-"""The venv builder: an environment becomes a lock, that is pins with hashes, and the wheels built from source."""
+"""The venv builder: its image is a lock, that is pins with hashes, and the wheels built from source."""
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import hashlib
-import json
-import os
-import re
-import shutil
-import signal
-import sys
-import tempfile
-import tomllib
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
-from pathlib import Path
-
 from alveary_contracts.common.v1 import common_pb2 as c
-from alveary_core.errors import NotFound
 from alveary_core.objectstore import ObjectStore
-from alveary_core.uv import clean_environment, uv_binary, uv_environment
+from alveary_images.adapters.builder import Lock, Say
+from alveary_images.adapters.resolve import BuildFailed, resolve
 
-Say = Callable[[str], Awaitable[None]]
-BUCKET = "images"
-_PIN = re.compile(r"^([A-Za-z0-9_.-]+==[^\s;\\]+)", re.MULTILINE)
-_REFERENCE = re.compile(r"^([A-Za-z0-9_.-]+) @ ([^\s;\\]+)", re.MULTILINE)
-_SECRET_URL = re.compile(r"(https?://)[^/@\s]+@")
+# Fields that ask for a container.
+_CONTAINER = ("conda_packages", "apt_packages", "base_image", "dockerfile", "image")
 
 
-class BuildFailed(Exception):
-    """The text is the resolver's own words."""
+class VenvBuilder:
+    """Resolves; the nodes install."""
 
+    kind = "venv"
 
-@dataclass(frozen=True)
-class Lock:
-    """What a build leaves in the object store under locks/<digest>.json."""
+    def __init__(self, store: ObjectStore) -> None:
+        self._store = store
 
-    digest: str
-    python_version: str
-    requirements: str
-    wheels: list[dict[str, str]]
-    packages: list[str]
+    async def build(self, environment: c.Environment, digest: str, say: Say) -> Lock:
+        """See Builder."""
+        asked = [name for name in _CONTAINER if getattr(environment, name)]
+        if asked:
+            raise BuildFailed(
+                f"{', '.join(asked)} need container images, and this platform makes virtual environments: "
+                "start it with `alveary up --runtime docker` or with docker compose, or leave them out"
+            )
+        if environment.user_managed:
+            await say(f"user managed: nothing is built, {environment.interpreter or 'the node’s own python'} is used")
+            return Lock(digest, self.kind, environment.python_version)
+        found = await resolve(environment, self._store, say)
+        return Lock(digest, self.kind, found.python_version, found.requirements, found.wheels, found.packages)
 
-    def to_json(self) -> bytes:
-        """As stored."""
-        return json.dumps(self.__dict__, sort_keys=True).encode()
-
-
-def lock_key(digest: str) -> str:
-    """Object of a lock."""
-    return f"locks/{digest}.json"
-
-
-async def build(environment: c.Environment, digest: str, store: ObjectStore, say: Say) -> Lock:
-    """Resolve, and build what has no wheel. Cancel the task to stop it: no process survives.
-
-    Raises:
-        BuildFailed: a requirement cannot be met or a wheel cannot be built.
-    """
-    python = environment.python_version or f"{sys.version_info.major}.{sys.version_info.minor}"
-    with tempfile.TemporaryDirectory(prefix="alveary-build-") as folder:
-        work = Path(folder)
-        (work / "requirements.in").write_text("".join(f"{p}\n" for p in environment.pip_packages))
-        pins = await _pins_of(environment.extends_digest, store)
-        (work / "constraints.txt").write_text("".join(f"{p}\n" for p in pins))
-        await say(f"resolving {len(environment.pip_packages)} requirements for Python {python}")
-        compile_args = ["pip", "compile", "requirements.in", "--python-version", python, "--no-header", "--no-annotate"]
-        if pins:
-            compile_args += ["--constraint", "constraints.txt"]
-        if not environment.pip_packages:
-            return Lock(digest, python, "", [], [])
-        await _uv([*compile_args, "--generate-hashes", "-o", "lock.txt"], work, say, show=False)
-        await _uv([*compile_args, "--format", "pylock.toml", "-o", "pylock.toml"], work, say, show=False)
-        requirements = (work / "lock.txt").read_text()
-        await say(f"resolved {len(_PIN.findall(requirements)) + len(_REFERENCE.findall(requirements))} packages")
-        wheels = await _build_sources(work, python, store, say)
-        for wheel in wheels:
-            requirements = _pinned(requirements, wheel)
-        packages = sorted(_PIN.findall(requirements))
-        await say(f"locked: {' '.join(packages)}")
-        return Lock(digest, python, requirements, wheels, packages)
-
-
-async def _pins_of(digest: str, store: ObjectStore) -> list[str]:
-    if not digest:
-        return []
-    try:
-        lock = json.loads(await store.get(BUCKET, lock_key(digest)))
-    except NotFound as error:
-        raise BuildFailed(f"the environment {digest[:12]} that this one extends was never built here") from error
-    return list(lock["packages"])
-
-
-async def _build_sources(work: Path, python: str, store: ObjectStore, say: Say) -> list[dict[str, str]]:
-    """Wheels of the locked packages that have none on an index, stored by content.
-
-    These are packages published as source alone, and direct references (`name @ URL`): the node that installs the lock
-    need not reach, or trust, what they point at.
-    """
-    pylock = tomllib.loads((work / "pylock.toml").read_text())
-    references = dict(_REFERENCE.findall((work / "lock.txt").read_text()))
-    built: list[dict[str, str]] = []
-    for package in pylock.get("packages", []):
-        name = package["name"]
-        direct = references.get(name)
-        if direct is None and (package.get("wheels") or "sdist" not in package):
-            continue
-        wanted = ["--no-binary", name, f"{name}=={package['version']}"] if direct is None else [f"{name} @ {direct}"]
-        await say(f"building a wheel of {name} {package.get('version', '')} from source")
-        if not (work / "build-env").exists():
-            await _uv(["venv", "--quiet", "--seed", "--python", python, "build-env"], work, say)
-        out = work / "wheels"
-        pip = [str(work / "build-env/bin/python"), "-m", "pip", "wheel", "--no-deps", "-w", str(out)]
-        await _run([*pip, *wanted], work, say, clean_environment())
-        for wheel in out.glob("*.whl"):
-            with wheel.open("rb") as opened:
-                digest = hashlib.file_digest(opened, "sha256").hexdigest()
-            entry = await store.put_file(BUCKET, f"wheels/{digest}", wheel)
-            built.append({"name": name, "version": wheel.name.split("-")[1], "file": wheel.name, "sha256": entry.sha256})
-        shutil.rmtree(out)
-    return built
-
-
-def _pinned(requirements: str, wheel: dict[str, str]) -> str:
-    """The lock with a package's wheel in the place of its source."""
-    pattern = re.compile(rf"^{re.escape(wheel['name'])}(?:==| @ )[^\n]+?(?: \\\n\s+--hash=\S+)*$", re.MULTILINE | re.IGNORECASE)
-    # A marker stays with its pin.
-    marker = re.search(rf"^{re.escape(wheel['name'])}[^;\n]+?( ; [^\\\n]+?)(?: \\)?$", requirements, re.MULTILINE | re.IGNORECASE)
-    line = f"{wheel['name']}=={wheel['version']}{marker[1] if marker else ''} \\\n    --hash=sha256:{wheel['sha256']}"
-    return pattern.sub(lambda _: line, requirements)
-
-
-async def _uv(arguments: list[str], work: Path, say: Say, show: bool = True) -> None:
-    # --quiet would hide the resolver's words on failure; `show` keeps the lock itself out of the log.
-    await _run([uv_binary(), *arguments], work, say, uv_environment(), stdout=show)
-
-
-async def _run(command: list[str], work: Path, say: Say, env: dict[str, str], stdout: bool = True) -> None:
-    process = await asyncio.create_subprocess_exec(
-        *command, cwd=work, env=env, stdin=asyncio.subprocess.DEVNULL, start_new_session=True,
-        stdout=asyncio.subprocess.PIPE if stdout else asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE,
-        limit=1 << 24,
-    )  # fmt: skip
-    lines: list[str] = []
-
-    async def pump(stream: asyncio.StreamReader | None) -> None:
-        while stream is not None and (raw := await stream.readline()):
-            line = _SECRET_URL.sub(r"\1", raw.decode(errors="replace").rstrip())
-            lines.append(line)
-            del lines[:-200]
-            await say(line)
-
-    try:
-        await asyncio.gather(pump(process.stdout), pump(process.stderr))
-        code = await process.wait()
-    finally:
-        with contextlib.suppress(ProcessLookupError):  # it ended by itself
-            os.killpg(process.pid, signal.SIGKILL)
-    if code:
-        raise BuildFailed("\n".join(lines[-40:]) or f"{Path(command[0]).name} ended with code {code}")
+    async def remove(self, image: str) -> None:
+        """A lock takes no room worth speaking of."""

@@ -8,20 +8,15 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 from alveary_core.errors import NotFound
 from alveary_core.objectstore import ObjectStore
 from alveary_core.uv import uv_binary, uv_environment
+from alveary_trainer.adapters.runtime import Say, StagingFailed
 from alveary_trainer.adapters.shared_cache import SharedCache
-
-Say = Callable[[str], Awaitable[None]]
-
-
-class StagingFailed(Exception):
-    """Something a run needs cannot be had on this node; the text says what."""
 
 
 class Environments:

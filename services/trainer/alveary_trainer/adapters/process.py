@@ -1,4 +1,4 @@
-"""Launching through the shim, signalling and measuring a process tree."""
+"""The process runtime: launching through the shim, signalling and measuring a process tree."""
 
 from __future__ import annotations
 
@@ -6,33 +6,68 @@ import asyncio
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import psutil
 
+from alveary_contracts.common.v1 import common_pb2 as c
+from alveary_trainer.adapters.environments import Environments
+from alveary_trainer.adapters.runtime import Limits, Outcome, Place, Say, Staged, StagingFailed, Usage, View
+
 _SHIM = Path(__file__).with_name("shim.py")
+# What a training process inherits of the trainer's environment; everything else is the run's own.
+_INHERITED = ("PATH", "HOME", "LANG", "LC_ALL", "TZ", "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "LD_LIBRARY_PATH")  # fmt: skip
 
 
-@dataclass
-class Usage:
-    """What a tree uses now."""
+class ProcessRuntime:
+    """Processes of this machine, in virtual environments."""
 
-    cpu_percent: float = 0.0
-    memory_bytes: int = 0
-    pids: tuple[int, ...] = ()
+    kind = "process"
 
+    def __init__(self, environments: Environments) -> None:
+        self._environments = environments
 
-@dataclass(frozen=True)
-class Outcome:
-    """How the main process ended; neither where the shim was killed."""
+    @asynccontextmanager
+    async def stage(self, digest: str, environment: c.Environment, say: Say) -> AsyncIterator[Staged]:
+        """See Runtime."""
+        async with self._environments.use(digest, environment.interpreter, environment.user_managed, say) as python:
+            yield Staged(str(python))
 
-    exit_code: int | None = None
-    signal: int | None = None
+    def view(self, place: Place, staged: Staged) -> View:
+        """The node's own paths."""
+        inherited = {name: os.environ[name] for name in _INHERITED if name in os.environ}
+        inherited["PATH"] = f"{Path(staged.python).parent}:{inherited.get('PATH', '/usr/bin:/bin')}"
+        inputs = {name: str(path) for name, path in place.inputs.items()}
+        return View(str(place.work), str(place.tmp), str(place.socket), str(place.lib), inputs, inherited)
+
+    def host_path(self, place: Place, path: str) -> Path:
+        """The path itself; a relative one begins in the working directory."""
+        return place.work / path
+
+    def readable_below(self, place: Place) -> Path:
+        """Anything: the processes run as the trainer's own user, so nothing is theirs to steal."""
+        return Path("/")
+
+    def command(self, first: str, staged: Staged) -> str:
+        """See Runtime."""
+        found = shutil.which(first, path=f"{Path(staged.python).parent}:{os.environ.get('PATH', '')}")
+        if found is None:
+            raise StagingFailed(f"command {first!r} is neither in the environment nor on this node")
+        return found
+
+    async def launch(self, place: Place, staged: Staged, argv: Sequence[str], env: Mapping[str, str], limits: Limits) -> ProcessTree:
+        """See Runtime."""
+        gpus = {"CUDA_VISIBLE_DEVICES": ",".join(str(g) for g in limits.gpus)}
+        return ProcessTree.launch(argv, place.work, dict(env) | gpus)
+
+    async def sweep(self) -> None:
+        """Nothing: what a dead trainer started died with it."""
 
 
 class ProcessTree:
@@ -41,6 +76,7 @@ class ProcessTree:
     def __init__(self, shim: subprocess.Popen[bytes], stdout: int, stderr: int, status: int) -> None:
         self._shim, self.stdout, self.stderr, self._status = shim, stdout, stderr, status
         self._cpu: dict[int, psutil.Process] = {}
+        self._oom_before = oom_kills()
 
     @classmethod
     def launch(cls, argv: Sequence[str], cwd: Path, env: dict[str, str]) -> ProcessTree:
@@ -77,7 +113,7 @@ class ProcessTree:
             transport.close()
         await asyncio.to_thread(self._shim.wait)
         self.kill()  # if the shim itself was killed, its orphans are the trainer's children now
-        return Outcome(report.get("exit_code"), report.get("signal"))
+        return Outcome(report.get("exit_code"), report.get("signal"), oom_kills() > self._oom_before)
 
     def _tree(self) -> list[psutil.Process]:
         try:

@@ -1,8 +1,12 @@
-"""Stands between the trainer and a training process; standard library alone (`python -I -S shim.py FD`).
+"""Stands between the trainer and a training process; standard library alone.
 
-Reads one JSON line {argv, cwd, env} from stdin, starts it in a session of its own, and waits. Everything the process
+`python -I -S shim.py FD` beside the trainer: the order comes on stdin, the report goes to FD. `python -I -S shim.py
+FOLDER SOCKET` as the first process of a container: the order is FOLDER/order.json, the report FOLDER/report.json,
+stdout and stderr the pipes FOLDER/stdout and FOLDER/stderr; SOCKET is the trainer's, and its end is the trainer's death.
+
+Starts {argv, cwd, env} in a session of its own, and waits. Everything the process
 starts ends up below this process, however it detaches: it is a child subreaper (prctl(2), Linux 3.4). When the
-process ends, what is left of its tree is killed and {"exit_code"} or {"signal"} is written to FD. When the trainer
+process ends, what is left of its tree is killed and {"exit_code"} or {"signal"} is reported. When the trainer
 dies, even by kill -9, the kernel sends this process SIGUSR1 and it kills the tree. SIGTERM is passed on to all.
 """
 
@@ -10,7 +14,9 @@ import ctypes
 import json
 import os
 import signal
+import socket
 import sys
+import threading
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 
@@ -56,23 +62,63 @@ def reap():
             return
 
 
+def abandoned(*_):
+    """The trainer is gone: nobody may go on in its name."""
+    reap()
+    os._exit(70)
+
+
+def beside_the_trainer(libc):
+    """Order and report over inherited descriptors."""
+    trainer = os.getppid()
+    libc.prctl(PR_SET_PDEATHSIG, signal.SIGUSR1, 0, 0, 0)
+    if os.getppid() != trainer or trainer == 1:
+        os._exit(70)  # the trainer died before the kernel was told whom to tell
+    descriptor = int(sys.argv[1])
+    order = json.loads(sys.stdin.buffer.readline())
+
+    def report(text):
+        os.write(descriptor, text)
+
+    return order, report
+
+
+def in_a_container():
+    """Order and report in a folder that the trainer mounted."""
+    folder, path = sys.argv[1:3]
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        pipe = os.open(f"{folder}/{name}", os.O_WRONLY)
+        os.dup2(pipe, number)
+        os.close(pipe)
+    trainer = socket.socket(socket.AF_UNIX)
+    trainer.connect(path)
+
+    def watch():
+        try:
+            while trainer.recv(4096):
+                pass
+        finally:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    with open(f"{folder}/order.json", "rb") as file:
+        order = json.load(file)
+    order["env"] = dict(os.environ) | order["env"]
+
+    def report(text):
+        with open(f"{folder}/report.json", "ab") as file:
+            file.write(text)
+
+    return order, report
+
+
 def main():
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    trainer = os.getppid()
-    libc.prctl(PR_SET_PDEATHSIG, signal.SIGUSR1, 0, 0, 0)
-
-    def abandoned(*_):
-        reap()
-        os._exit(70)
-
     signal.signal(signal.SIGUSR1, abandoned)
     signal.signal(signal.SIGTERM, lambda *_: kill_tree(signal.SIGTERM))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if os.getppid() != trainer or trainer == 1:
-        os._exit(70)  # the trainer died before the kernel was told whom to tell
-    status_fd = int(sys.argv[1])
-    order = json.loads(sys.stdin.buffer.readline())
+    order, say = in_a_container() if len(sys.argv) == 3 else beside_the_trainer(libc)
     report, devnull = {}, os.open(os.devnull, os.O_RDONLY)
     child = os.fork()
     if child == 0:
@@ -83,11 +129,11 @@ def main():
             os.dup2(devnull, 0)
             os.closerange(3, 256)
             os.chdir(order["cwd"])
-            os.execve(order["argv"][0], order["argv"], order["env"])
+            os.execvpe(order["argv"][0], order["argv"], order["env"])
         except OSError as error:
             os.write(2, f"cannot start {order['argv'][0]}: {error.strerror}\n".encode())
         os._exit(127)
-    os.write(status_fd, json.dumps({"pid": child}).encode() + b"\n")
+    say(json.dumps({"pid": child}).encode() + b"\n")
     while True:
         try:
             pid, status = os.waitpid(-1, 0)
@@ -100,7 +146,7 @@ def main():
                 report = {"exit_code": os.WEXITSTATUS(status)}
             break
     reap()
-    os.write(status_fd, json.dumps(report).encode() + b"\n")
+    say(json.dumps(report).encode() + b"\n")
 
 
 main()

@@ -185,6 +185,13 @@ class Environment(_message.Message):
     INTERPRETER_FIELD_NUMBER: _builtins.int
     EXTENDS_DIGEST_FIELD_NUMBER: _builtins.int
     REBUILD_KEY_FIELD_NUMBER: _builtins.int
+    CONDA_PACKAGES_FIELD_NUMBER: _builtins.int
+    CONDA_CHANNELS_FIELD_NUMBER: _builtins.int
+    APT_PACKAGES_FIELD_NUMBER: _builtins.int
+    BASE_IMAGE_FIELD_NUMBER: _builtins.int
+    DOCKERFILE_FIELD_NUMBER: _builtins.int
+    IMAGE_FIELD_NUMBER: _builtins.int
+    LOCKED_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     version: _builtins.int
     python_version: _builtins.str
@@ -199,6 +206,16 @@ class Environment(_message.Message):
     """
     rebuild_key: _builtins.str
     """Resolve unpinned packages anew although a build of this environment exists: any text that was not used before."""
+    base_image: _builtins.str
+    """Image to build on, instead of the platform's Python image; it must have a python3. Its packages stay importable."""
+    dockerfile: _builtins.str
+    """Text of a Dockerfile of the user's own: nothing is added to it. Its build context is empty."""
+    image: _builtins.str
+    """Reference of a ready image; it is pinned to its content digest when it is first used, until rebuild_key changes."""
+    locked: _builtins.bool
+    """Build from the very set of packages that this environment was first resolved to, whatever rebuild_key says.
+    The build fails where it was never resolved.
+    """
     @_builtins.property
     def pip_packages(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """PEP 508 requirements, for example "torch>=2.4"."""
@@ -206,6 +223,19 @@ class Environment(_message.Message):
     @_builtins.property
     def environment_variables(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Set in the training process. ALVEARY_* names are refused."""
+
+    @_builtins.property
+    def conda_packages(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What follows needs a platform whose images are container images (builder "docker").
+        conda match specs, for example "cudatoolkit 11.*", and where they come from: channel names or URLs, first wins;
+        empty: conda-forge.
+        """
+
+    @_builtins.property
+    def conda_channels(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def apt_packages(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Debian packages, "name" or "name=version"."""
 
     def __init__(
         self,
@@ -219,10 +249,17 @@ class Environment(_message.Message):
         interpreter: _builtins.str = ...,
         extends_digest: _builtins.str = ...,
         rebuild_key: _builtins.str = ...,
+        conda_packages: _abc.Iterable[_builtins.str] | None = ...,
+        conda_channels: _abc.Iterable[_builtins.str] | None = ...,
+        apt_packages: _abc.Iterable[_builtins.str] | None = ...,
+        base_image: _builtins.str = ...,
+        dockerfile: _builtins.str = ...,
+        image: _builtins.str = ...,
+        locked: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["environment_variables", b"environment_variables", "extends_digest", b"extends_digest", "interpreter", b"interpreter", "name", b"name", "pip_packages", b"pip_packages", "python_version", b"python_version", "rebuild_key", b"rebuild_key", "user_managed", b"user_managed", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["apt_packages", b"apt_packages", "base_image", b"base_image", "conda_channels", b"conda_channels", "conda_packages", b"conda_packages", "dockerfile", b"dockerfile", "environment_variables", b"environment_variables", "extends_digest", b"extends_digest", "image", b"image", "interpreter", b"interpreter", "locked", b"locked", "name", b"name", "pip_packages", b"pip_packages", "python_version", b"python_version", "rebuild_key", b"rebuild_key", "user_managed", b"user_managed", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -237,22 +274,26 @@ class Resources(_message.Message):
     CPUS_FIELD_NUMBER: _builtins.int
     MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     GPUS_FIELD_NUMBER: _builtins.int
+    SHM_BYTES_FIELD_NUMBER: _builtins.int
     cpus: _builtins.float
     """Cores; 0 means the default of 1."""
     memory_bytes: _builtins.int
     """Bytes; 0: no reservation and no limit. More than this in resident memory ends the run as out of memory."""
     gpus: _builtins.int
     """Whole GPUs."""
+    shm_bytes: _builtins.int
+    """Bytes of /dev/shm in a container; 0: 64 MiB. DataLoader workers need more."""
     def __init__(
         self,
         *,
         cpus: _builtins.float = ...,
         memory_bytes: _builtins.int = ...,
         gpus: _builtins.int = ...,
+        shm_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpus", b"cpus", "gpus", b"gpus", "memory_bytes", b"memory_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpus", b"cpus", "gpus", b"gpus", "memory_bytes", b"memory_bytes", "shm_bytes", b"shm_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

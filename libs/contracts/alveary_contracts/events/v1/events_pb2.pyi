@@ -749,14 +749,25 @@ class ImageReady(_message.Message):
     PACKAGES_FIELD_NUMBER: _builtins.int
     BUILD_SECONDS_FIELD_NUMBER: _builtins.int
     ENVIRONMENT_FIELD_NUMBER: _builtins.int
+    BUILDER_FIELD_NUMBER: _builtins.int
+    IMAGE_FIELD_NUMBER: _builtins.int
+    SIZE_FIELD_NUMBER: _builtins.int
     lock_key: _builtins.str
     """Object of the lock in bucket images; empty for a user-managed environment."""
     lock_sha256: _builtins.str
     python_version: _builtins.str
     build_seconds: _builtins.float
+    builder: _builtins.str
+    """"venv" or "docker"."""
+    image: _builtins.str
+    """Of a container image: where to pull it from, with its content digest. Empty for a lock."""
+    size: _builtins.int
+    """Bytes of a container image."""
     @_builtins.property
     def packages(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """"name==version", sorted."""
+        """"name==version", sorted.
+        conda packages stand as "conda:name=version=build".
+        """
 
     @_builtins.property
     def environment(self) -> _common_pb2.Environment: ...
@@ -769,10 +780,13 @@ class ImageReady(_message.Message):
         packages: _abc.Iterable[_builtins.str] | None = ...,
         build_seconds: _builtins.float = ...,
         environment: _common_pb2.Environment | None = ...,
+        builder: _builtins.str = ...,
+        image: _builtins.str = ...,
+        size: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["environment", b"environment"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["build_seconds", b"build_seconds", "environment", b"environment", "lock_key", b"lock_key", "lock_sha256", b"lock_sha256", "packages", b"packages", "python_version", b"python_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["build_seconds", b"build_seconds", "builder", b"builder", "environment", b"environment", "image", b"image", "lock_key", b"lock_key", "lock_sha256", b"lock_sha256", "packages", b"packages", "python_version", b"python_version", "size", b"size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -806,12 +820,16 @@ Global___ImageFailed: _TypeAlias = ImageFailed  # noqa: Y015
 class ImageEvicted(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    REASON_FIELD_NUMBER: _builtins.int
+    reason: _builtins.str
     def __init__(
         self,
+        *,
+        reason: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -872,12 +890,15 @@ class PlacementMade(_message.Message):
     SPEC_FIELD_NUMBER: _builtins.int
     IMAGE_DIGEST_FIELD_NUMBER: _builtins.int
     SUBMITTED_BY_FIELD_NUMBER: _builtins.int
+    NETWORK_FIELD_NUMBER: _builtins.int
     attempt: _builtins.int
     target: _builtins.str
     lease_seconds: _builtins.float
     """How long a trainer may go on without an answer to its beats."""
     image_digest: _builtins.str
     submitted_by: _builtins.str
+    network: _builtins.str
+    """Network of the run's containers: "none", "bridge" or a network's name."""
     @_builtins.property
     def nodes(self) -> _containers.RepeatedCompositeFieldContainer[Global___NodeShare]: ...
     @_builtins.property
@@ -894,10 +915,11 @@ class PlacementMade(_message.Message):
         spec: _common_pb2.RunSpec | None = ...,
         image_digest: _builtins.str = ...,
         submitted_by: _builtins.str = ...,
+        network: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "image_digest", b"image_digest", "lease_seconds", b"lease_seconds", "nodes", b"nodes", "spec", b"spec", "submitted_by", b"submitted_by", "target", b"target"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "image_digest", b"image_digest", "lease_seconds", b"lease_seconds", "network", b"network", "nodes", b"nodes", "spec", b"spec", "submitted_by", b"submitted_by", "target", b"target"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1069,6 +1091,8 @@ class ComputeSpec(_message.Message):
     NODE_RESOURCES_FIELD_NUMBER: _builtins.int
     TAGS_FIELD_NUMBER: _builtins.int
     DESCRIPTION_FIELD_NUMBER: _builtins.int
+    NETWORK_FIELD_NUMBER: _builtins.int
+    MULTI_TENANT_FIELD_NUMBER: _builtins.int
     kind: _builtins.str
     """"local": trainer processes on the scheduler's machine."""
     vm_size: _builtins.str
@@ -1078,6 +1102,12 @@ class ComputeSpec(_message.Message):
     vm_priority: _builtins.str
     """"dedicated" or "lowpriority"."""
     description: _builtins.str
+    network: _builtins.str
+    """Network of containers: "none", "bridge", or a docker network's name. Default: "none" where multi_tenant is set,
+    else "bridge". Processes share the network of their node.
+    """
+    multi_tenant: _builtins.bool
+    """Runs of people who do not trust each other: containers without a network unless `network` says otherwise."""
     @_builtins.property
     def node_resources(self) -> _common_pb2.Resources:
         """Of one node."""
@@ -1096,10 +1126,12 @@ class ComputeSpec(_message.Message):
         node_resources: _common_pb2.Resources | None = ...,
         tags: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         description: _builtins.str = ...,
+        network: _builtins.str = ...,
+        multi_tenant: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["node_resources", b"node_resources"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "idle_seconds_before_scaledown", b"idle_seconds_before_scaledown", "kind", b"kind", "max_nodes", b"max_nodes", "min_nodes", b"min_nodes", "node_resources", b"node_resources", "tags", b"tags", "vm_priority", b"vm_priority", "vm_size", b"vm_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "idle_seconds_before_scaledown", b"idle_seconds_before_scaledown", "kind", b"kind", "max_nodes", b"max_nodes", "min_nodes", b"min_nodes", "multi_tenant", b"multi_tenant", "network", b"network", "node_resources", b"node_resources", "tags", b"tags", "vm_priority", b"vm_priority", "vm_size", b"vm_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

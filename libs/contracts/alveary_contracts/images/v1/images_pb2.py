@@ -23,31 +23,42 @@ _sym_db = _symbol_database.Default()
 
 
 from alveary_contracts.common.v1 import common_pb2 as alveary_dot_common_dot_v1_dot_common__pb2
+from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x61lveary/images/v1/images.proto\x12\x11\x61lveary.images.v1\x1a\x1e\x61lveary/common/v1/common.proto\"\xf2\x01\n\x05Image\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12,\n\x05state\x18\x02 \x01(\x0e\x32\x1d.alveary.images.v1.ImageState\x12\x33\n\x0b\x65nvironment\x18\x03 \x01(\x0b\x32\x1e.alveary.common.v1.Environment\x12\x10\n\x08packages\x18\x04 \x03(\t\x12\x16\n\x0epython_version\x18\x05 \x01(\t\x12\x10\n\x08lock_key\x18\x06 \x01(\t\x12\x13\n\x0block_sha256\x18\x07 \x01(\t\x12\x0e\n\x06reason\x18\x08 \x01(\t\x12\x15\n\rbuild_seconds\x18\t \x01(\x01\"7\n\x0fGetImageRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x14\n\x0cmin_sequence\x18\x02 \x01(\x03\";\n\x10GetImageResponse\x12\'\n\x05image\x18\x01 \x01(\x0b\x32\x18.alveary.images.v1.Image\"\x13\n\x11ListImagesRequest\">\n\x12ListImagesResponse\x12(\n\x06images\x18\x01 \x03(\x0b\x32\x18.alveary.images.v1.Image\"H\n\x11\x42uildImageRequest\x12\x33\n\x0b\x65nvironment\x18\x01 \x01(\x0b\x32\x1e.alveary.common.v1.Environment\"O\n\x12\x42uildImageResponse\x12\'\n\x05image\x18\x01 \x01(\x0b\x32\x18.alveary.images.v1.Image\x12\x10\n\x08sequence\x18\x02 \x01(\x03*\xa6\x01\n\nImageState\x12\x1b\n\x17IMAGE_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15IMAGE_STATE_REQUESTED\x10\x01\x12\x18\n\x14IMAGE_STATE_BUILDING\x10\x02\x12\x15\n\x11IMAGE_STATE_READY\x10\x03\x12\x16\n\x12IMAGE_STATE_FAILED\x10\x04\x12\x17\n\x13IMAGE_STATE_EVICTED\x10\x05\x32\x99\x02\n\x0cImageService\x12S\n\x08GetImage\x12\".alveary.images.v1.GetImageRequest\x1a#.alveary.images.v1.GetImageResponse\x12Y\n\nListImages\x12$.alveary.images.v1.ListImagesRequest\x1a%.alveary.images.v1.ListImagesResponse\x12Y\n\nBuildImage\x12$.alveary.images.v1.BuildImageRequest\x1a%.alveary.images.v1.BuildImageResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x61lveary/images/v1/images.proto\x12\x11\x61lveary.images.v1\x1a\x1e\x61lveary/common/v1/common.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x80\x03\n\x05Image\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12,\n\x05state\x18\x02 \x01(\x0e\x32\x1d.alveary.images.v1.ImageState\x12\x33\n\x0b\x65nvironment\x18\x03 \x01(\x0b\x32\x1e.alveary.common.v1.Environment\x12\x10\n\x08packages\x18\x04 \x03(\t\x12\x16\n\x0epython_version\x18\x05 \x01(\t\x12\x10\n\x08lock_key\x18\x06 \x01(\t\x12\x13\n\x0block_sha256\x18\x07 \x01(\t\x12\x0e\n\x06reason\x18\x08 \x01(\t\x12\x15\n\rbuild_seconds\x18\t \x01(\x01\x12\x0f\n\x07\x62uilder\x18\n \x01(\t\x12\r\n\x05image\x18\x0b \x01(\t\x12\x0c\n\x04size\x18\x0c \x01(\x03\x12,\n\x08ready_at\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x30\n\x0clast_used_at\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"7\n\x0fGetImageRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x14\n\x0cmin_sequence\x18\x02 \x01(\x03\";\n\x10GetImageResponse\x12\'\n\x05image\x18\x01 \x01(\x0b\x32\x18.alveary.images.v1.Image\"\x13\n\x11ListImagesRequest\">\n\x12ListImagesResponse\x12(\n\x06images\x18\x01 \x03(\x0b\x32\x18.alveary.images.v1.Image\"H\n\x11\x42uildImageRequest\x12\x33\n\x0b\x65nvironment\x18\x01 \x01(\x0b\x32\x1e.alveary.common.v1.Environment\"O\n\x12\x42uildImageResponse\x12\'\n\x05image\x18\x01 \x01(\x0b\x32\x18.alveary.images.v1.Image\x12\x10\n\x08sequence\x18\x02 \x01(\x03\"U\n\x1dSetRegistryCredentialsRequest\x12\x10\n\x08registry\x18\x01 \x01(\t\x12\x10\n\x08username\x18\x02 \x01(\t\x12\x10\n\x08password\x18\x03 \x01(\t\" \n\x1eSetRegistryCredentialsResponse\" \n\x1eListRegistryCredentialsRequest\"^\n\x1fListRegistryCredentialsResponse\x12;\n\x0b\x63redentials\x18\x01 \x03(\x0b\x32&.alveary.images.v1.RegistryCredentials\"9\n\x13RegistryCredentials\x12\x10\n\x08registry\x18\x01 \x01(\t\x12\x10\n\x08username\x18\x02 \x01(\t*\xa6\x01\n\nImageState\x12\x1b\n\x17IMAGE_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15IMAGE_STATE_REQUESTED\x10\x01\x12\x18\n\x14IMAGE_STATE_BUILDING\x10\x02\x12\x15\n\x11IMAGE_STATE_READY\x10\x03\x12\x16\n\x12IMAGE_STATE_FAILED\x10\x04\x12\x17\n\x13IMAGE_STATE_EVICTED\x10\x05\x32\x9b\x04\n\x0cImageService\x12S\n\x08GetImage\x12\".alveary.images.v1.GetImageRequest\x1a#.alveary.images.v1.GetImageResponse\x12Y\n\nListImages\x12$.alveary.images.v1.ListImagesRequest\x1a%.alveary.images.v1.ListImagesResponse\x12Y\n\nBuildImage\x12$.alveary.images.v1.BuildImageRequest\x1a%.alveary.images.v1.BuildImageResponse\x12}\n\x16SetRegistryCredentials\x12\x30.alveary.images.v1.SetRegistryCredentialsRequest\x1a\x31.alveary.images.v1.SetRegistryCredentialsResponse\x12\x80\x01\n\x17ListRegistryCredentials\x12\x31.alveary.images.v1.ListRegistryCredentialsRequest\x1a\x32.alveary.images.v1.ListRegistryCredentialsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'alveary.images.v1.images_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_IMAGESTATE']._serialized_start=689
-  _globals['_IMAGESTATE']._serialized_end=855
-  _globals['_IMAGE']._serialized_start=86
-  _globals['_IMAGE']._serialized_end=328
-  _globals['_GETIMAGEREQUEST']._serialized_start=330
-  _globals['_GETIMAGEREQUEST']._serialized_end=385
-  _globals['_GETIMAGERESPONSE']._serialized_start=387
-  _globals['_GETIMAGERESPONSE']._serialized_end=446
-  _globals['_LISTIMAGESREQUEST']._serialized_start=448
-  _globals['_LISTIMAGESREQUEST']._serialized_end=467
-  _globals['_LISTIMAGESRESPONSE']._serialized_start=469
-  _globals['_LISTIMAGESRESPONSE']._serialized_end=531
-  _globals['_BUILDIMAGEREQUEST']._serialized_start=533
-  _globals['_BUILDIMAGEREQUEST']._serialized_end=605
-  _globals['_BUILDIMAGERESPONSE']._serialized_start=607
-  _globals['_BUILDIMAGERESPONSE']._serialized_end=686
-  _globals['_IMAGESERVICE']._serialized_start=858
-  _globals['_IMAGESERVICE']._serialized_end=1139
+  _globals['_IMAGESTATE']._serialized_start=1174
+  _globals['_IMAGESTATE']._serialized_end=1340
+  _globals['_IMAGE']._serialized_start=119
+  _globals['_IMAGE']._serialized_end=503
+  _globals['_GETIMAGEREQUEST']._serialized_start=505
+  _globals['_GETIMAGEREQUEST']._serialized_end=560
+  _globals['_GETIMAGERESPONSE']._serialized_start=562
+  _globals['_GETIMAGERESPONSE']._serialized_end=621
+  _globals['_LISTIMAGESREQUEST']._serialized_start=623
+  _globals['_LISTIMAGESREQUEST']._serialized_end=642
+  _globals['_LISTIMAGESRESPONSE']._serialized_start=644
+  _globals['_LISTIMAGESRESPONSE']._serialized_end=706
+  _globals['_BUILDIMAGEREQUEST']._serialized_start=708
+  _globals['_BUILDIMAGEREQUEST']._serialized_end=780
+  _globals['_BUILDIMAGERESPONSE']._serialized_start=782
+  _globals['_BUILDIMAGERESPONSE']._serialized_end=861
+  _globals['_SETREGISTRYCREDENTIALSREQUEST']._serialized_start=863
+  _globals['_SETREGISTRYCREDENTIALSREQUEST']._serialized_end=948
+  _globals['_SETREGISTRYCREDENTIALSRESPONSE']._serialized_start=950
+  _globals['_SETREGISTRYCREDENTIALSRESPONSE']._serialized_end=982
+  _globals['_LISTREGISTRYCREDENTIALSREQUEST']._serialized_start=984
+  _globals['_LISTREGISTRYCREDENTIALSREQUEST']._serialized_end=1016
+  _globals['_LISTREGISTRYCREDENTIALSRESPONSE']._serialized_start=1018
+  _globals['_LISTREGISTRYCREDENTIALSRESPONSE']._serialized_end=1112
+  _globals['_REGISTRYCREDENTIALS']._serialized_start=1114
+  _globals['_REGISTRYCREDENTIALS']._serialized_end=1171
+  _globals['_IMAGESERVICE']._serialized_start=1343
+  _globals['_IMAGESERVICE']._serialized_end=1882
 # @@protoc_insertion_point(module_scope)

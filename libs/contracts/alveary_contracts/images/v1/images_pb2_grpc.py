@@ -49,6 +49,16 @@ class ImageServiceStub:
                 request_serializer=alveary_dot_images_dot_v1_dot_images__pb2.BuildImageRequest.SerializeToString,
                 response_deserializer=alveary_dot_images_dot_v1_dot_images__pb2.BuildImageResponse.FromString,
                 _registered_method=True)
+        self.SetRegistryCredentials = channel.unary_unary(
+                '/alveary.images.v1.ImageService/SetRegistryCredentials',
+                request_serializer=alveary_dot_images_dot_v1_dot_images__pb2.SetRegistryCredentialsRequest.SerializeToString,
+                response_deserializer=alveary_dot_images_dot_v1_dot_images__pb2.SetRegistryCredentialsResponse.FromString,
+                _registered_method=True)
+        self.ListRegistryCredentials = channel.unary_unary(
+                '/alveary.images.v1.ImageService/ListRegistryCredentials',
+                request_serializer=alveary_dot_images_dot_v1_dot_images__pb2.ListRegistryCredentialsRequest.SerializeToString,
+                response_deserializer=alveary_dot_images_dot_v1_dot_images__pb2.ListRegistryCredentialsResponse.FromString,
+                _registered_method=True)
 
 
 class ImageServiceServicer:
@@ -73,6 +83,19 @@ class ImageServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SetRegistryCredentials(self, request, context):
+        """Credentials of a private registry, for `base_image`, `dockerfile` and `image`. Stored encrypted; never shown again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListRegistryCredentials(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ImageServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -90,6 +113,16 @@ def add_ImageServiceServicer_to_server(servicer, server):
                     servicer.BuildImage,
                     request_deserializer=alveary_dot_images_dot_v1_dot_images__pb2.BuildImageRequest.FromString,
                     response_serializer=alveary_dot_images_dot_v1_dot_images__pb2.BuildImageResponse.SerializeToString,
+            ),
+            'SetRegistryCredentials': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetRegistryCredentials,
+                    request_deserializer=alveary_dot_images_dot_v1_dot_images__pb2.SetRegistryCredentialsRequest.FromString,
+                    response_serializer=alveary_dot_images_dot_v1_dot_images__pb2.SetRegistryCredentialsResponse.SerializeToString,
+            ),
+            'ListRegistryCredentials': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListRegistryCredentials,
+                    request_deserializer=alveary_dot_images_dot_v1_dot_images__pb2.ListRegistryCredentialsRequest.FromString,
+                    response_serializer=alveary_dot_images_dot_v1_dot_images__pb2.ListRegistryCredentialsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -173,6 +206,60 @@ class ImageService:
             '/alveary.images.v1.ImageService/BuildImage',
             alveary_dot_images_dot_v1_dot_images__pb2.BuildImageRequest.SerializeToString,
             alveary_dot_images_dot_v1_dot_images__pb2.BuildImageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetRegistryCredentials(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/alveary.images.v1.ImageService/SetRegistryCredentials',
+            alveary_dot_images_dot_v1_dot_images__pb2.SetRegistryCredentialsRequest.SerializeToString,
+            alveary_dot_images_dot_v1_dot_images__pb2.SetRegistryCredentialsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListRegistryCredentials(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/alveary.images.v1.ImageService/ListRegistryCredentials',
+            alveary_dot_images_dot_v1_dot_images__pb2.ListRegistryCredentialsRequest.SerializeToString,
+            alveary_dot_images_dot_v1_dot_images__pb2.ListRegistryCredentialsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -37,6 +37,9 @@ class ImageServiceStub:
     ListImages: _grpc.UnaryUnaryMultiCallable[_images_pb2.ListImagesRequest, _images_pb2.ListImagesResponse]
     BuildImage: _grpc.UnaryUnaryMultiCallable[_images_pb2.BuildImageRequest, _images_pb2.BuildImageResponse]
     """Starts a build without a run; answers at once. Of a ready image: its state."""
+    SetRegistryCredentials: _grpc.UnaryUnaryMultiCallable[_images_pb2.SetRegistryCredentialsRequest, _images_pb2.SetRegistryCredentialsResponse]
+    """Credentials of a private registry, for `base_image`, `dockerfile` and `image`. Stored encrypted; never shown again."""
+    ListRegistryCredentials: _grpc.UnaryUnaryMultiCallable[_images_pb2.ListRegistryCredentialsRequest, _images_pb2.ListRegistryCredentialsResponse]
 
 @_typing.type_check_only
 class ImageServiceAsyncStub(ImageServiceStub):
@@ -45,6 +48,9 @@ class ImageServiceAsyncStub(ImageServiceStub):
     ListImages: _aio.UnaryUnaryMultiCallable[_images_pb2.ListImagesRequest, _images_pb2.ListImagesResponse]  # type: ignore[assignment]
     BuildImage: _aio.UnaryUnaryMultiCallable[_images_pb2.BuildImageRequest, _images_pb2.BuildImageResponse]  # type: ignore[assignment]
     """Starts a build without a run; answers at once. Of a ready image: its state."""
+    SetRegistryCredentials: _aio.UnaryUnaryMultiCallable[_images_pb2.SetRegistryCredentialsRequest, _images_pb2.SetRegistryCredentialsResponse]  # type: ignore[assignment]
+    """Credentials of a private registry, for `base_image`, `dockerfile` and `image`. Stored encrypted; never shown again."""
+    ListRegistryCredentials: _aio.UnaryUnaryMultiCallable[_images_pb2.ListRegistryCredentialsRequest, _images_pb2.ListRegistryCredentialsResponse]  # type: ignore[assignment]
 
 class ImageServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -68,5 +74,20 @@ class ImageServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_images_pb2.BuildImageResponse, _abc.Awaitable[_images_pb2.BuildImageResponse]]:
         """Starts a build without a run; answers at once. Of a ready image: its state."""
+
+    @_abc_1.abstractmethod
+    def SetRegistryCredentials(
+        self,
+        request: _images_pb2.SetRegistryCredentialsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_images_pb2.SetRegistryCredentialsResponse, _abc.Awaitable[_images_pb2.SetRegistryCredentialsResponse]]:
+        """Credentials of a private registry, for `base_image`, `dockerfile` and `image`. Stored encrypted; never shown again."""
+
+    @_abc_1.abstractmethod
+    def ListRegistryCredentials(
+        self,
+        request: _images_pb2.ListRegistryCredentialsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_images_pb2.ListRegistryCredentialsResponse, _abc.Awaitable[_images_pb2.ListRegistryCredentialsResponse]]: ...
 
 def add_ImageServiceServicer_to_server(servicer: ImageServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

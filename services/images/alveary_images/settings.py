@@ -1,0 +1,30 @@
+"""What the images service is told from outside, beside the core settings."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, SecretStr
+
+from alveary_core.settings import CoreSettings
+
+
+class ImagesSettings(CoreSettings):
+    """ALVEARY_* variables; see each field."""
+
+    # "venv": locks that nodes install. "docker": container images.
+    builder: Literal["venv", "docker"] = "venv"
+    # Image that environments are built on; {python} is their Python version.
+    base_image: str = "python:{python}-slim-bookworm"
+    # host:port of the registry that images are pushed to; empty: they stay with the daemon, which then must be the
+    # trainers' as well.
+    registry: str = ""
+    registry_user: str = ""
+    registry_password: SecretStr = SecretStr("")
+    registry_secure: bool = False
+    # Network of the steps of a build; empty: the daemon's default.
+    build_network: str = ""
+    # Images that no run asked for in this long, or beyond this many bytes in all, are removed.
+    images_days: float = Field(default=90.0, gt=0.0)
+    images_bytes: int = Field(default=200 * 2**30, gt=0)
+    collect_seconds: float = Field(default=3600.0, gt=0.0)

@@ -1,0 +1,318 @@
+"""The docker runtime: an attempt's processes in one container that can reach nothing but what it was given.
+
+The first process of the container is the shim (see shim.py), with stdout and stderr on named pipes in a mounted folder:
+so a script that prints faster than the network takes is slowed, as in the process runtime, and the daemon keeps no log
+of its own. The shim's connection to the attempt's socket is its tie to the trainer: when it breaks, the container ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import os
+import posixpath
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import docker
+import docker.errors
+import requests
+
+from alveary_contracts.common.v1 import common_pb2 as c
+from alveary_core import telemetry
+from alveary_core.errors import NotFound
+from alveary_core.objectstore import ObjectStore
+from alveary_trainer.adapters.runtime import Limits, Outcome, Place, Say, Staged, StagingFailed, Usage, View
+from alveary_trainer.settings import TrainerSettings
+
+T = TypeVar("T")
+NODE_LABEL, RUN_LABEL, IMAGE_LABEL = "org.alveary.node", "org.alveary.run", "org.alveary.environment"
+_WORK, _TMP, _LIB, _IO, _SOCKETS, _INPUTS = (
+    "/alveary/work", "/tmp", "/alveary/lib", "/alveary/io", "/alveary/socket", "/alveary/inputs",
+)  # fmt: skip
+_SHM = 64 << 20
+_PIDS = 8192
+_REFUSED = (docker.errors.DockerException, requests.exceptions.RequestException)
+
+
+class DockerRuntime:
+    """Containers of one daemon."""
+
+    kind = "docker"
+
+    def __init__(self, settings: TrainerSettings, cache: Path, store: ObjectStore, runs_dir: Path) -> None:
+        self._settings, self._store = settings, store
+        # Waiting for a container blocks a thread; there is one for each attempt that a node can hold.
+        self._pool = ThreadPoolExecutor(256, thread_name_prefix="docker")
+        self._api = docker.APIClient(timeout=120, **docker.utils.kwargs_from_env())
+        self._owner = hashlib.sha256(str(runs_dir.resolve()).encode()).hexdigest()[:16]
+        self._marks = cache / "images"
+        self._marks.mkdir(parents=True, exist_ok=True)
+        self._pulls: dict[str, asyncio.Lock] = {}
+        me = os.getuid()
+        self._uid, self._gid = (settings.run_uid, settings.run_uid) if me == 0 else (me, os.getgid())
+
+    async def _do(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+
+    # ---- images ---------------------------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def stage(self, digest: str, environment: c.Environment, say: Say) -> AsyncIterator[Staged]:
+        """See Runtime."""
+        try:
+            lock = json.loads(await self._store.get("images", f"locks/{digest}.json"))
+        except NotFound as error:
+            raise StagingFailed(f"the image of environment {digest[:12]} is gone from the object store") from error
+        image = lock.get("image", "")
+        if not image:
+            raise StagingFailed(
+                f"environment {digest[:12]} was built as a virtual environment, and this node runs containers: set the environment's rebuild_key"
+            )
+        async with self._pulls.setdefault(image, asyncio.Lock()):
+            if not await self._do(lambda: self._has(image)):
+                await self._pull(image, say)
+                await self._do(self._evict)
+        mark = self._marks / image.rpartition(":")[2]
+        mark.touch()
+        yield Staged(lock["python"], image)
+
+    def _has(self, image: str) -> bool:
+        try:
+            self._api.inspect_image(image)
+        except docker.errors.ImageNotFound:
+            return False
+        except _REFUSED as error:
+            raise StagingFailed(f"the docker daemon of this node does not answer: {error}") from error
+        return True
+
+    async def _pull(self, image: str, say: Say) -> None:
+        loop, stop = asyncio.get_running_loop(), threading.Event()
+        await say(f"pulling {image}")
+        auth = None
+        if self._settings.registry_user and image.startswith(f"{self._settings.registry}/"):
+            auth = {"username": self._settings.registry_user, "password": self._settings.registry_password.get_secret_value()}
+
+        def work() -> None:
+            said = time.monotonic()
+            layers: dict[str, tuple[int, int]] = {}
+            try:
+                for message in self._api.pull(image, stream=True, decode=True, auth_config=auth):
+                    if stop.is_set():
+                        return
+                    if "error" in message:
+                        raise StagingFailed(f"{image} cannot be pulled: {message['error']}")
+                    detail = message.get("progressDetail") or {}
+                    if "total" in detail:
+                        layers[message.get("id", "")] = (detail.get("current", 0), detail["total"])
+                    if layers and time.monotonic() - said > 2:
+                        said = time.monotonic()
+                        done, total = (sum(x) / 1e6 for x in zip(*layers.values(), strict=True))
+                        asyncio.run_coroutine_threadsafe(_say(say, f"pulled {done:.0f} of {total:.0f} MB"), loop)
+            except _REFUSED as error:
+                raise StagingFailed(f"{image} cannot be pulled: {error}") from error
+
+        try:
+            await self._do(work)
+        finally:
+            stop.set()  # cancelled: the thread ends with the next message
+        await say("the image is here")
+
+    def _evict(self) -> None:
+        """Images beyond the limit, least recently used first. Those without a registry cannot be had again: they stay."""
+        found = []
+        for image in self._api.images(filters={"label": IMAGE_LABEL}):
+            for name in image.get("RepoDigests") or []:
+                mark = self._marks / name.rpartition(":")[2]
+                found.append((mark.stat().st_mtime if mark.exists() else 0.0, name, int(image["Size"])))
+        total = sum(size for _, _, size in found)
+        for _, name, size in sorted(found):
+            if total <= self._settings.environments_bytes:
+                return
+            try:
+                self._api.remove_image(name)
+                total -= size
+            except docker.errors.APIError as error:  # a container uses it
+                telemetry.logger().info("image.kept", image=name, why=str(error.explanation or error))
+
+    # ---- folders --------------------------------------------------------------------------------------------------
+
+    def view(self, place: Place, staged: Staged) -> View:
+        """Fixed paths inside the container; it inherits the image's own variables."""
+        inputs = {name: f"{_INPUTS}/{name}" for name in place.inputs}
+        return View(_WORK, _TMP, f"{_SOCKETS}/{place.socket.name}", _LIB, inputs, {})
+
+    def host_path(self, place: Place, path: str) -> Path:
+        """Of a path below the working directory or /tmp."""
+        full = posixpath.normpath(posixpath.join(_WORK, path))
+        for inside, here in ((_WORK, place.work), (_TMP, place.tmp)):
+            if full.startswith(f"{inside}/"):
+                return here / full.removeprefix(f"{inside}/")
+        raise ValueError(f"{path} is neither below the working directory nor below {_TMP}")
+
+    def readable_below(self, place: Place) -> Path:
+        """The attempt's folders: a link that a script made must not make the trainer read what is the node's."""
+        return place.root
+
+    def command(self, first: str, staged: Staged) -> str:
+        """Whatever the image's PATH has."""
+        return first
+
+    # ---- containers -----------------------------------------------------------------------------------------------
+
+    async def launch(self, place: Place, staged: Staged, argv: Sequence[str], env: Mapping[str, str], limits: Limits) -> ContainerTree:
+        """See Runtime."""
+        folder = place.root / "io"
+        folder.mkdir()
+        order = {"argv": list(argv), "cwd": _WORK, "env": dict(env) | {"HOME": _TMP}}
+        (folder / "order.json").write_text(json.dumps(order))
+        for name in ("stdout", "stderr"):
+            os.mkfifo(folder / name, 0o600)
+        if os.getuid() == 0:
+            await asyncio.to_thread(_give, [place.root, place.socket.parent], self._uid, self._gid)
+        # Ends of our own keep the pipes from ending before the container has opened them.
+        ends = {name: os.open(folder / name, os.O_RDWR | os.O_NONBLOCK) for name in ("stdout", "stderr")}
+        readers = {name: os.open(folder / name, os.O_RDONLY | os.O_NONBLOCK) for name in ("stdout", "stderr")}
+        try:
+            container = await self._do(lambda: self._start(place, staged, limits, folder))
+        except BaseException as error:
+            for descriptor in (*ends.values(), *readers.values()):
+                os.close(descriptor)
+            await self._do(lambda: self._remove(self._name(place)))
+            if isinstance(error, _REFUSED):
+                text = error.explanation if isinstance(error, docker.errors.APIError) and error.explanation else str(error)
+                raise StagingFailed(f"the container cannot be started: {text}") from error
+            raise
+        return ContainerTree(self, container, folder, readers, list(ends.values()))
+
+    def _name(self, place: Place) -> str:
+        return f"alveary-{place.name.lower()}-{self._owner[:6]}"
+
+    def _start(self, place: Place, staged: Staged, limits: Limits, folder: Path) -> str:
+        api, resources = self._api, limits.resources
+        binds = {
+            str(place.work): {"bind": _WORK, "mode": "rw"}, str(place.tmp): {"bind": _TMP, "mode": "rw"},
+            str(folder): {"bind": _IO, "mode": "rw"}, str(place.socket.parent): {"bind": _SOCKETS, "mode": "rw"},
+            str(place.lib): {"bind": _LIB, "mode": "ro"},
+            **{str(path): {"bind": f"{_INPUTS}/{name}", "mode": "ro"} for name, path in place.inputs.items()},
+        }  # fmt: skip
+        devices = [docker.types.DeviceRequest(device_ids=[str(g) for g in limits.gpus], capabilities=[["gpu"]])] if limits.gpus else None
+        memory = resources.memory_bytes or None
+        host = api.create_host_config(
+            binds=binds, network_mode=limits.network, read_only=True, cap_drop=["ALL"], security_opt=["no-new-privileges"],
+            nano_cpus=int(resources.cpus * 1e9) or None, mem_limit=memory, memswap_limit=memory, shm_size=resources.shm_bytes or _SHM,
+            pids_limit=_PIDS, device_requests=devices, log_config={"Type": "none"}, ipc_mode="private",
+        )  # fmt: skip
+        shim = [staged.python, "-I", "-S", f"{_LIB}/alveary_shim.py", _IO, f"{_SOCKETS}/{place.socket.name}"]
+        created = api.create_container(
+            staged.image, entrypoint=shim, command=[], name=self._name(place), user=f"{self._uid}:{self._gid}", working_dir=_WORK,
+            host_config=host, labels={NODE_LABEL: self._owner, RUN_LABEL: place.name}, stdin_open=False, tty=False,
+            networking_config=None, hostname="alveary",
+        )  # fmt: skip
+        api.start(created["Id"])
+        return str(created["Id"])
+
+    def _remove(self, container: str) -> None:
+        with contextlib.suppress(docker.errors.NotFound):
+            self._api.remove_container(container, v=True, force=True)
+
+    async def sweep(self) -> None:
+        """Containers of an earlier life of this node, started or not."""
+
+        def work() -> None:
+            for found in self._api.containers(all=True, filters={"label": f"{NODE_LABEL}={self._owner}"}):
+                telemetry.logger().info("container.sweep", container=found["Id"][:12], run=found["Labels"].get(RUN_LABEL))
+                self._remove(found["Id"])
+
+        await self._do(work)
+
+
+class ContainerTree:
+    """One running container."""
+
+    def __init__(self, runtime: DockerRuntime, container: str, folder: Path, readers: dict[str, int], ends: list[int]) -> None:
+        self._runtime, self._container, self._folder, self._ends = runtime, container, folder, ends
+        self.stdout, self.stderr = readers["stdout"], readers["stderr"]
+        self._killing: asyncio.Future[None] | None = None
+        self._last: tuple[float, float] | None = None
+
+    async def wait(self) -> Outcome:
+        """Until the container has ended; then it is removed."""
+        try:
+            state = await self._runtime._do(self._wait)
+        finally:
+            for end in self._ends:  # now the readers come to their end
+                os.close(end)
+            await self._runtime._do(lambda: self._runtime._remove(self._container))
+        report: dict[str, int] = {}
+        with contextlib.suppress(FileNotFoundError):  # the shim was killed, or could not begin
+            for line in (self._folder / "report.json").read_text().splitlines():
+                report |= json.loads(line)
+        killed = bool(state.get("OOMKilled"))
+        if not report.keys() & {"exit_code", "signal"} and killed:
+            return Outcome(signal=9, out_of_memory=True)
+        return Outcome(report.get("exit_code"), report.get("signal"), killed)
+
+    def _wait(self) -> dict[str, Any]:
+        api, pause = self._runtime._api, 0.1
+        while True:
+            try:
+                api.wait(self._container, timeout=3600)
+                return dict(api.inspect_container(self._container)["State"])
+            except docker.errors.NotFound:
+                return {}  # somebody removed it
+            except _REFUSED as error:  # an hour is over, or the daemon is away: containers may outlive it
+                telemetry.logger().info("container.wait", container=self._container[:12], error=str(error))
+                time.sleep(pause)
+                pause = min(pause * 2, 5.0)
+
+    def _signal(self, name: str) -> asyncio.Future[None]:
+        def work() -> None:
+            with contextlib.suppress(*_REFUSED):  # it ended by itself; or the daemon is away, and it is asked again
+                self._runtime._api.kill(self._container, name)
+
+        return asyncio.get_running_loop().run_in_executor(self._runtime._pool, work)
+
+    def terminate(self) -> None:
+        """SIGTERM to the shim, which passes it on to all."""
+        self._signal("SIGTERM")
+
+    def kill(self) -> None:
+        """SIGKILL to the shim, with which everything in the container ends."""
+        if self._killing is None or self._killing.done():
+            self._killing = self._signal("SIGKILL")
+
+    def usage(self) -> Usage:
+        """From the daemon's statistics."""
+        try:
+            stats = self._runtime._api.stats(self._container, stream=False, one_shot=True)
+        except _REFUSED:
+            return Usage()
+        now, spent = time.monotonic(), stats["cpu_stats"]["cpu_usage"]["total_usage"] / 1e9
+        memory = stats.get("memory_stats") or {}
+        cache = (memory.get("stats") or {}).get("total_inactive_file", (memory.get("stats") or {}).get("inactive_file", 0))
+        usage = Usage(memory_bytes=max(memory.get("usage", 0) - cache, 0))
+        if self._last is not None and now > self._last[0]:
+            usage.cpu_percent = max(spent - self._last[1], 0.0) / (now - self._last[0]) * 100
+        self._last = (now, spent)
+        return usage
+
+
+def _give(folders: Sequence[Path], uid: int, gid: int) -> None:
+    """Let the container's user own its folders; links are given themselves, never what they point at."""
+    for folder in folders:
+        os.lchown(folder, uid, gid)
+        for root, names, files in os.walk(folder):
+            for name in (*names, *files):
+                os.lchown(os.path.join(root, name), uid, gid)
+
+
+async def _say(say: Say, text: str) -> None:
+    await say(text)

@@ -1,0 +1,186 @@
+"""The port of runtimes: where the processes of an attempt live. `process` and `docker` implement it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from alveary_contracts.common.v1 import common_pb2 as c
+
+Say = Callable[[str], Awaitable[None]]
+
+
+class StagingFailed(Exception):
+    """Something a run needs cannot be had on this node; the text says what."""
+
+
+@dataclass
+class Usage:
+    """What an attempt's processes use now."""
+
+    cpu_percent: float = 0.0
+    memory_bytes: int = 0
+    pids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How the main process ended; neither code nor signal where its supervisor was killed."""
+
+    exit_code: int | None = None
+    signal: int | None = None
+    # The kernel killed it for want of memory.
+    out_of_memory: bool = False
+
+
+@dataclass(frozen=True)
+class Staged:
+    """An environment that is ready on this node, for as long as its context is open."""
+
+    # Its python, as the attempt's processes see it.
+    python: str
+    # Reference of a container image; empty for a virtual environment.
+    image: str = ""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Folders of one attempt, on this node. `root` holds all but the socket and the inputs."""
+
+    name: str
+    root: Path
+    socket: Path
+    lib: Path
+    inputs: Mapping[str, Path] = field(default_factory=dict)
+
+    @property
+    def work(self) -> Path:
+        """The working directory."""
+        return self.root / "work"
+
+    @property
+    def tmp(self) -> Path:
+        """Its temporary files."""
+        return self.root / "tmp"
+
+
+@dataclass(frozen=True)
+class View:
+    """The same folders as the attempt's processes see them."""
+
+    work: str
+    tmp: str
+    socket: str
+    lib: str
+    inputs: Mapping[str, str]
+    # What the processes inherit beside what the run asks for.
+    inherited: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an attempt may take."""
+
+    resources: c.Resources
+    gpus: tuple[int, ...]
+    network: str
+
+
+class Tree(Protocol):
+    """Running processes of an attempt. The reader of `stdout` and `stderr` (non-blocking) closes them."""
+
+    stdout: int
+    stderr: int
+
+    async def wait(self) -> Outcome:
+        """Until the main process has ended and nothing of the attempt is left."""
+        ...
+
+    def terminate(self) -> None:
+        """SIGTERM to every process."""
+        ...
+
+    def kill(self) -> None:
+        """SIGKILL to every process. Harmless to repeat."""
+        ...
+
+    def usage(self) -> Usage:
+        """CPU since the last call and memory now; blocks for a moment."""
+        ...
+
+
+class Runtime(Protocol):
+    """One way to run attempts."""
+
+    kind: str
+
+    def stage(self, digest: str, environment: c.Environment, say: Say) -> AbstractAsyncContextManager[Staged]:
+        """Make an environment ready.
+
+        Raises:
+            StagingFailed: it cannot be had here.
+        """
+        ...
+
+    def view(self, place: Place, staged: Staged) -> View:
+        """How the processes will see their folders."""
+        ...
+
+    def host_path(self, place: Place, path: str) -> Path:
+        """Where a path that a process named is on this node.
+
+        Raises:
+            ValueError: it is none that the process may name.
+        """
+        ...
+
+    def readable_below(self, place: Place) -> Path:
+        """What the platform reads on behalf of the processes must lie below this folder, symbolic links followed."""
+        ...
+
+    def command(self, first: str, staged: Staged) -> str:
+        """The program that a run names.
+
+        Raises:
+            StagingFailed: it can be seen already that there is none.
+        """
+        ...
+
+    async def launch(self, place: Place, staged: Staged, argv: Sequence[str], env: Mapping[str, str], limits: Limits) -> Tree:
+        """Start the processes in `place`.
+
+        Raises:
+            StagingFailed: they cannot be started.
+        """
+        ...
+
+    async def sweep(self) -> None:
+        """Remove what an earlier life of this node left."""
+        ...
+
+
+@contextlib.contextmanager
+def opened(path: Path, below: Path) -> Iterator[Path]:
+    """A path to read a regular file by, which nobody can turn into another file meanwhile.
+
+    Raises:
+        ValueError: it is no regular file, or lies outside `below`.
+        OSError: it cannot be opened.
+    """
+    # Opened first and looked at afterwards: a link that is swapped in between changes nothing.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        real = Path(f"/proc/self/fd/{descriptor}").readlink()
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise ValueError(f"{path} is not a file")
+        if not real.is_relative_to(below.resolve()):
+            raise ValueError(f"{path} leads outside the run's own folders")
+        yield Path(f"/proc/self/fd/{descriptor}")
+    finally:
+        os.close(descriptor)
