@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support import Embedded, embedded, servers
+from support import RUNTIME, Embedded, embedded, servers
 
 from alveary.local.layout import Layout
 from alveary.workspace import Workspace
@@ -22,7 +22,7 @@ def bare_servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Layout]:
 @pytest.fixture(scope="session")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Embedded]:
     """An embedded stack that tests share; a test that breaks things starts one of its own."""
-    with embedded(tmp_path_factory.mktemp("stack")) as running:
+    with embedded(tmp_path_factory.mktemp("stack"), runtime=RUNTIME) as running:
         yield running
 
 

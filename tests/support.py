@@ -21,6 +21,9 @@ from alveary.local.stack import _binary, _die_with_parent, status, trainers
 from alveary.run import Run
 from alveary.workspace import Workspace
 
+# The suite is the same for both runtimes; tests/docker.sh runs it again in containers.
+RUNTIME = os.environ.get("ALVEARY_TEST_RUNTIME", "process")
+
 
 @dataclass
 class Embedded:
@@ -44,22 +47,25 @@ class Embedded:
     def trainer_pids(self) -> list[int]:
         return [p.pid for p in trainers(self.state_dir)]
 
-    def cli(self, *arguments: str, check: bool = True, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    def cli(self, *arguments: str, check: bool = True, cwd: Path | None = None, stdin: str = "") -> subprocess.CompletedProcess[str]:
         env = os.environ | {"ALVEARY_CONFIG": str(self.config), "ALVEARY_HOME": str(self.state_dir)}
         done = subprocess.run(
-            [sys.executable, "-m", "alveary.cli", *arguments], env=env, capture_output=True, text=True, timeout=120, cwd=cwd
+            [sys.executable, "-m", "alveary.cli", *arguments], env=env, capture_output=True, text=True, timeout=120, cwd=cwd, input=stdin
         )
         assert not check or done.returncode == 0, f"{arguments} ended with {done.returncode}: {done.stdout}{done.stderr}"
         return done
 
 
-def launch(state_dir: Path, *, port: int | None = 0, separate: bool = False, lease: float = 6.0, metrics_port: int = 0) -> Embedded:
+def launch(
+    state_dir: Path, *, port: int | None = 0, separate: bool = False, lease: float = 6.0, metrics_port: int = 0, runtime: str = ""
+) -> Embedded:
     """`alveary up` in a process of its own, ready."""
     state_dir.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "alveary.cli", "up", "--state-dir", str(state_dir), "--lease-seconds", str(lease)]
     command += ["--port", str(port)] if port is not None else []
     command += ["--separate"] if separate else []
     command += ["--metrics-port", str(metrics_port)] if metrics_port else []
+    command += ["--runtime", runtime] if runtime else []
     log = state_dir / "up.log"
     with log.open("wb") as opened:
         process = subprocess.Popen(command, stdout=opened, stderr=opened, stdin=subprocess.DEVNULL, start_new_session=True)
@@ -78,9 +84,9 @@ def halt(stack: Embedded) -> None:
 
 
 @contextmanager
-def embedded(state_dir: Path, *, port: int | None = 0, separate: bool = False, lease: float = 6.0) -> Iterator[Embedded]:
+def embedded(state_dir: Path, *, port: int | None = 0, separate: bool = False, lease: float = 6.0, runtime: str = "") -> Iterator[Embedded]:
     """A stack for the duration; port None: the ports that the directory had before."""
-    stack = launch(state_dir, port=port, separate=separate, lease=lease)
+    stack = launch(state_dir, port=port, separate=separate, lease=lease, runtime=runtime)
     try:
         yield stack
     finally:
@@ -126,6 +132,12 @@ def submit(
     options.setdefault("environment", Environment("here", user_managed=True))
     config = ScriptRunConfig(str(source), "train.py", list(arguments), **options)  # type: ignore[arg-type]
     return Experiment(workspace, experiment).submit(config, tags=tags)
+
+
+def let_go(stack: Embedded, run: Run) -> None:
+    """Put a file `go` into a run's working directory, which it waits for."""
+    (work,) = (stack.state_dir / "trainer" / "work").glob(f"*/{run.id}-*/work")
+    (work / "go").touch()
 
 
 def finished(run: Run, state: str = "Completed") -> dict[str, Any]:

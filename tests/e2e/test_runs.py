@@ -9,9 +9,12 @@ from pathlib import Path
 
 import psutil
 import pytest
-from support import finished, lines, submit, tail, until, wait_for_state
+from support import RUNTIME, Embedded, finished, let_go, lines, submit, tail, until, wait_for_state
 
 from alveary import AlvearyError, ComputeTarget, ComputeTargetException, Dataset, Environment, Run, RunFailedException, Workspace
+
+# Processes share this test's interpreter; a container needs torch in its image.
+TORCH = Environment("torch", user_managed=True) if RUNTIME == "process" else Environment("torch", ["torch", "numpy"])
 
 
 def test_metrics_files_logs_and_tags_of_a_run(workspace: Workspace, source: Path) -> None:
@@ -70,15 +73,17 @@ def test_the_training_process_holds_no_credential(workspace: Workspace, source: 
     allowed = {"ALVEARY_RUN_ID", "ALVEARY_ATTEMPT", "ALVEARY_SOCKET", "ALVEARY_EXPERIMENT", "ALVEARY_WORK_DIR"}
     assert {k for k in json.loads(seen)["env"] if k.startswith("ALVEARY")} == allowed
     others = [f for f in json.loads(seen)["files"].values() if not f.startswith(("pipe:", "socket:", "/dev/null", "/proc", "/dev/urandom"))]
-    assert [f for f in others if not f.endswith("seen.json")] == []
+    assert [f for f in others if not f.endswith("seen.json") and f not in ("/alveary/io/stdout", "/alveary/io/stderr")] == []
 
 
 def test_the_sdk_is_there_in_an_environment_with_nothing_else(workspace: Workspace, source: Path, tmp_path: Path) -> None:
     import subprocess
     import sys
 
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "bare")], check=True)
-    environment = Environment("bare", user_managed=True, interpreter=str(tmp_path / "bare/bin/python"))
+    environment = Environment("bare")  # in a container: an image with nothing but Python
+    if RUNTIME == "process":
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "bare")], check=True)
+        environment = Environment("bare", user_managed=True, interpreter=str(tmp_path / "bare/bin/python"))
     run = submit(workspace, source, """
         import sys
         from alveary import Run
@@ -366,21 +371,21 @@ def test_torchrun_starts_its_processes(workspace: Workspace, source: Path) -> No
         total = torch.tensor([float(dist.get_rank() + 1)])
         dist.all_reduce(total)
         os.write(1, f"sum {total.item()} of {dist.get_world_size()}\\n".encode())
-        """, distributed_job_config=PyTorchConfiguration(process_count=2))  # fmt: skip
+        """, distributed_job_config=PyTorchConfiguration(process_count=2), environment=TORCH)  # fmt: skip
     run_lines = finished(run) and lines(run)
     assert [x for x in run_lines if x.startswith("sum")] == ["sum 3.0 of 2"] * 2
 
 
-def test_logs_are_read_by_page_and_searched_alive_and_archived(workspace: Workspace, source: Path, tmp_path: Path) -> None:
+def test_logs_are_read_by_page_and_searched_alive_and_archived(stack: Embedded, workspace: Workspace, source: Path) -> None:
     code = """
         import os, sys, time
         for i in range(2500):
             print(f"line {i} " + ("Loss" if i % 1000 == 7 else ""))
         print("café", flush=True)
-        while not os.path.exists(sys.argv[1]):
+        while not os.path.exists("go"):
             time.sleep(0.05)
         """
-    run = submit(workspace, source, code, tmp_path / "go")
+    run = submit(workspace, source, code)
     client = workspace._client
 
     def pages(limit: int) -> list[str]:
@@ -394,7 +399,7 @@ def test_logs_are_read_by_page_and_searched_alive_and_archived(workspace: Worksp
             after = reply.next
 
     until(lambda: "café" in pages(1000), "all is printed")
-    for _ in range(2):  # alive, then archived: the same answers
+    for alive in (True, False):  # then archived: the same answers
         assert pages(700) == [*(f"line {i} " + ("Loss" if i % 1000 == 7 else "") for i in range(2500)), "café"]
         newest = workspace._call(client.read_logs(run.id, limit=2, newest=True, streams=["stdout"])).lines
         assert [one.line.data.decode() for one in newest] == ["line 2499 ", "café"]
@@ -405,7 +410,8 @@ def test_logs_are_read_by_page_and_searched_alive_and_archived(workspace: Worksp
         first = workspace._call(client.search_logs(run.id, "Loss", limit=2))
         rest = workspace._call(client.search_logs(run.id, "Loss", after=first.next))
         assert [one.cursor for one in first.lines] + [one.cursor for one in rest.lines] == [one.cursor for one in hits.lines]
-        (tmp_path / "go").touch()
+        if alive:
+            let_go(stack, run)
         finished(run)
     for bad in (lambda: client.read_logs(run.id, limit=10**6), lambda: client.search_logs(run.id, "")):
         with pytest.raises(AlvearyError, match="1 to"):

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from alveary.errors import AlvearyError as AlvearyError
     from alveary.errors import ComputeTargetException as ComputeTargetException
     from alveary.errors import RunFailedException as RunFailedException
+    from alveary.estimator import DockerConfiguration as DockerConfiguration
     from alveary.estimator import Estimator as Estimator
     from alveary.estimator import MpiConfiguration as MpiConfiguration
     from alveary.estimator import PyTorch as PyTorch
@@ -35,6 +36,7 @@ _HOME = {
     "ComputeTarget": "compute",
     "ComputeTargetException": "errors",
     "Dataset": "dataset",
+    "DockerConfiguration": "estimator",
     "Environment": "environment",
     "Estimator": "estimator",
     "Experiment": "experiment",

@@ -132,9 +132,12 @@ class AmlCompute(ComputeTarget):
         subnet_name: str | None = None, tags: Mapping[str, str] | None = None, description: str | None = None,
         remote_login_port_public_access: str = "NotSpecified", identity_type: str | None = None, identity_id: Any = None,
         location: str | None = None, enable_node_public_ip: bool | None = None, *, cpus: float = 0, memory_gb: float = 0,
-        gpus: int | None = None,
+        gpus: int | None = None, network: str = "", multi_tenant: bool = False,
     ) -> ev.ComputeSpec:  # fmt: skip
         """What to create. A node has this machine's CPUs, memory and its share of the GPUs, unless cpus, memory_gb or gpus say less.
+
+        `network` is that of containers: "none", "bridge" or a docker network's name; the default is "none" for a target
+        that is `multi_tenant`, else "bridge".
 
         Raises:
             ComputeTargetException: something that only makes sense in Azure was asked for.
@@ -151,6 +154,7 @@ class AmlCompute(ComputeTarget):
         spec = ev.ComputeSpec(
             vm_size=vm_size, vm_priority=vm_priority, min_nodes=min_nodes, max_nodes=max_nodes or 0,
             idle_seconds_before_scaledown=idle_seconds_before_scaledown, tags=tags, description=description or "",
+            network=network, multi_tenant=multi_tenant,
         )  # fmt: skip
         if cpus or memory_gb or gpus is not None:
             if gpus is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,31 @@ class PyTorchConfiguration:
         self.communication_backend, self.process_count, self.node_count = communication_backend, process_count, node_count
 
 
+class DockerConfiguration:
+    """How a run's container is made, where the platform runs containers."""
+
+    def __init__(
+        self, use_docker: bool = True, shared_volumes: bool = True, arguments: Sequence[str] | None = None, shm_size: str | None = None
+    ) -> None:
+        if arguments:
+            raise AlvearyError(
+                "arguments of docker run are not taken: what a container may do is the platform's to say", "INVALID_ARGUMENT"
+            )
+        self.use_docker, self.shared_volumes, self.shm_size = use_docker, shared_volumes, shm_size
+
+
+def _bytes(size: str | None) -> int:
+    """Bytes of "2g", "512m", "1048576"; 0 for None.
+
+    Raises:
+        AlvearyError: it is no size.
+    """
+    found = re.fullmatch(r"(\d+)([bkmg]?)b?", size.lower()) if size else None
+    if size and not found:
+        raise AlvearyError(f"shm_size {size!r}: a number with b, k, m or g", "INVALID_ARGUMENT")
+    return int(found[1]) << {"": 0, "b": 0, "k": 10, "m": 20, "g": 30}[found[2]] if found else 0
+
+
 class ScriptRunConfig:
     """A script or command of a source directory, and what it needs."""
 
@@ -38,9 +64,13 @@ class ScriptRunConfig:
         resume_from: Any = None, max_run_duration_seconds: float | None = None, command: Sequence[str] | None = None,
         docker_runtime_config: Any = None, *, cpus: float = 0, memory_gb: float = 0, gpus: int = 0, use_gpu: bool = False,
         priority: int = 0, max_attempts: int = 0, inputs: Sequence[Any] = (), display_name: str = "",
-        properties: Mapping[str, str] | None = None, grace_seconds: float = 0, parent_run_id: str = "",
+        properties: Mapping[str, str] | None = None, grace_seconds: float = 0, parent_run_id: str = "", shm_size: str | None = None,
     ) -> None:  # fmt: skip
-        for name, value in (("run_config", run_config), ("resume_from", resume_from), ("docker_runtime_config", docker_runtime_config)):
+        if isinstance(docker_runtime_config, DockerConfiguration):
+            shm_size = shm_size or docker_runtime_config.shm_size
+        elif docker_runtime_config is not None:
+            raise AlvearyError("docker_runtime_config: use a DockerConfiguration", "INVALID_ARGUMENT")
+        for name, value in (("run_config", run_config), ("resume_from", resume_from)):
             if value is not None:
                 raise AlvearyError(f"{name} is not offered by this version", "UNIMPLEMENTED")
         if not Path(source_directory).is_dir():
@@ -49,7 +79,7 @@ class ScriptRunConfig:
         self.script, self.arguments, self.command = script, list(arguments or []), list(command or [])
         self.compute_target, self.environment = compute_target, environment or Environment("empty")
         self.distributed, self.max_run_duration_seconds = distributed_job_config, max_run_duration_seconds
-        self.resources = c.Resources(cpus=cpus, memory_bytes=int(memory_gb * 2**30), gpus=gpus)
+        self.resources = c.Resources(cpus=cpus, memory_bytes=int(memory_gb * 2**30), gpus=gpus, shm_bytes=_bytes(shm_size))
         self.use_gpu, self.priority, self.max_attempts, self.display_name = use_gpu, priority, max_attempts, display_name
         self.inputs, self.properties, self.grace_seconds, self.parent_run_id = (
             list(inputs),
@@ -130,17 +160,16 @@ class Estimator(ScriptRunConfig):
         **extra: Any,
     ) -> None:  # fmt: skip
         refused = {
-            "vm_size": vm_size, "vm_priority": vm_priority, "custom_docker_base_image": custom_docker_base_image,
-            "custom_docker_image": custom_docker_image, "image_registry_details": image_registry_details,
-            "conda_packages": conda_packages, "conda_dependencies_file_path": conda_dependencies_file_path,
-            "conda_dependencies_file": conda_dependencies_file, "source_directory_data_store": source_directory_data_store,
-            "shm_size": shm_size,
+            "vm_size": (vm_size, "create a compute target and name it in compute_target"),
+            "vm_priority": (vm_priority, "it is a property of compute targets"),
+            "image_registry_details": (image_registry_details, "give the platform its credentials once, with `alveary image login`"),
+            "conda_dependencies_file_path": (conda_dependencies_file_path, "use conda_packages and pip_packages"),
+            "conda_dependencies_file": (conda_dependencies_file, "use conda_packages and pip_packages"),
+            "source_directory_data_store": (source_directory_data_store, "sources are uploaded as snapshots; use inputs for data"),
         }  # fmt: skip
-        for name, value in refused.items():
+        for name, (value, instead) in refused.items():
             if value is not None:
-                raise AlvearyError(
-                    f"{name} is not offered by this version: environments are virtual environments made with pip packages", "UNIMPLEMENTED"
-                )
+                raise AlvearyError(f"{name} is not offered: {instead}", "UNIMPLEMENTED")
         if distributed_backend not in (None, "mpi", "gloo", "nccl"):
             raise AlvearyError(f"distributed_backend {distributed_backend!r}: 'gloo' or 'nccl'", "INVALID_ARGUMENT")
         if distributed_backend == "mpi":
@@ -155,9 +184,17 @@ class Estimator(ScriptRunConfig):
                 packages += requirements_of(file if file.exists() else Path(requirements))
             packages += pip_packages or []
             environment_definition = Environment(
-                type(self).__name__, packages, environment_variables=environment_variables, user_managed=user_managed
-            )
-        elif pip_packages or pip_requirements_file or environment_variables:
+                type(self).__name__, packages, environment_variables=environment_variables, user_managed=user_managed,
+                conda_packages=conda_packages or (), base_image=custom_docker_base_image or custom_docker_image or "",
+            )  # fmt: skip
+        elif (
+            pip_packages
+            or conda_packages
+            or custom_docker_base_image
+            or custom_docker_image
+            or pip_requirements_file
+            or environment_variables
+        ):
             raise AlvearyError(
                 "environment_definition already says which packages and variables there are: give them there", "INVALID_ARGUMENT"
             )
@@ -166,7 +203,7 @@ class Estimator(ScriptRunConfig):
             arguments += [flag] if value in ("", None) else [flag, value]
         super().__init__(
             source_directory, entry_script, arguments, None, compute_target, environment_definition, distributed_training,
-            resume_from, max_run_duration_seconds, use_gpu=use_gpu, inputs=inputs or (), **extra,
+            resume_from, max_run_duration_seconds, use_gpu=use_gpu, inputs=inputs or (), shm_size=shm_size, **extra,
         )  # fmt: skip
         self.node_count = max(node_count, getattr(distributed_training, "node_count", 1))
         self.process_count_per_node = process_count_per_node

@@ -50,6 +50,12 @@ def problems(
         say("environment.interpreter", "only a user_managed environment names an interpreter")
     if env.interpreter and not env.interpreter.startswith("/"):
         say("environment.interpreter", f"{env.interpreter!r} must be an absolute path on the node")
+    for name in ("conda_packages", "conda_channels", "apt_packages"):
+        for package in getattr(env, name):
+            if not package.strip() or package.strip().startswith("-") or any(ord(ch) < 32 for ch in package):
+                say(f"environment.{name}", f"{package[:80]!r} is none: options and empty lines are refused")
+    if env.user_managed and (env.conda_packages or env.apt_packages):
+        say("environment.user_managed", "a user_managed environment installs nothing: remove the packages or user_managed")
     if env.user_managed and env.pip_packages:
         say("environment.pip_packages", "a user_managed environment installs nothing: remove the packages or user_managed")
     for package in env.pip_packages:
@@ -119,6 +125,8 @@ def _compute(spec: c.RunSpec, target: ev.ComputeSpec | None, targets: list[str],
         say("resources.gpus", f"{spec.resources.gpus} GPUs per node were asked for; a node of {spec.compute_target!r} has {node.gpus}")
     if not 0 < spec.resources.cpus <= node.cpus:
         say("resources.cpus", f"{spec.resources.cpus:g} CPUs were asked for; a node of {spec.compute_target!r} has {node.cpus:g}")
+    if not 0 <= spec.resources.shm_bytes <= node.memory_bytes:
+        say("resources.shm_bytes", f"{spec.resources.shm_bytes}: 0 (64 MiB) to the {node.memory_bytes} bytes of a node's memory")
     if not 0 <= spec.resources.memory_bytes <= node.memory_bytes:
         say(
             "resources.memory_bytes",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from typing import Any
 
@@ -18,6 +19,7 @@ from alveary_scheduler.adapters.local import machine
 from alveary_scheduler.service import Scheduler
 
 MAX_LOCAL_NODES = 64
+_NETWORK = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 
 
 class ComputeService(rpc.ComputeServiceServicer):
@@ -89,7 +91,10 @@ def _complete(name: str, asked: ev.ComputeSpec) -> ev.ComputeSpec:
     spec.kind = asked.kind or "local"
     spec.max_nodes = asked.max_nodes or 4
     spec.vm_priority = asked.vm_priority or "dedicated"
+    spec.network = asked.network or ("none" if asked.multi_tenant else "bridge")
     faults = []
+    if not _NETWORK.fullmatch(spec.network) or spec.network == "host":
+        faults.append(("spec.network", f"{spec.network[:80]!r}: 'none', 'bridge' or the name of a docker network"))
     if problem := name_problem(name):
         faults.append(("name", problem))
     if spec.kind != "local":

@@ -155,6 +155,7 @@ class Scheduler:
         asked = self.view.specs[decision.run].message
         assert isinstance(asked, (ev.RunPrepared, ev.RunRetrying))
         digest = environment_digest(asked.spec.environment)
+        target = self.state.targets[waiting.workspace, waiting.target]
         share = ev.NodeShare(
             node=node.id, incarnation=node.incarnation, gpu_indexes=decision.gpu_indexes, first_rank=0,
             rank_count=asked.spec.process_count_per_node,
@@ -162,6 +163,7 @@ class Scheduler:
         made = ev.PlacementMade(
             attempt=waiting.attempt, target=waiting.target, nodes=[share], spec=asked.spec, image_digest=digest,
             lease_seconds=self._settings.lease_seconds, submitted_by=asked.submitted_by,
+            network=target.spec.network,
         )  # fmt: skip
         # The trainer may hear of it, and beat with it, before this process has folded its own event.
         self._placing.add((waiting.run, waiting.attempt))

@@ -15,6 +15,7 @@ from alveary.cli import stack
 from alveary.cli.common import NO_PLATFORM, err
 from alveary.cli.compute import compute_app
 from alveary.cli.events import events_app
+from alveary.cli.images import image_app
 from alveary.cli.models import dataset_app, model_app
 from alveary.cli.runs import run_app
 from alveary.errors import AlvearyError
@@ -23,7 +24,14 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, help="Train PyTorc
 app.command("up")(stack.up)
 app.command("down")(stack.down)
 app.command("status")(stack.status_command)
-for _name, _group in (("run", run_app), ("compute", compute_app), ("model", model_app), ("dataset", dataset_app), ("events", events_app)):
+for _name, _group in (
+    ("run", run_app),
+    ("compute", compute_app),
+    ("image", image_app),
+    ("model", model_app),
+    ("dataset", dataset_app),
+    ("events", events_app),
+):
     app.add_typer(_group, name=_name)
 
 

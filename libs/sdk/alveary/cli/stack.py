@@ -22,11 +22,16 @@ def up(
     separate: Annotated[bool, typer.Option(help="Each service as a process of its own.")] = False,
     lease_seconds: Annotated[float, typer.Option(help="Silence after which a node is lost.")] = 30.0,
     metrics_port: Annotated[int, typer.Option(help="Serve Prometheus metrics here; with --separate five ports from here. 0: none.")] = 0,
+    runtime: Annotated[
+        str, typer.Option(help="process: virtual environments; docker: containers. Default: as before, at first process.")
+    ] = "",
 ) -> None:
     """Start the whole platform on this machine."""
     from alveary.local.layout import Layout
     from alveary.local.stack import Stack, status
 
+    if runtime not in ("", "process", "docker"):
+        raise typer.BadParameter(f"--runtime {runtime!r}: process or docker")
     folder = state_folder(state_dir)
     if detach:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -34,6 +39,7 @@ def up(
         command += ["--port", str(port)] if port is not None else []
         command += ["--separate"] if separate else []
         command += ["--metrics-port", str(metrics_port)]
+        command += ["--runtime", runtime] if runtime else []
         log = folder / "up.log"
         with log.open("wb") as opened:
             child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=opened, stderr=opened, start_new_session=True)
@@ -48,7 +54,13 @@ def up(
             time.sleep(0.05)
     started = time.monotonic()
     layout = Layout.open(
-        folder, port, lease_seconds=lease_seconds, beat_seconds=min(1.0, lease_seconds / 5), separate=separate, metrics_port=metrics_port
+        folder,
+        port,
+        lease_seconds=lease_seconds,
+        beat_seconds=min(1.0, lease_seconds / 5),
+        separate=separate,
+        metrics_port=metrics_port,
+        runtime=runtime,
     )
     stack = Stack(layout, lambda text: print(text, flush=True))
     stack.acquire()

@@ -87,13 +87,14 @@ class Layout:
     beat_seconds: float = 1.0
     separate: bool = False
     metrics_port: int = 0
+    runtime: str = "process"
 
     @classmethod
     def open(
         cls, state_dir: Path, port: int | None, *, lease_seconds: float = 30.0, beat_seconds: float = 1.0, separate: bool = False,
-        metrics_port: int = 0,
+        metrics_port: int = 0, runtime: str = "",
     ) -> Layout:  # fmt: skip
-        """Read or make the directory; ports and secrets stay what they were.
+        """Read or make the directory; ports, secrets and (unless given) the runtime stay what they were.
 
         Raises:
             AlvearyError: what is there cannot be read.
@@ -112,8 +113,9 @@ class Layout:
         names = [*WRITES, "subscriber", "s3_access", "s3_secret", "tokens"]
         made = known.get("secrets", {})
         hidden = {name: made.get(name) or secrets.token_hex(24) for name in names}
-        write_private(file, json.dumps({"ports": asdict(ports), "secrets": hidden}, indent=1))
-        return cls(state_dir, ports, hidden, lease_seconds, beat_seconds, separate, metrics_port)
+        runtime = runtime or known.get("runtime", "process")
+        write_private(file, json.dumps({"ports": asdict(ports), "secrets": hidden, "runtime": runtime}, indent=1))
+        return cls(state_dir, ports, hidden, lease_seconds, beat_seconds, separate, metrics_port, runtime)
 
     @property
     def endpoint(self) -> str:
@@ -161,6 +163,7 @@ authorization {{ users: [
             "ALVEARY_TOKEN_SECRET": self.secrets["tokens"], "ALVEARY_STATE_DIR": str(self.state_dir / "services"),
             "ALVEARY_LEASE_SECONDS": str(self.lease_seconds), "ALVEARY_BEAT_SECONDS": str(self.beat_seconds),
             "ALVEARY_LISTEN": self.endpoint_of(service) if service in SERVICES else "127.0.0.1:0",
+            "ALVEARY_BUILDER": "docker" if self.runtime == "docker" else "venv",
             "ALVEARY_METRICS_PORT": str(self._metrics_port_of(service)),
         }  # fmt: skip
 

@@ -90,7 +90,11 @@ class Stack:
         env |= {
             "ALVEARY_ENDPOINT": layout.endpoint_of("runs"), "ALVEARY_REGISTRY_ENDPOINT": layout.endpoint_of("registry"),
             "ALVEARY_NODE_TOKEN": token, "ALVEARY_STATE_DIR": str(layout.state_dir / "trainer"), "ALVEARY_LISTEN": "127.0.0.1:0",
+            "ALVEARY_RUNTIME": layout.runtime,
         }  # fmt: skip
+        # What was said to the stack about registries and images is for the trainers as well.
+        env |= {k: v for k, v in os.environ.items() if k.startswith(("ALVEARY_REGISTRY", "ALVEARY_ENVIRONMENTS_", "ALVEARY_DATA_"))}
+        env |= {"ALVEARY_REGISTRY_ENDPOINT": layout.endpoint_of("registry")}
         del env["ALVEARY_TOKEN_SECRET"]
         return env
 

@@ -39,6 +39,7 @@ _WORK, _TMP, _LIB, _IO, _SOCKETS, _INPUTS = (
 )  # fmt: skip
 _SHM = 64 << 20
 _PIDS = 8192
+_INSIST = 3.0
 _REFUSED = (docker.errors.DockerException, requests.exceptions.RequestException)
 
 
@@ -241,6 +242,7 @@ class ContainerTree:
         self._runtime, self._container, self._folder, self._ends = runtime, container, folder, ends
         self.stdout, self.stderr = readers["stdout"], readers["stderr"]
         self._killing: asyncio.Future[None] | None = None
+        self._first_kill = 0.0
         self._last: tuple[float, float] | None = None
 
     async def wait(self) -> Outcome:
@@ -285,9 +287,11 @@ class ContainerTree:
         self._signal("SIGTERM")
 
     def kill(self) -> None:
-        """SIGKILL to the shim, with which everything in the container ends."""
+        """SIGKILL to all but the shim, which reports how the script ended; after three seconds to the shim as well."""
+        now = time.monotonic()
+        self._first_kill = self._first_kill or now
         if self._killing is None or self._killing.done():
-            self._killing = self._signal("SIGKILL")
+            self._killing = self._signal("SIGUSR2" if now - self._first_kill < _INSIST else "SIGKILL")
 
     def usage(self) -> Usage:
         """From the daemon's statistics."""

@@ -7,7 +7,7 @@ stdout and stderr the pipes FOLDER/stdout and FOLDER/stderr; SOCKET is the train
 Starts {argv, cwd, env} in a session of its own, and waits. Everything the process
 starts ends up below this process, however it detaches: it is a child subreaper (prctl(2), Linux 3.4). When the
 process ends, what is left of its tree is killed and {"exit_code"} or {"signal"} is reported. When the trainer
-dies, even by kill -9, the kernel sends this process SIGUSR1 and it kills the tree. SIGTERM is passed on to all.
+dies, even by kill -9, the kernel sends this process SIGUSR1 and it kills the tree. SIGTERM is passed on to all; SIGUSR2 is SIGKILL to all.
 """
 
 import ctypes
@@ -117,6 +117,7 @@ def main():
     libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     signal.signal(signal.SIGUSR1, abandoned)
     signal.signal(signal.SIGTERM, lambda *_: kill_tree(signal.SIGTERM))
+    signal.signal(signal.SIGUSR2, lambda *_: kill_tree(signal.SIGKILL))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     order, say = in_a_container() if len(sys.argv) == 3 else beside_the_trainer(libc)
     report, devnull = {}, os.open(os.devnull, os.O_RDONLY)
@@ -124,7 +125,7 @@ def main():
     if child == 0:
         try:
             os.setsid()
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
                 signal.signal(number, signal.SIG_DFL)
             os.dup2(devnull, 0)
             os.closerange(3, 256)
