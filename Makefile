@@ -29,6 +29,7 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal tests/unit tests/integration tests/e2e
+	tests/docker.sh
 
 bench: install
 	$(BIN)/python tests/bench/bench.py

@@ -17,7 +17,8 @@ from alveary.environment import Environment
 from alveary.estimator import ScriptRunConfig
 from alveary.experiment import Experiment
 from alveary.local.layout import Layout
-from alveary.local.stack import _binary, _die_with_parent, status, trainers
+from alveary.local.stack import servers as bare
+from alveary.local.stack import status, trainers
 from alveary.run import Run
 from alveary.workspace import Workspace
 
@@ -97,22 +98,8 @@ def embedded(state_dir: Path, *, port: int | None = 0, separate: bool = False, l
 def servers(folder: Path) -> Iterator[Layout]:
     """nats-server and the object store alone, as `alveary up` starts them."""
     layout = Layout.open(folder, 0)
-    conf = folder / "nats-server.conf"
-    conf.write_text(layout.nats_config())
-    (folder / "objects").mkdir(exist_ok=True)
-    env = os.environ | {"AWS_ACCESS_KEY_ID": layout.secrets["s3_access"], "AWS_SECRET_ACCESS_KEY": layout.secrets["s3_secret"]}
-    with (folder / "servers.log").open("ab") as log:
-        commands = [[_binary("nats-server"), "-c", str(conf)], layout.weed_command(_binary("weed"))]
-        processes = [
-            subprocess.Popen(c, env=env, stdout=log, stderr=log, stdin=subprocess.DEVNULL, preexec_fn=_die_with_parent) for c in commands
-        ]
-    try:
+    with bare(layout):
         yield layout
-    finally:
-        for process in processes:
-            process.terminate()
-        for process in processes:
-            process.wait(30)
 
 
 def until(condition: object, what: str, seconds: float = 60.0) -> None:

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import numpy
 import pytest
-from support import finished, submit
+from support import RUNTIME, finished, submit
 
 from alveary import AlvearyError, Environment, Model, Run, Workspace
 
 TORCH_HERE = Environment("torch", user_managed=True, interpreter=sys.executable)
+if RUNTIME == "docker":
+    TORCH_HERE = Environment("torch", ["torch==2.13.0", "numpy", "onnx", "onnxruntime", "onnxscript"])
 
 TRAIN = """
     import torch

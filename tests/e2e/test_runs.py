@@ -14,7 +14,11 @@ from support import RUNTIME, Embedded, finished, let_go, lines, submit, tail, un
 from alveary import AlvearyError, ComputeTarget, ComputeTargetException, Dataset, Environment, Run, RunFailedException, Workspace
 
 # Processes share this test's interpreter; a container needs torch in its image.
-TORCH = Environment("torch", user_managed=True) if RUNTIME == "process" else Environment("torch", ["torch", "numpy"])
+TORCH = (
+    Environment("torch", user_managed=True)
+    if RUNTIME == "process"
+    else Environment("torch", ["torch==2.13.0", "numpy", "onnx", "onnxruntime", "onnxscript"])
+)
 
 
 def test_metrics_files_logs_and_tags_of_a_run(workspace: Workspace, source: Path) -> None:

@@ -25,7 +25,7 @@ from alveary_contracts.common.v1 import common_pb2 as c
 from alveary_core.errors import FailedPrecondition, NotFound, Unavailable
 
 T = TypeVar("T")
-BUCKETS = ("datasets", "snapshots", "images", "runs", "models")
+BUCKETS = ("datasets", "snapshots", "images", "runs", "models", "archive")
 _CHUNK = 1 << 20
 _PART = 16 << 20
 _MISSING = {"NoSuchKey", "NoSuchBucket", "NoSuchObject"}

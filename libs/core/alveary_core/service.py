@@ -31,12 +31,13 @@ class Service:
         self.log: EventLog
         self.store: ObjectStore
 
-    async def open(self) -> None:
-        """Connect to the bus and the object store."""
+    async def open(self, *, streams: bool = True) -> None:
+        """Connect to the bus and the object store; create the streams where they are missing, unless told not to."""
         s = self.settings
         s.state_dir.mkdir(parents=True, exist_ok=True)
         self.connection = await connect(s.nats_url, s.nats_user, s.nats_password.get_secret_value(), f"alveary-{self.name}")
-        await ensure_streams(self.connection)
+        if streams:
+            await ensure_streams(self.connection)
         self.log = EventLog(self.connection, self.name)
         self.store = ObjectStore(
             s.s3_endpoint, s.s3_access_key.get_secret_value(), s.s3_secret_key.get_secret_value(),
@@ -82,7 +83,8 @@ async def serve(name: str, settings: CoreSettings, start: Callable[[Service], Aw
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     service = Service(name, settings)
     await service.open()
-    await service.store.ensure_buckets()
+    if settings.create_buckets:
+        await service.store.ensure_buckets()
     await start(service)
     port = await service.server.start(settings.listen)
     if settings.metrics_port:

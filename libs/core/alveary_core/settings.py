@@ -22,6 +22,8 @@ class CoreSettings(BaseSettings):
     s3_secret_key: SecretStr = SecretStr("")
     # Host and port that clients reach the object store at, for presigned URLs; empty: s3_endpoint.
     s3_public_endpoint: str = ""
+    # Off where the object store is set up beforehand, and a service's key may not create buckets.
+    create_buckets: bool = True
     token_secret: SecretStr = SecretStr("")
     listen: str = "127.0.0.1:0"
     # Port of the Prometheus metrics; 0: none.

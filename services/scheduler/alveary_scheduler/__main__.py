@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import os
 
+from alveary_contracts.events.v1 import events_pb2 as ev
 from alveary_contracts.scheduler.v1 import scheduler_pb2, scheduler_pb2_grpc
+from alveary_core.events import Key
 from alveary_core.service import Service, serve
-from alveary_core.settings import CoreSettings
 from alveary_scheduler.adapters.local import LocalNodes
-from alveary_scheduler.api import ComputeService, NodeService, QueueService
+from alveary_scheduler.api import ComputeService, NodeService, QueueService, complete
 from alveary_scheduler.projection import SchedulerProjection
 from alveary_scheduler.service import Scheduler
+from alveary_scheduler.settings import SchedulerSettings
 
 _PREFIX = "ALVEARY_TRAINER_"
 
@@ -38,7 +40,17 @@ async def start(service: Service) -> None:
     service.spawn(scheduler.run(), "decide")
     service.spawn(scheduler.watch_nodes(), "nodes")
     await projection.caught_up.wait()
+    await ensure_target(scheduler, SchedulerSettings())
+
+
+async def ensure_target(scheduler: Scheduler, settings: SchedulerSettings) -> None:
+    """Make the target that the settings name, where it is missing: trainers that are started beside the platform join it."""
+    name = settings.default_target
+    if not name or (settings.default_workspace, name) in scheduler.state.targets:
+        return
+    spec = complete(name, ev.ComputeSpec(kind="nodes", description="trainers that were started with the platform"))
+    await scheduler.append(Key(settings.default_workspace, "target", name), ev.TargetCreated(spec=spec))
 
 
 if __name__ == "__main__":
-    asyncio.run(serve("scheduler", CoreSettings(), start))
+    asyncio.run(serve("scheduler", SchedulerSettings(), start))

@@ -18,7 +18,7 @@ from alveary_scheduler import domain
 from alveary_scheduler.adapters.local import machine
 from alveary_scheduler.service import Scheduler
 
-MAX_LOCAL_NODES = 64
+MAX_LOCAL_NODES, MAX_NODES = 64, 10_000
 _NETWORK = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 
 
@@ -30,7 +30,7 @@ class ComputeService(rpc.ComputeServiceServicer):
 
     async def CreateTarget(self, request: pb.CreateTargetRequest, context: Any) -> pb.CreateTargetResponse:
         who = auth.require("writer")
-        spec = _complete(request.name, request.spec)
+        spec = complete(request.name, request.spec)
         present = self._scheduler.state.targets.get((who.workspace, request.name))
         if present is not None:
             if present.spec == spec:
@@ -80,7 +80,7 @@ class ComputeService(rpc.ComputeServiceServicer):
         )  # fmt: skip
 
 
-def _complete(name: str, asked: ev.ComputeSpec) -> ev.ComputeSpec:
+def complete(name: str, asked: ev.ComputeSpec) -> ev.ComputeSpec:
     """Defaults filled in: Azure's four nodes and half an hour.
 
     Raises:
@@ -97,19 +97,20 @@ def _complete(name: str, asked: ev.ComputeSpec) -> ev.ComputeSpec:
         faults.append(("spec.network", f"{spec.network[:80]!r}: 'none', 'bridge' or the name of a docker network"))
     if problem := name_problem(name):
         faults.append(("name", problem))
-    if spec.kind != "local":
-        faults.append(("spec.kind", f"{spec.kind!r}: this version has targets of kind 'local'"))
-    if not 0 <= spec.min_nodes <= spec.max_nodes <= MAX_LOCAL_NODES:
-        faults.append(
-            ("spec.max_nodes", f"0 <= min_nodes ({spec.min_nodes}) <= max_nodes ({spec.max_nodes}) <= {MAX_LOCAL_NODES} must hold")
-        )
+    if spec.kind not in ("local", "nodes"):
+        faults.append(("spec.kind", f"{spec.kind!r}: 'local' (this machine) or 'nodes' (trainers that join by themselves)"))
+    if spec.kind == "nodes":
+        spec.max_nodes = asked.max_nodes or MAX_NODES
+    most = MAX_NODES if spec.kind == "nodes" else MAX_LOCAL_NODES
+    if not 0 <= spec.min_nodes <= spec.max_nodes <= most:
+        faults.append(("spec.max_nodes", f"0 <= min_nodes ({spec.min_nodes}) <= max_nodes ({spec.max_nodes}) <= {most} must hold"))
     if spec.idle_seconds_before_scaledown < 0:
         faults.append(("spec.idle_seconds_before_scaledown", "cannot be negative"))
     if spec.vm_priority not in ("dedicated", "lowpriority"):
         faults.append(("spec.vm_priority", f"{spec.vm_priority!r}: 'dedicated' or 'lowpriority'"))
     here, _ = machine(spec.max_nodes)
     want = spec.node_resources
-    if (
+    if spec.kind == "local" and (
         want.cpus > here.cpus
         or want.memory_bytes > here.memory_bytes
         or want.gpus > here.gpus

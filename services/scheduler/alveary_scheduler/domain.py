@@ -271,6 +271,14 @@ def _plan_target(state: State, target: Target, queue: list[Waiting], starting: i
             decisions.append(Place(waiting.run, room.node, room.take(waiting.need)))
             continue
         blocked = True
+        if spec.kind == "nodes":
+            text = f"waits for {waiting.need}: " + (
+                f"the {joined} nodes of {target.name} are in use by earlier runs, or too small; start another trainer for it, or wait"
+                if joined
+                else f"no node has joined {target.name}: start a trainer for it"
+            )
+            decisions.append(_wait(waiting, text, False))
+            continue
         room_to_come = next((r for r in coming if r.fits(waiting.need)), None)
         if room_to_come is None and wanted < spec.max_nodes:
             wanted += 1
@@ -285,6 +293,8 @@ def _plan_target(state: State, target: Target, queue: list[Waiting], starting: i
                 f"maximum of {spec.max_nodes}; raise max_nodes, use another target, or wait"
             )
             decisions.append(_wait(waiting, text, False))
+    if spec.kind == "nodes":
+        return decisions  # they come and go as whoever runs them says
     if wanted == joined + starting and not queue:
         wanted = max(wanted - idle, spec.min_nodes)
     wanted = min(max(wanted, spec.min_nodes), spec.max_nodes)

@@ -76,6 +76,9 @@ class Scheduler:
 
     def desired(self, key: tuple[str, str]) -> int:
         """How many nodes a target has or is getting."""
+        target = self.state.targets.get(key)
+        if target is not None and target.spec.kind == "nodes":
+            return sum((n.workspace, n.target) == key for n in self.state.nodes.values())
         return len([n for n in self._local.nodes(key) if n not in self._leaving])
 
     async def append(self, key: Key, message: Message) -> int:
@@ -316,7 +319,7 @@ class Scheduler:
                     reason = f"no beat for {now - seen:.0f} s"
                     await self.append(Key(node.workspace, "node", node.id), ev.NodeLost(incarnation=node.incarnation, reason=reason))
                     self._wake.set()
-            for key in list(self.state.targets):
+            for key in [k for k, t in self.state.targets.items() if t.spec.kind == "local"]:
                 self._local.keep_alive(key, self.state.targets[key].spec, self._leaving)
             await asyncio.sleep(min(0.5, self._settings.beat_seconds))
 

@@ -17,6 +17,7 @@ from alveary_core import telemetry
 from alveary_core.objectstore import ObjectStore
 from alveary_core.service import Service, until
 from alveary_trainer.adapters.environments import Environments
+from alveary_trainer.adapters.gpus import gpu_models
 from alveary_trainer.adapters.process import ProcessRuntime, become_subreaper
 from alveary_trainer.adapters.runtime import Runtime
 from alveary_trainer.agent import Agent, TrainerService
@@ -77,6 +78,8 @@ def runtime_of(settings: TrainerSettings, cache: Path, store: ObjectStore, runs_
 async def main() -> None:
     """Serve as a node until SIGTERM, or until the target shrinks."""
     settings = TrainerSettings()
+    if settings.gpu_count < 0:
+        settings = settings.model_copy(update={"gpu_count": len(gpu_models())})
     telemetry.configure(settings.log_level, "trainer")
     become_subreaper()
     service = Service("trainer", settings)

@@ -93,8 +93,8 @@ class Agent:
         memory = psutil.virtual_memory()
         return pb.Beat(
             node=s.node, incarnation=self._context.incarnation, target=s.target, leaving=leaving,
-            hostname=socket.gethostname(), cpus=float(len(os.sched_getaffinity(0))), cpu_percent=psutil.cpu_percent(None),
-            memory_total_bytes=memory.total, memory_used_bytes=memory.total - memory.available,
+            hostname=socket.gethostname(), cpus=s.node_cpus or float(len(os.sched_getaffinity(0))), cpu_percent=psutil.cpu_percent(None),
+            memory_total_bytes=s.node_memory_bytes or memory.total, memory_used_bytes=memory.total - memory.available,
             gpus=s.gpu_count, gpu_models=gpu_models()[s.gpu_offset : s.gpu_offset + s.gpu_count],
             gpu_percent=gpu_utilisation(s.gpu_offset, s.gpu_count),
             attempts=[

@@ -23,7 +23,11 @@ class TrainerSettings(CoreSettings):
     node_token: SecretStr = SecretStr("")
     # Which of the machine's GPUs are this node's.
     gpu_offset: int = 0
+    # -1: all that the driver shows.
     gpu_count: int = 0
+    # Cores and bytes that this node gives to runs; 0: all of the machine. Trainers that share a machine share it so.
+    node_cpus: float = 0.0
+    node_memory_bytes: int = 0
     # Where environments, snapshots and datasets are kept; empty: state_dir/cache.
     cache_dir: Path | None = None
     # Environments beyond this are evicted, least recently used first.

@@ -40,8 +40,10 @@ def test_the_first_ignore_file_decides(tmp_path: Path) -> None:
 
 
 def test_what_only_makes_sense_in_azure_is_refused_with_a_sentence(tmp_path: Path) -> None:
-    with pytest.raises(AlvearyError, match="conda_packages is not offered"):
-        PyTorch(str(tmp_path), conda_packages=["x"])
+    with pytest.raises(AlvearyError, match="vm_size is not offered: create a compute target"):
+        PyTorch(str(tmp_path), vm_size="STANDARD_NC6")
+    with pytest.raises(AlvearyError, match="shm_size"):
+        PyTorch(str(tmp_path), entry_script="a.py", shm_size="lots")
     with pytest.raises(AlvearyError, match="PyTorchConfiguration"):
         PyTorch(str(tmp_path), entry_script="a.py", distributed_training=MpiConfiguration())._spec()
     with pytest.raises(AlvearyError, match="is not a folder"):
@@ -52,6 +54,8 @@ def test_script_parameters_become_arguments(tmp_path: Path) -> None:
     spec = PyTorch(str(tmp_path), entry_script="a.py", script_params={"--flag": "", "--n": 3}, compute_target="t")._spec()
     assert list(spec.arguments) == ["--flag", "--n", "3"]
     assert "torch" in spec.environment.pip_packages
+    own = PyTorch(str(tmp_path), entry_script="a.py", conda_packages=["x"], custom_docker_base_image="b", shm_size="2g")._spec()
+    assert (list(own.environment.conda_packages), own.environment.base_image, own.resources.shm_bytes) == (["x"], "b", 2 << 30)
 
 
 def test_requirements_files_are_read_and_options_refused(tmp_path: Path) -> None:

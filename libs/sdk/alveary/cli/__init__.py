@@ -12,6 +12,7 @@ import sys
 import typer
 
 from alveary.cli import stack
+from alveary.cli.admin import admin_app
 from alveary.cli.common import NO_PLATFORM, err
 from alveary.cli.compute import compute_app
 from alveary.cli.events import events_app
@@ -30,6 +31,7 @@ for _name, _group in (
     ("image", image_app),
     ("model", model_app),
     ("dataset", dataset_app),
+    ("admin", admin_app),
     ("events", events_app),
 ):
     app.add_typer(_group, name=_name)

@@ -17,7 +17,7 @@ def up(
     detach: Annotated[bool, typer.Option("--detach", "-d", help="Go on in the background.")] = False,
     state_dir: StateDir = None,
     port: Annotated[
-        int | None, typer.Option(help="First of 17 consecutive ports; 0: whatever is free. Default 7460, then as before.")
+        int | None, typer.Option(help="First of 18 consecutive ports; 0: whatever is free. Default 7460, then as before.")
     ] = None,
     separate: Annotated[bool, typer.Option(help="Each service as a process of its own.")] = False,
     lease_seconds: Annotated[float, typer.Option(help="Silence after which a node is lost.")] = 30.0,

@@ -8,6 +8,7 @@ import os
 import signal
 from collections.abc import Awaitable, Callable
 
+import alveary_archiver.__main__ as archiver
 from prometheus_client import start_http_server
 from pydantic import SecretStr
 
@@ -23,6 +24,7 @@ from alveary_core.settings import CoreSettings
 
 _STARTS: dict[str, Callable[[Service], Awaitable[None]]] = {
     "runs": runs.start, "images": images.start, "scheduler": scheduler.start, "logs": logs.start, "registry": registry.start,
+    "archiver": archiver.start,
 }  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from alveary.errors import AlvearyError
 
 DEFAULT_PORT = 7460
-SERVICES = ("runs", "images", "scheduler", "logs", "registry")
+SERVICES = ("runs", "images", "scheduler", "logs", "registry", "archiver")
 # What each NATS user may write: the aggregates that its service owns, and its high-rate streams.
 WRITES = {
     "runs": ("alveary.*.run.>", "alveary-metrics.>"),
@@ -21,6 +21,9 @@ WRITES = {
     "trainer": ("alveary.*.attempt.>", "alveary-logs.>", "alveary-metrics.>", "alveary-beat.>"),
     "logs": ("alveary.*.log.>",),
     "registry": ("alveary.*.model.>", "alveary.*.dataset.>"),
+    "archiver": (),
+    # Used by `alveary admin restore` alone.
+    "restore": ("alveary.>", "alveary-metrics.>"),
 }
 _WEED = ("master", "volume", "filer", "s3")
 
@@ -47,6 +50,7 @@ class Ports:
     scheduler: int
     logs: int
     registry: int
+    archiver: int
 
     @classmethod
     def choose(cls, base: int) -> Ports:
@@ -107,7 +111,9 @@ class Layout:
         except ValueError as error:
             raise AlvearyError(f"{file} cannot be read ({error}): is {state_dir} a stack's directory?", "DATA_LOSS") from error
         if port is None and "ports" in known:
-            ports = Ports(**known["ports"])
+            fresh = asdict(Ports.choose(0))
+            # A directory of an earlier version may know fewer.
+            ports = Ports(**{name: known["ports"].get(name, fresh[name]) for name in fresh})
         else:
             ports = Ports.choose(DEFAULT_PORT if port is None else port)
         names = [*WRITES, "subscriber", "s3_access", "s3_secret", "tokens"]
@@ -133,7 +139,7 @@ class Layout:
         users = []
         for name, own in WRITES.items():
             # Compaction purges what one newer event says: of runs, placements and attempts, so runs alone may.
-            purge = ["$JS.API.STREAM.PURGE.ALVEARY"] if name != "runs" else []
+            purge = ["$JS.API.STREAM.PURGE.ALVEARY"] if name not in ("runs", "restore") else []
             allow = json.dumps([*own, *common])
             users.append(
                 f'{{user: {name}, password: "{self.secrets[name]}", permissions: {{publish: {{allow: {allow}, deny: {json.dumps([*deny, *purge])}}}}}}}'
@@ -148,7 +154,9 @@ listen: 127.0.0.1:{self.ports.nats}
 server_name: alveary
 max_payload: 8MB
 # An acknowledged event survives kill -9 of every process and a power cut: each write is flushed before its answer.
-jetstream {{ store_dir: "{self.state_dir / "nats"}", sync_interval: always }}
+jetstream {{ store_dir: "{self.state_dir / "nats"}", sync_interval: always
+  # Streams with a limit reserve it; without this, a disk with less room than that would refuse them.
+  max_file_store: 1TB }}
 authorization {{ users: [
   {(chr(10) + "  ").join(users)}
 ] }}

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -224,6 +224,20 @@ class Stack:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+
+@contextlib.contextmanager
+def servers(layout: Layout) -> Iterator[None]:
+    """The servers of a stack alone, without its services."""
+    stack = Stack(layout)
+    stack.children = [child for child in stack.children if child.name in ("nats", "objects")]
+    stack.acquire()
+    try:
+        for child in stack.children:
+            stack._launch(child)
+        yield
+    finally:
+        stack.stop()
 
 
 def trainers(state_dir: Path) -> list[psutil.Process]:

@@ -26,7 +26,7 @@ from alveary_core.uv import clean_environment, uv_binary, uv_environment
 from alveary_images.adapters import conda
 from alveary_images.adapters.builder import Lock, Say
 from alveary_images.adapters.credentials import Credentials
-from alveary_images.adapters.dockerfile import ENV, LABEL, dockerfile, faults, name_of
+from alveary_images.adapters.dockerfile import ENV, LABEL, STAGE, dockerfile, faults, name_of
 from alveary_images.adapters.resolve import BUCKET, BuildFailed, Resolved, newest, python_of, resolve, run_tool
 from alveary_images.settings import ImagesSettings
 
@@ -107,7 +107,7 @@ class DockerBuilder:
         result = work / "result.json"
         order = {
             "context": str(work / "context.tar") if built else "", "pull": pulls, "tag": tag, "push": bool(registry),
-            "network": self._settings.build_network, "labels": {LABEL: digest}, "result": str(result),
+            "network": self._settings.build_network, "labels": {LABEL: digest} if environment.dockerfile else {}, "stage": {STAGE: digest}, "result": str(result),
             "auths": await self._credentials.auths(), "pull_missing_only": not (environment.image or environment.rebuild_key),
         }  # fmt: skip
         command = [sys.executable, "-m", "alveary_images.adapters.docker_build"]

@@ -69,6 +69,8 @@ def work(order: dict[str, Any]) -> dict[str, Any]:
                     network_mode=order["network"] or None, labels=order["labels"],
                 )
             )  # fmt: skip
+        # The stage that installed is as large as the image, and of no more use.
+        api.prune_images({"dangling": True, "label": [f"{name}={value}" for name, value in order["stage"].items()]})
     else:
         repository, _, version = tag.rpartition(":")
         api.tag(order["pull"][0], repository, version)

@@ -12,7 +12,7 @@ import re
 from alveary_contracts.common.v1 import common_pb2 as c
 
 ENV, CONDA = "/opt/env", "/opt/conda"
-LABEL = "org.alveary.environment"
+LABEL, STAGE = "org.alveary.environment", "org.alveary.stage"
 _APT = re.compile(r"[a-z0-9][a-z0-9+.-]+(=[A-Za-z0-9.+:~-]+)?")
 _REFERENCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]*(@sha256:[0-9a-f]{64})?")
 
@@ -55,7 +55,7 @@ def dockerfile(environment: c.Environment, digest: str, base: str, python: str, 
         )
     if conda:
         lines.append(f"COPY conda/ {CONDA}/")
-    lines += ["FROM system AS build", "COPY uv /usr/local/bin/uv"]
+    lines += ["FROM system AS build", f"LABEL {STAGE}={quoted(digest)}", "COPY uv /usr/local/bin/uv"]
     interpreter = f"{CONDA}/bin/python" if conda and any(name_of(p) == "python" for p in environment.conda_packages) else python
     site = " --system-site-packages" if environment.base_image or interpreter.startswith(CONDA) else ""
     venv = f"UV_PYTHON_DOWNLOADS=never uv venv --quiet{site} --python {interpreter} {ENV}"

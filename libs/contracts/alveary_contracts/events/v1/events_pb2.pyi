@@ -1094,7 +1094,9 @@ class ComputeSpec(_message.Message):
     NETWORK_FIELD_NUMBER: _builtins.int
     MULTI_TENANT_FIELD_NUMBER: _builtins.int
     kind: _builtins.str
-    """"local": trainer processes on the scheduler's machine."""
+    """"local": trainer processes on the scheduler's machine, started and stopped with the work. "nodes": trainers that
+    are started elsewhere and join by themselves; node_resources are those of the largest.
+    """
     vm_size: _builtins.str
     min_nodes: _builtins.int
     max_nodes: _builtins.int

@@ -1,0 +1,59 @@
+"""alveary admin: the second copy of the event log."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import typer
+
+from alveary.cli.common import StateDir, err, state_folder
+
+admin_app = typer.Typer(no_args_is_help=True, help="Verify the second copy of the event log; restore from it.")
+
+
+def _run(what: str, environment: dict[str, str]) -> None:
+    """The archiver's own program: this command needs nothing of it but its settings."""
+    code = subprocess.run([sys.executable, "-m", "alveary_archiver", what], env=os.environ | environment).returncode
+    if code:
+        raise typer.Exit(code)
+
+
+@admin_app.command("verify")
+def admin_verify(state_dir: StateDir = None) -> None:
+    """Compare the event log and the metrics with their second copy. The platform may be running.
+
+    Without --state-dir, and with ALVEARY_NATS_URL set, that platform; else the embedded stack.
+    """
+    if state_dir is None and "ALVEARY_NATS_URL" in os.environ:
+        _run("verify", {})
+        return
+    from alveary.local.layout import Layout
+    from alveary.local.stack import servers, status
+
+    folder = state_folder(state_dir)
+    layout = Layout.open(folder, None)
+    if status(folder) is not None:
+        _run("verify", layout.environment("archiver"))
+        return
+    with servers(layout):
+        _run("verify", layout.environment("archiver"))
+
+
+@admin_app.command("restore")
+def admin_restore(state_dir: StateDir = None) -> None:
+    """Rebuild the event log and the metrics from their second copy, on a server that has lost them. Nothing else may run."""
+    if state_dir is None and "ALVEARY_NATS_URL" in os.environ:
+        _run("restore", {})
+        return
+    from alveary.local.layout import Layout
+    from alveary.local.stack import servers, status
+
+    folder = state_folder(state_dir)
+    if status(folder) is not None:
+        err.print("the stack is running: stop it with `alveary down` first", markup=False)
+        raise typer.Exit(1)
+    layout = Layout.open(folder, None)
+    with servers(layout):
+        _run("restore", layout.environment("restore"))

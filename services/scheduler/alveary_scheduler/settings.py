@@ -1,0 +1,13 @@
+"""What the scheduler is told from outside, beside the core settings."""
+
+from __future__ import annotations
+
+from alveary_core.settings import CoreSettings
+
+
+class SchedulerSettings(CoreSettings):
+    """ALVEARY_* variables; see each field."""
+
+    # A target of kind "nodes" that is made at the start, where it is missing; empty: none.
+    default_target: str = ""
+    default_workspace: str = "default"
