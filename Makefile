@@ -7,7 +7,7 @@ PACKAGES := libs/contracts libs/core libs/sdk $(sort $(wildcard services/*))
 DATA ?=
 EPOCHS ?= 2
 
-.PHONY: install demo test lint breaking bench generate lock clean format
+.PHONY: compose-init compose-up compose-demo compose-down install demo test lint breaking bench generate lock clean format
 
 # A stamp whose environment was emptied or moved since is not believed.
 ifeq ($(and $(wildcard $(BIN)/alveary),$(wildcard $(VENV)/lib/python*/site-packages/torch)),)
@@ -53,6 +53,18 @@ format: install
 
 generate: install
 	$(BIN)/python tools/generate.py
+
+compose-init: install
+	$(BIN)/python tools/compose_init.py $(COMPOSE_INIT)
+
+compose-up: compose-init
+	tools/compose.sh up
+
+compose-demo: install
+	tools/compose.sh demo "$(DATA)" "$(EPOCHS)"
+
+compose-down:
+	tools/compose.sh down
 
 lock:
 	$(UV) pip compile requirements.in -o requirements.txt --no-annotate --no-header

@@ -14,12 +14,13 @@ echo "making a stand-in for $tag with debootstrap" >&2
 debootstrap --variant=minbase --include=python3,python3-venv,ca-certificates bookworm "$root" \
     ${mirror:+"$mirror"} > "$root.log" 2>&1 || { tail -20 "$root.log" >&2; exit 1; }
 rm -f "$root.log"
-for file in /etc/apt/apt.conf.d/99* /etc/pip.conf /etc/xdg/pip/pip.conf; do
+for file in /etc/apt/apt.conf.d/99* /etc/pip.conf /etc/xdg/pip/*; do
     if [ -f "$file" ]; then install -D -m 644 "$file" "$root$file"; fi
 done
 cp -r /etc/apt/sources.list.d/. "$root/etc/apt/sources.list.d/" 2> /dev/null || true
 if ls "$root"/etc/apt/sources.list.d/* > /dev/null 2>&1; then rm -f "$root/etc/apt/sources.list"; fi
 cp -rL /etc/ssl/certs/ca-certificates.crt "$root/etc/ssl/certs/ca-certificates.crt"
+if [ ! -f "$root/etc/pip.conf" ]; then printf '[global]\ncert = /etc/ssl/certs/ca-certificates.crt\n' > "$root/etc/pip.conf"; fi
 ln -sf python3 "$root/usr/bin/python"
 rm -rf "$root"/var/cache/apt/archives/*.deb "$root"/var/lib/apt/lists/* "$root"/usr/share/{doc,man,locale}/*
 tar -C "$root" -c . | docker import --change 'CMD ["python3"]' - "$tag" > /dev/null

@@ -40,7 +40,7 @@ class ObjectStore:
 
     def __init__(
         self, endpoint: str, access_key: str, secret_key: str, *, secure: bool = False, public_endpoint: str = "",
-        threads: int = 16,
+        public_secure: bool = False, threads: int = 16,
     ) -> None:  # fmt: skip
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="s3")
         http = urllib3.PoolManager(
@@ -50,7 +50,7 @@ class ObjectStore:
         # A region in hand saves the SDK a look-up before it can sign.
         self._client = Minio(endpoint, access_key=access_key, secret_key=secret_key, secure=secure, region="us-east-1", http_client=http)
         self._public = (
-            Minio(public_endpoint, access_key=access_key, secret_key=secret_key, secure=secure, region="us-east-1")
+            Minio(public_endpoint, access_key=access_key, secret_key=secret_key, secure=public_secure, region="us-east-1")
             if public_endpoint and public_endpoint != endpoint
             else self._client
         )

@@ -41,7 +41,7 @@ class Service:
         self.log = EventLog(self.connection, self.name)
         self.store = ObjectStore(
             s.s3_endpoint, s.s3_access_key.get_secret_value(), s.s3_secret_key.get_secret_value(),
-            secure=s.s3_secure, public_endpoint=s.s3_public_endpoint,
+            secure=s.s3_secure, public_endpoint=s.s3_public_endpoint, public_secure=s.s3_public_secure,
         )  # fmt: skip
 
     def spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:

@@ -11,7 +11,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 class CoreSettings(BaseSettings):
     """Common to all services. Secrets are SecretStr, so that printing settings shows none."""
 
-    model_config = SettingsConfigDict(env_prefix="ALVEARY_", extra="ignore")
+    model_config = SettingsConfigDict(env_prefix="ALVEARY_", env_ignore_empty=True, extra="ignore")
 
     nats_url: str = "nats://127.0.0.1:4222"
     nats_user: str = ""
@@ -22,6 +22,7 @@ class CoreSettings(BaseSettings):
     s3_secret_key: SecretStr = SecretStr("")
     # Host and port that clients reach the object store at, for presigned URLs; empty: s3_endpoint.
     s3_public_endpoint: str = ""
+    s3_public_secure: bool = False
     # Off where the object store is set up beforehand, and a service's key may not create buckets.
     create_buckets: bool = True
     token_secret: SecretStr = SecretStr("")

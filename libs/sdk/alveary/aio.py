@@ -58,7 +58,12 @@ class Client:
             ("grpc.max_receive_message_length", 64 << 20), ("grpc.max_send_message_length", 64 << 20),
             ("grpc.keepalive_time_ms", 20000), ("grpc.keepalive_timeout_ms", 10000), ("grpc.max_reconnect_backoff_ms", 2000),
         ]  # fmt: skip
-        channels = {e: grpc.aio.insecure_channel(e, options=options) for e in {config.endpoint, *config.endpoints.values()}}
+        endpoints = {config.endpoint, *config.endpoints.values()}
+        if config.tls:
+            trusted = grpc.ssl_channel_credentials(config.ca.encode() or None)
+            channels = {e: grpc.aio.secure_channel(e, trusted, options=options) for e in endpoints}
+        else:
+            channels = {e: grpc.aio.insecure_channel(e, options=options) for e in endpoints}
         self._channels = channels
 
         def at(service: str) -> grpc.aio.Channel:
@@ -76,7 +81,7 @@ class Client:
         self.models = registry_pb2_grpc.ModelServiceStub(at("registry"))
         self.datasets = registry_pb2_grpc.DatasetServiceStub(at("registry"))
         self.metadata = (("authorization", f"Bearer {config.token}"),)
-        transfers = Transfers()
+        transfers = Transfers(config.ca)
         self._upload, self.download, self.download_all = transfers.upload, transfers.download, transfers.download_all
 
     async def close(self) -> None:

@@ -21,6 +21,9 @@ class Config:
     endpoints: dict[str, str] = field(default_factory=dict)
     # use_gpu on a target without GPUs runs on CPUs, with a warning, instead of being refused.
     allow_cpu_fallback: bool = False
+    # Encrypted; `ca` is the PEM of the authority that signed the platform's certificate, empty: the system's.
+    tls: bool = False
+    ca: str = ""
     nats_url: str = ""
     nats_user: str = ""
     nats_password: str = field(default="", repr=False)

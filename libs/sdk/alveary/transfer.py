@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import ssl
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -21,9 +22,12 @@ _CHUNK = 1 << 20
 class Transfers:
     """At most eight transfers at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, ca: str = "") -> None:
         self._http = urllib3.PoolManager(
-            maxsize=_PARALLEL, retries=urllib3.Retry(5, backoff_factor=0.2), timeout=urllib3.Timeout(10, read=120)
+            ssl_context=ssl.create_default_context(cadata=ca) if ca else None,
+            maxsize=_PARALLEL,
+            retries=urllib3.Retry(5, backoff_factor=0.2),
+            timeout=urllib3.Timeout(10, read=120),
         )
         self._slots = asyncio.Semaphore(_PARALLEL)
 

@@ -22,6 +22,8 @@ class ImagesSettings(CoreSettings):
     registry_user: str = ""
     registry_password: SecretStr = SecretStr("")
     registry_secure: bool = False
+    # host:port at which this service itself reaches it, where that is another; empty: `registry`.
+    registry_api: str = ""
     # Network of the steps of a build; empty: the daemon's default.
     build_network: str = ""
     # Images that no run asked for in this long, or beyond this many bytes in all, are removed.

@@ -31,7 +31,7 @@ async def start(service: Service) -> None:
     scheduler = Scheduler(service, projection, local)
     await scheduler.take_over()
     grpc_server = service.server.server
-    scheduler_pb2_grpc.add_ComputeServiceServicer_to_server(ComputeService(scheduler), grpc_server)
+    scheduler_pb2_grpc.add_ComputeServiceServicer_to_server(ComputeService(scheduler, SchedulerSettings().default_kind), grpc_server)
     scheduler_pb2_grpc.add_NodeServiceServicer_to_server(NodeService(scheduler), grpc_server)
     scheduler_pb2_grpc.add_QueueServiceServicer_to_server(QueueService(scheduler), grpc_server)
     service.server.add(scheduler_pb2.DESCRIPTOR.services_by_name.values())

@@ -25,12 +25,12 @@ _NETWORK = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 class ComputeService(rpc.ComputeServiceServicer):
     """alveary.scheduler.v1.ComputeService."""
 
-    def __init__(self, scheduler: Scheduler) -> None:
-        self._scheduler = scheduler
+    def __init__(self, scheduler: Scheduler, default_kind: str = "local") -> None:
+        self._scheduler, self._default_kind = scheduler, default_kind
 
     async def CreateTarget(self, request: pb.CreateTargetRequest, context: Any) -> pb.CreateTargetResponse:
         who = auth.require("writer")
-        spec = complete(request.name, request.spec)
+        spec = complete(request.name, request.spec, self._default_kind)
         present = self._scheduler.state.targets.get((who.workspace, request.name))
         if present is not None:
             if present.spec == spec:
@@ -80,7 +80,7 @@ class ComputeService(rpc.ComputeServiceServicer):
         )  # fmt: skip
 
 
-def complete(name: str, asked: ev.ComputeSpec) -> ev.ComputeSpec:
+def complete(name: str, asked: ev.ComputeSpec, default_kind: str = "local") -> ev.ComputeSpec:
     """Defaults filled in: Azure's four nodes and half an hour.
 
     Raises:
@@ -88,7 +88,7 @@ def complete(name: str, asked: ev.ComputeSpec) -> ev.ComputeSpec:
     """
     spec = ev.ComputeSpec()
     spec.CopyFrom(asked)
-    spec.kind = asked.kind or "local"
+    spec.kind = asked.kind or default_kind
     spec.max_nodes = asked.max_nodes or 4
     spec.vm_priority = asked.vm_priority or "dedicated"
     spec.network = asked.network or ("none" if asked.multi_tenant else "bridge")
@@ -99,6 +99,8 @@ def complete(name: str, asked: ev.ComputeSpec) -> ev.ComputeSpec:
         faults.append(("name", problem))
     if spec.kind not in ("local", "nodes"):
         faults.append(("spec.kind", f"{spec.kind!r}: 'local' (this machine) or 'nodes' (trainers that join by themselves)"))
+    if spec.kind == "local" and default_kind != "local":
+        faults.append(("spec.kind", "'local': this platform starts no trainers by itself; use 'nodes', and start trainers for the target"))
     if spec.kind == "nodes":
         spec.max_nodes = asked.max_nodes or MAX_NODES
     most = MAX_NODES if spec.kind == "nodes" else MAX_LOCAL_NODES

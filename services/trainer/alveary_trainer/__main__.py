@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import hashlib
 import importlib.util
 import os
@@ -20,6 +21,7 @@ from alveary_trainer.adapters.environments import Environments
 from alveary_trainer.adapters.gpus import gpu_models
 from alveary_trainer.adapters.process import ProcessRuntime, become_subreaper
 from alveary_trainer.adapters.runtime import Runtime
+from alveary_trainer.adapters.shared_cache import remove_tree
 from alveary_trainer.agent import Agent, TrainerService
 from alveary_trainer.node import NodeContext
 from alveary_trainer.settings import TrainerSettings
@@ -66,6 +68,39 @@ def sockets(settings: TrainerSettings, runs_dir: Path) -> Path:
     return folder
 
 
+def claimed(runs_dir: Path) -> int:
+    """An empty folder for this node's attempts, held by a lock that goes with this process.
+
+    Raises:
+        RuntimeError: another trainer of the same node has it.
+    """
+    runs_dir.parent.mkdir(parents=True, exist_ok=True)
+    mark = os.open(runs_dir.parent / f".{runs_dir.name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise RuntimeError(f"another trainer already is node {runs_dir.name} on this machine") from error
+    remove_tree(runs_dir)
+    runs_dir.mkdir()
+    return mark
+
+
+def remove_unclaimed(folder: Path) -> None:
+    """Folders of nodes that are no more: containers get new host names, and leave their folders behind."""
+    for runs_dir in folder.iterdir():
+        if runs_dir.name.startswith("."):
+            continue
+        mark = os.open(folder / f".{runs_dir.name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            remove_tree(runs_dir)
+            (folder / f".{runs_dir.name}.lock").unlink(missing_ok=True)
+        except BlockingIOError:
+            continue  # it lives
+        finally:
+            os.close(mark)
+
+
 def runtime_of(settings: TrainerSettings, cache: Path, store: ObjectStore, runs_dir: Path) -> Runtime:
     """The runtime that the settings name."""
     if settings.runtime == "docker":
@@ -86,8 +121,8 @@ async def main() -> None:
     await service.open()
     cache = settings.cache_dir or settings.state_dir / "cache"
     runs_dir = settings.state_dir / "work" / settings.node
-    await asyncio.to_thread(shutil.rmtree, runs_dir, ignore_errors=True)  # of an earlier life
-    runs_dir.mkdir(parents=True)
+    claim = claimed(runs_dir)
+    await asyncio.to_thread(remove_unclaimed, runs_dir.parent)
     limit = settings.data_bytes
     context = NodeContext(
         settings, new_id(), service.log, service.store,
@@ -112,6 +147,7 @@ async def main() -> None:
     await agent.stop()
     await service.close()
     shutil.rmtree(context.sockets_dir, ignore_errors=True)
+    os.close(claim)
     if service.failed.done():
         service.failed.result()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +16,8 @@ class TrainerSettings(CoreSettings):
 
     workspace: str = "default"
     target: str = "local"
-    node: str = "local-0"
+    # Empty: <target>-<host name>.
+    node: str = ""
     # gRPC endpoint and token for what a training script asks of other services (tags, register).
     endpoint: str = ""
     # Where the registry is, if not at `endpoint`.
@@ -43,3 +45,7 @@ class TrainerSettings(CoreSettings):
     registry_password: SecretStr = SecretStr("")
     # Short and on the same path on the docker host; empty: a folder under the temporary directory.
     sockets_dir: Path | None = None
+
+    def model_post_init(self, _: object) -> None:
+        """Fill in the node's name."""
+        self.node = self.node or f"{self.target}-{socket.gethostname()}"

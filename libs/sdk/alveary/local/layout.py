@@ -10,21 +10,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from alveary.errors import AlvearyError
+from alveary_core.access import WRITES, nats_users
 
 DEFAULT_PORT = 7460
 SERVICES = ("runs", "images", "scheduler", "logs", "registry", "archiver")
-# What each NATS user may write: the aggregates that its service owns, and its high-rate streams.
-WRITES = {
-    "runs": ("alveary.*.run.>", "alveary-metrics.>"),
-    "images": ("alveary.*.image.>", "alveary-logs.>"),
-    "scheduler": ("alveary.*.target.>", "alveary.*.node.>", "alveary.*.placement.>", "alveary-scheduler.>"),
-    "trainer": ("alveary.*.attempt.>", "alveary-logs.>", "alveary-metrics.>", "alveary-beat.>"),
-    "logs": ("alveary.*.log.>",),
-    "registry": ("alveary.*.model.>", "alveary.*.dataset.>"),
-    "archiver": (),
-    # Used by `alveary admin restore` alone.
-    "restore": ("alveary.>", "alveary-metrics.>"),
-}
 _WEED = ("master", "volume", "filer", "s3")
 
 
@@ -134,21 +123,6 @@ class Layout:
 
     def nats_config(self) -> str:
         """nats-server.conf: a user per service that may write its own subjects alone."""
-        common = ["$JS.API.>", "$JS.ACK.>", "$JS.FC.>", "_INBOX.>", "_FC.>"]
-        deny = ["$JS.API.STREAM.DELETE.>", "$JS.API.STREAM.UPDATE.>", "$JS.API.STREAM.MSG.DELETE.>"]
-        users = []
-        for name, own in WRITES.items():
-            # Compaction purges what one newer event says: of runs, placements and attempts, so runs alone may.
-            purge = ["$JS.API.STREAM.PURGE.ALVEARY"] if name not in ("runs", "restore") else []
-            allow = json.dumps([*own, *common])
-            users.append(
-                f'{{user: {name}, password: "{self.secrets[name]}", permissions: {{publish: {{allow: {allow}, deny: {json.dumps([*deny, *purge])}}}}}}}'
-            )
-        reads = ["$JS.API.CONSUMER.>", "$JS.API.STREAM.INFO.>", "$JS.API.STREAM.NAMES", "$JS.API.INFO", "$JS.ACK.>", "$JS.FC.>", "_INBOX.>"]
-        users.append(
-            f'{{user: subscriber, password: "{self.secrets["subscriber"]}", permissions: {{publish: {{allow: {json.dumps(reads)}}}, '
-            'subscribe: {allow: ["alveary.>", "_INBOX.>"]}}}'
-        )
         return f"""# Written by `alveary up`.
 listen: 127.0.0.1:{self.ports.nats}
 server_name: alveary
@@ -157,10 +131,7 @@ max_payload: 8MB
 jetstream {{ store_dir: "{self.state_dir / "nats"}", sync_interval: always
   # Streams with a limit reserve it; without this, a disk with less room than that would refuse them.
   max_file_store: 1TB }}
-authorization {{ users: [
-  {(chr(10) + "  ").join(users)}
-] }}
-"""
+{nats_users(self.secrets)}"""
 
     def environment(self, service: str) -> dict[str, str]:
         """ALVEARY_* variables of a service."""

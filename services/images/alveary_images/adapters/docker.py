@@ -129,6 +129,7 @@ class DockerBuilder:
         repository, at, digest = image.partition("@")
         if at and self._settings.registry:
             host, _, name = repository.partition("/")
+            host = self._settings.registry_api or host
             scheme = "https" if self._settings.registry_secure else "http"
             headers = {}
             if self._settings.registry_user:

@@ -18,6 +18,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -40,6 +41,7 @@ _WORK, _TMP, _LIB, _IO, _SOCKETS, _INPUTS = (
 _SHM = 64 << 20
 _PIDS = 8192
 _INSIST = 3.0
+_FORGOTTEN = 120.0
 _REFUSED = (docker.errors.DockerException, requests.exceptions.RequestException)
 
 
@@ -231,6 +233,12 @@ class DockerRuntime:
             for found in self._api.containers(all=True, filters={"label": f"{NODE_LABEL}={self._owner}"}):
                 telemetry.logger().info("container.sweep", container=found["Id"][:12], run=found["Labels"].get(RUN_LABEL))
                 self._remove(found["Id"])
+            # Whoever ended long ago and is still here belonged to a node that is no more.
+            for found in self._api.containers(all=True, filters={"label": NODE_LABEL, "status": ["exited", "dead"]}):
+                with contextlib.suppress(docker.errors.NotFound):
+                    ended = self._api.inspect_container(found["Id"])["State"]["FinishedAt"]
+                    if time.time() - datetime.fromisoformat(ended[:19] + "+00:00").timestamp() > _FORGOTTEN:
+                        self._remove(found["Id"])
 
         await self._do(work)
 

@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# The stack of docker-compose.yml: up, demo DATA EPOCHS, down. COMPOSE_FILES adds override files (separated by ':').
+set -euo pipefail
+cd "$(dirname "$0")/.."
+if docker compose version > /dev/null 2>&1; then compose=(docker compose); else compose=(docker-compose); fi
+files=(-f docker-compose.yml)
+IFS=: read -ra extra <<< "${COMPOSE_FILES:-}"
+for file in "${extra[@]}"; do [ -z "$file" ] || files+=(-f "$file"); done
+compose+=("${files[@]}")
+export ALVEARY_CONFIG=$PWD/deploy/secrets/config.json
+case ${1:-} in
+up)
+    if [[ "${COMPOSE_FILES:-}" == *standin* ]]; then deploy/standin/base.sh "${PYTHON_IMAGE:-python:3.11-slim-bookworm}"; fi
+    "${compose[@]}" build
+    "${compose[@]}" up -d "${@:2}"
+    for _ in $(seq 240); do
+        if .venv/bin/alveary compute list --json 2> /dev/null | grep -q '"nodes": "[1-9]'; then
+            echo "ready: export ALVEARY_CONFIG=$ALVEARY_CONFIG"
+            exit 0
+        fi
+        sleep 0.5
+    done
+    "${compose[@]}" ps
+    echo "the stack is not ready after two minutes; see: ${compose[*]} logs" >&2
+    exit 1
+    ;;
+demo) PATH="$PWD/.venv/bin:$PATH" tools/demo.sh "${2:-}" "${3:-2}" ;;
+down) "${compose[@]}" down --remove-orphans "${@:2}" ;;
+*)
+    echo "usage: tools/compose.sh up | demo [DATA [EPOCHS]] | down [-v]" >&2
+    exit 2
+    ;;
+esac
