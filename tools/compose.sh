@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The stack of docker-compose.yml: up, demo DATA EPOCHS, down. COMPOSE_FILES adds override files (separated by ':').
+# The stack of docker-compose.yml: up, demo DATA EPOCHS, verify, restore, down. COMPOSE_FILES adds override files (separated by ':').
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if docker compose version > /dev/null 2>&1; then compose=(docker compose); else compose=(docker-compose); fi
@@ -25,9 +25,19 @@ up)
     exit 1
     ;;
 demo) PATH="$PWD/.venv/bin:$PATH" tools/demo.sh "${2:-}" "${3:-2}" ;;
+verify) "${compose[@]}" run --rm archiver python -m alveary_archiver verify ;;
+restore)
+    # The event log's volume was lost: an empty server, the second copy, then everything else.
+    "${compose[@]}" stop
+    "${compose[@]}" up -d nats minio
+    set -a && . ./.env && set +a
+    "${compose[@]}" run --rm -e ALVEARY_NATS_USER=restore -e "ALVEARY_NATS_PASSWORD=$NATS_RESTORE" archiver python -m alveary_archiver restore
+    # Views of the lost log are made anew from the restored one.
+    "${compose[@]}" up -d --force-recreate
+    ;;
 down) "${compose[@]}" down --remove-orphans "${@:2}" ;;
 *)
-    echo "usage: tools/compose.sh up | demo [DATA [EPOCHS]] | down [-v]" >&2
+    echo "usage: tools/compose.sh up | demo [DATA [EPOCHS]] | verify | restore | down [-v]" >&2
     exit 2
     ;;
 esac

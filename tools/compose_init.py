@@ -108,6 +108,8 @@ def main() -> None:
         "--trainers", type=Path, default=Path("/var/lib/alveary"), help="folder of trainers, the same on the host and inside"
     )
     asked = parser.parse_args()
+    if len(str(asked.trainers)) > 45:
+        parser.error(f"--trainers {asked.trainers}: too long, sockets below it would not fit (45 characters)")
     FOLDER.mkdir(mode=0o700, exist_ok=True)
     env = settings(asked.host, asked.trainers)
     certificate(env["PUBLIC_HOST"])

@@ -105,6 +105,7 @@ class Projection:
                 raise
             self.db.execute("COMMIT")
             self.position = batch[-1].sequence
+            telemetry.VIEW.labels(type(self).__name__).set(self.position)
             for event in batch:
                 for listener in self._listeners:
                     listener(event)

@@ -16,6 +16,9 @@ from alveary_core.objectstore import ObjectStore
 from alveary_core.server import Server
 from alveary_core.settings import CoreSettings
 
+# Longest wait of each step of closing, seconds.
+_CLOSING = 10.0
+
 
 class Service:
     """One running service. `start` functions of the services receive it and add what they are."""
@@ -68,11 +71,24 @@ class Service:
             await self.server.stop()
         for closer in reversed(self._closers):
             await closer()
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self.connection.drain()
+        await self._end_tasks()
+        try:
+            async with asyncio.timeout(_CLOSING):
+                await self.connection.drain()
+        except TimeoutError:
+            await self.connection.close()
         self.store.close()
+
+    async def _end_tasks(self) -> None:
+        # Asked again and again: a cancellation that meets the very end of a wait may be lost (cpython issue 86296).
+        deadline = asyncio.get_running_loop().time() + _CLOSING
+        while pending := set(self._tasks):
+            for task in pending:
+                task.cancel()
+            await asyncio.wait(pending, timeout=0.2)
+            if asyncio.get_running_loop().time() > deadline:
+                telemetry.logger().error("tasks.left", tasks=sorted(t.get_name() for t in self._tasks))
+                return
 
 
 async def serve(name: str, settings: CoreSettings, start: Callable[[Service], Awaitable[None]]) -> None:

@@ -10,7 +10,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import structlog
-from prometheus_client import Counter, Histogram
+from prometheus_client import Counter, Gauge, Histogram
 
 # W3C trace context of the work at hand (https://www.w3.org/TR/trace-context/).
 traceparent: ContextVar[str] = ContextVar("traceparent", default="")
@@ -21,6 +21,13 @@ RPCS = Counter("alveary_grpc_requests_total", "gRPC calls", ["service", "method"
 RPC_SECONDS = Histogram("alveary_grpc_seconds", "Duration of gRPC calls, s", ["service", "method"])
 APPENDS = Counter("alveary_events_appended_total", "Events appended", ["type"])
 CONFLICTS = Counter("alveary_append_conflicts_total", "Appends that met a newer event", ["aggregate"])
+VIEW = Gauge("alveary_view_sequence", "Sequence of the event log that a read model includes", ["view"])
+COPIED = Gauge("alveary_archived_sequence", "Sequence up to which a stream is copied to the object store", ["stream"])
+WAITING = Gauge("alveary_runs_waiting", "Runs in the queue of a target", ["workspace", "target"])
+PLACED = Gauge("alveary_runs_placed", "Runs that hold a place on a node", ["workspace"])
+NODES = Gauge("alveary_nodes", "Nodes that beat", ["workspace", "target"])
+BUILDS = Gauge("alveary_builds_running", "Images being built by this replica")
+ATTEMPTS = Gauge("alveary_attempts_running", "Attempts on this node")
 HANDLED = Counter("alveary_events_handled_total", "Events handled", ["handler", "outcome"])
 
 

@@ -109,6 +109,7 @@ class Archiver:
         segment, data = await asyncio.to_thread(pack, self._stream, self.position, last, batch)
         await self._store.put(BUCKET, segment.key, data)
         self.position = last
+        telemetry.COPIED.labels(self._stream).set(last)
         telemetry.logger().debug("archived", stream=self._stream, last=last, events=len(batch))
         return segment
 

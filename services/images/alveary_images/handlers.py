@@ -62,7 +62,12 @@ class Handlers:
         if key not in self._builds:
             task = self._service.spawn(self._build(key), f"build.{key.id[:8]}")
             self._builds[key] = task
-            task.add_done_callback(lambda _: self._builds.pop(key, None))
+            telemetry.BUILDS.set(len(self._builds))
+            task.add_done_callback(lambda _: self._ended(key))
+
+    def _ended(self, key: Key) -> None:
+        self._builds.pop(key, None)
+        telemetry.BUILDS.set(len(self._builds))
 
     async def _build(self, key: Key) -> None:
         async with self._slots:

@@ -131,10 +131,22 @@ class Scheduler:
             await self._release_canceled()
             for decision in domain.plan(self.state, self._starting(), self._idle()):
                 await self._do(decision)
+            self._count()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(1.0):
                     await self._wake.wait()
             self._wake.clear()
+
+    def _count(self) -> None:
+        """Gauges of what is live."""
+        state = self.state
+        for workspace, name in state.targets:
+            waiting = sum((w.workspace, w.target) == (workspace, name) for w in state.queue.values())
+            nodes = sum((n.workspace, n.target) == (workspace, name) for n in state.nodes.values())
+            telemetry.WAITING.labels(workspace, name).set(waiting)
+            telemetry.NODES.labels(workspace, name).set(nodes)
+        for workspace in {w for w, _ in state.targets}:
+            telemetry.PLACED.labels(workspace).set(sum(p.workspace == workspace for p in state.placed.values()))
 
     async def _do(self, decision: domain.Decision) -> None:
         match decision:

@@ -60,6 +60,9 @@ def sockets(settings: TrainerSettings, runs_dir: Path) -> Path:
     """A short folder that belongs to this node alone: what an earlier life left in it goes."""
     base = settings.sockets_dir or Path(tempfile.gettempdir(), f"alveary-{os.getuid()}")
     folder = base / hashlib.sha256(str(runs_dir.resolve()).encode()).hexdigest()[:12]
+    # <run>-<attempt>/run.sock goes below it, and a socket's path may have 107 bytes (unix(7)).
+    if len(str(folder)) > 107 - len(f"/{new_id()}-10/run.sock"):
+        raise RuntimeError(f"{folder} is too long a path for sockets: set ALVEARY_SOCKETS_DIR to a shorter one")
     base.mkdir(mode=0o711, parents=True, exist_ok=True)
     if base.stat().st_uid not in (os.getuid(), 0):
         raise RuntimeError(f"{base} belongs to somebody else: set ALVEARY_SOCKETS_DIR")
