@@ -218,3 +218,21 @@ def test_images_that_nobody_used_in_long_are_removed_and_come_back_when_wanted(
 
         until(lambda: not there(), "the registry lost it too", 30)
         finished(submit(workspace, source, "print()", environment=environment))
+
+
+def test_horovod_is_built_once_against_its_torch_and_trains(workspace: Workspace, source: Path) -> None:
+    environment = Environment("horovod", ["torch==2.13.0", "numpy", "horovod"])
+    code = """
+        import torch, horovod.torch as hvd
+        hvd.init()
+        print(hvd.size(), hvd.allreduce(torch.tensor([2.0])).item(), hvd.mpi_built(), hvd.gloo_built())
+        """
+    run = submit(workspace, source, code, environment=environment)
+    finished(run)
+    assert lines(run) == ["1 2.0 True True"]
+    assert "building horovod" in "\n".join(lines(run, "prepare"))
+    other = Environment("horovod and six", ["torch==2.13.0", "numpy", "horovod", "six"])
+    again = submit(workspace, source, code, environment=other)
+    finished(again)
+    told = "\n".join(lines(again, "prepare"))
+    assert "was built before" in told and "building horovod" not in told

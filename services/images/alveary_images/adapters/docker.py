@@ -23,11 +23,11 @@ import urllib3
 from alveary_contracts.common.v1 import common_pb2 as c
 from alveary_core.objectstore import ObjectStore
 from alveary_core.uv import clean_environment, uv_binary, uv_environment
-from alveary_images.adapters import conda
+from alveary_images.adapters import conda, horovod
 from alveary_images.adapters.builder import Lock, Say
 from alveary_images.adapters.credentials import Credentials
 from alveary_images.adapters.dockerfile import ENV, LABEL, STAGE, dockerfile, faults, name_of
-from alveary_images.adapters.resolve import BUCKET, BuildFailed, Resolved, newest, python_of, resolve, run_tool
+from alveary_images.adapters.resolve import BUCKET, BuildFailed, Resolved, local_files, newest, python_of, resolve, run_tool
 from alveary_images.settings import ImagesSettings
 
 # What of uv's settings may travel into the build stage; file:// indexes are replaced by the files themselves.
@@ -81,7 +81,12 @@ class DockerBuilder:
             folders.append(("conda", prefix))
             own = next((p.split("=")[1] for p in installed if p.startswith("conda:python=")), "")
             python = ".".join(own.split(".")[:2]) or python
-        resolved = await resolve(environment, self._store, say, python, installed)
+
+        async def special(folder: Path, requirements: str, version: str) -> dict[str, str] | None:
+            build: horovod.Build = lambda inner, which, py, tell: self._horovod(inner, which, py, base, local_files(folder), tell)  # noqa: E731
+            return await horovod.wheel(folder, requirements, version, base, self._store, say, build)
+
+        resolved = await resolve(environment, self._store, say, special, python, installed)
         pip = bool(resolved.requirements)
         if pip:
             wheels = work / "wheels"
@@ -93,12 +98,42 @@ class DockerBuilder:
                     shutil.copy(local, wheels)
             folders.append(("wheels", wheels))
             files |= {"lock.txt": resolved.requirements.encode(), "env.sh": index_settings().encode(), "ca.pem": certificates()}
-        text = dockerfile(environment, digest, base, f"python{python}", pip=pip)
+        extra = horovod.RUN_PACKAGES if any(w["name"] == horovod.NAME for w in resolved.wheels) else ()
+        text = dockerfile(environment, digest, base, f"python{python}", pip=pip, extra_apt=extra)
         await say(f"building an image on {base}")
         files["Dockerfile"] = text.encode()
         folders.append(("uv", Path(uv_binary())))
         await asyncio.to_thread(context, work, files, folders)
         return resolved
+
+    async def _horovod(self, folder: Path, version: str, python: str, base: str, local: list[str], say: Say) -> Path:
+        """Build Horovod in a container of the base, whose system it is to fit."""
+        wheels = folder / "wheels"
+        wheels.mkdir()
+        for file in local:
+            with contextlib.suppress(FileNotFoundError):
+                shutil.copy(file, wheels)
+        packages = " ".join(horovod.BUILD_PACKAGES)
+        text = (
+            f"FROM {base}\nRUN apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends {packages}\n"
+            f"LABEL {STAGE}=horovod\nCOPY uv /usr/local/bin/uv\nCOPY env.sh ca.pem lock.txt horovod.sh /build/\nCOPY wheels/ /build/wheels/\n"
+            "RUN cd /build && . ./env.sh && export UV=/usr/local/bin/uv PIP_CERT=/build/ca.pem PIP_FIND_LINKS=/build/wheels OUT=/out "
+            f"UV_NO_CACHE=1 UV_PYTHON_DOWNLOADS=never PYTHON_VERSION={python} HOROVOD_VERSION={version} && sh horovod.sh\n"
+        )
+        files = {
+            "Dockerfile": text.encode(), "horovod.sh": horovod.SCRIPT.encode(), "lock.txt": (folder / "lock.txt").read_bytes(),
+            "env.sh": index_settings().encode(), "ca.pem": certificates(),
+        }  # fmt: skip
+        await asyncio.to_thread(context, folder, files, [("wheels", wheels), ("uv", Path(uv_binary()))])
+        out = folder / "out"
+        order = {
+            "context": str(folder / "context.tar"), "pull": [base], "tag": f"alveary/horovod:{version}-{os.getpid()}", "push": False,
+            "network": self._settings.build_network, "labels": {}, "stage": {STAGE: "horovod"}, "result": str(folder / "result.json"),
+            "auths": await self._credentials.auths(), "pull_missing_only": True, "extract": {"path": "/out", "to": str(out)},
+        }  # fmt: skip
+        command = [sys.executable, "-m", "alveary_images.adapters.docker_build"]
+        await run_tool(command, folder, say, clean_environment(), stdin=json.dumps(order).encode() + b"\n")
+        return horovod.the_wheel(out)
 
     async def _run(self, work: Path, environment: c.Environment, digest: str, pulls: list[str], say: Say) -> dict[str, object]:
         built = (work / "context.tar").exists()

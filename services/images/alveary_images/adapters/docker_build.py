@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import sys
+import tarfile
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -74,6 +76,10 @@ def work(order: dict[str, Any]) -> dict[str, Any]:
     else:
         repository, _, version = tag.rpartition(":")
         api.tag(order["pull"][0], repository, version)
+    if order.get("extract"):
+        extract(api, tag, order["extract"]["path"], Path(order["extract"]["to"]))
+        api.remove_image(tag, force=True)
+        return {}
     found = api.inspect_image(tag)
     image, size = found["Id"], int(found["Size"])
     if order["push"]:
@@ -85,6 +91,25 @@ def work(order: dict[str, Any]) -> dict[str, Any]:
         image = f"{repository}@{facts['Digest']}"
     config = found["Config"]
     return {"image": image, "size": size, "env": config.get("Env") or [], "user": config.get("User") or ""}
+
+
+def extract(api: docker.APIClient, image: str, path: str, to: Path) -> None:
+    """Copy the plain files of a folder of an image."""
+    to.mkdir()
+    container = api.create_container(image, ["true"])["Id"]
+    try:
+        chunks, _ = api.get_archive(container, path)
+        with tempfile.SpooledTemporaryFile(64 << 20) as packed:
+            for chunk in chunks:
+                packed.write(chunk)
+            packed.seek(0)
+            with tarfile.open(fileobj=packed) as archive:
+                for entry in archive:
+                    opened = archive.extractfile(entry) if entry.isfile() else None
+                    if opened is not None:
+                        (to / Path(entry.name).name).write_bytes(opened.read())
+    finally:
+        api.remove_container(container, force=True)
 
 
 def present(api: docker.APIClient, reference: str) -> bool:

@@ -8,6 +8,7 @@ secret and no tool of the build is in it.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from alveary_contracts.common.v1 import common_pb2 as c
 
@@ -39,7 +40,7 @@ def quoted(value: str) -> str:
     return f'"{escaped}"'
 
 
-def dockerfile(environment: c.Environment, digest: str, base: str, python: str, *, pip: bool) -> str:
+def dockerfile(environment: c.Environment, digest: str, base: str, python: str, *, pip: bool, extra_apt: Sequence[str] = ()) -> str:
     """The text for an environment without a Dockerfile of its own.
 
     The context holds uv, env.sh (the machine's indexes), lock.txt and wheels/ where `pip` is set, and conda/ (a ready
@@ -47,8 +48,9 @@ def dockerfile(environment: c.Environment, digest: str, base: str, python: str, 
     """
     conda = bool(environment.conda_packages)
     lines = [f"FROM {base} AS system"]
-    if environment.apt_packages:
-        packages = " ".join(sorted(environment.apt_packages))
+    apt = sorted({*environment.apt_packages, *extra_apt})
+    if apt:
+        packages = " ".join(apt)
         lines.append(
             "RUN apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "
             f"{packages} && rm -rf /var/lib/apt/lists/*"

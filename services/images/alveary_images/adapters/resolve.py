@@ -78,7 +78,13 @@ async def newest(environment: c.Environment, store: ObjectStore) -> Resolved:
         raise BuildFailed("locked was asked for, but this environment was never resolved here: build it once without locked") from error
 
 
-async def resolve(environment: c.Environment, store: ObjectStore, say: Say, python: str = "", conda: Sequence[str] = ()) -> Resolved:
+# Makes the wheel of a package that needs more than its source: (work folder, lock, Python's version) -> what was built.
+Special = Callable[[Path, str, str], Awaitable[dict[str, str] | None]]
+
+
+async def resolve(
+    environment: c.Environment, store: ObjectStore, say: Say, special: Special, python: str = "", conda: Sequence[str] = ()
+) -> Resolved:
     """Resolve, and build what has no wheel; `conda` packages are remembered with it. Cancel the task to stop it.
 
     Raises:
@@ -88,12 +94,12 @@ async def resolve(environment: c.Environment, store: ObjectStore, say: Say, pyth
         known = await newest(environment, store)
         await say(f"locked: the {len(known.packages)} packages of the newest resolution")
         return known
-    resolved = replace(await _resolve(environment, store, say, python or python_of(environment)), conda=list(conda))
+    resolved = replace(await _resolve(environment, store, say, special, python or python_of(environment)), conda=list(conda))
     await store.put(BUCKET, resolved_key(environment), json.dumps(asdict(resolved), sort_keys=True).encode())
     return resolved
 
 
-async def _resolve(environment: c.Environment, store: ObjectStore, say: Say, python: str) -> Resolved:
+async def _resolve(environment: c.Environment, store: ObjectStore, say: Say, special: Special, python: str) -> Resolved:
     if not environment.pip_packages:
         return Resolved(python)
     with tempfile.TemporaryDirectory(prefix="alveary-resolve-") as folder:
@@ -109,15 +115,17 @@ async def _resolve(environment: c.Environment, store: ObjectStore, say: Say, pyt
         await _uv([*compile_args, "--format", "pylock.toml", "-o", "pylock.toml"], work, say, show=False)
         requirements = (work / "lock.txt").read_text()
         await say(f"resolved {len(_PIN.findall(requirements)) + len(_REFERENCE.findall(requirements))} packages")
-        wheels = await _build_sources(work, python, store, say)
+        own = await special(work, requirements, python)
+        wheels = await _build_sources(work, python, store, say, {own["name"]} if own else set())
+        wheels += [own] if own else []
         for wheel in wheels:
             requirements = _pinned(requirements, wheel)
         packages = sorted(_PIN.findall(requirements))
         await say(f"locked: {' '.join(packages)}")
-        return Resolved(python, requirements, wheels, packages, _local_files(work))
+        return Resolved(python, requirements, wheels, packages, local_files(work))
 
 
-def _local_files(work: Path) -> list[str]:
+def local_files(work: Path) -> list[str]:
     pylock = tomllib.loads((work / "pylock.toml").read_text())
     urls = [wheel.get("url", "") for package in pylock.get("packages", []) for wheel in package.get("wheels", [])]
     paths = [wheel["path"] for package in pylock.get("packages", []) for wheel in package.get("wheels", []) if "path" in wheel]
@@ -134,7 +142,7 @@ async def _pins_of(digest: str, store: ObjectStore) -> list[str]:
     return [p for p in lock["packages"] if not p.startswith("conda:")]
 
 
-async def _build_sources(work: Path, python: str, store: ObjectStore, say: Say) -> list[dict[str, str]]:
+async def _build_sources(work: Path, python: str, store: ObjectStore, say: Say, done: set[str]) -> list[dict[str, str]]:
     """Wheels of the locked packages that have none on an index, stored by content.
 
     These are packages published as source alone, and direct references (`name @ URL`): the node that installs the lock
@@ -145,6 +153,8 @@ async def _build_sources(work: Path, python: str, store: ObjectStore, say: Say) 
     built: list[dict[str, str]] = []
     for package in pylock.get("packages", []):
         name = package["name"]
+        if name in done:
+            continue
         direct = references.get(name)
         if direct is None and (package.get("wheels") or "sdist" not in package):
             continue

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import platform
+from pathlib import Path
+
 from alveary_contracts.common.v1 import common_pb2 as c
 from alveary_core.objectstore import ObjectStore
+from alveary_images.adapters import horovod
 from alveary_images.adapters.builder import Lock, Say
 from alveary_images.adapters.resolve import BuildFailed, resolve
 
@@ -30,7 +34,12 @@ class VenvBuilder:
         if environment.user_managed:
             await say(f"user managed: nothing is built, {environment.interpreter or 'the node’s own python'} is used")
             return Lock(digest, self.kind, environment.python_version)
-        found = await resolve(environment, self._store, say)
+
+        async def special(work: Path, requirements: str, python: str) -> dict[str, str] | None:
+            base = " ".join([*platform.libc_ver(), platform.machine()])
+            return await horovod.wheel(work, requirements, python, base, self._store, say, horovod.on_this_machine)
+
+        found = await resolve(environment, self._store, say, special)
         return Lock(digest, self.kind, found.python_version, found.requirements, found.wheels, found.packages)
 
     async def remove(self, image: str) -> None:

@@ -1,0 +1,30 @@
+"""Which images may go."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from google.protobuf.message import Message
+
+from alveary_contracts.events.v1 import events_pb2 as ev
+from alveary_core.events import Event, Key, name_of
+from alveary_images.projection import ImagesProjection
+
+
+def say(view: ImagesProjection, aggregate: str, ident: str, message: Message, at: float) -> None:
+    view.apply(Event("", Key("w", aggregate, ident), name_of(message)[1], message, 1, at))
+
+
+def test_the_oldest_and_what_is_beyond_the_limit_go_but_never_what_a_run_waits_for(tmp_path: Path) -> None:
+    view = ImagesProjection(tmp_path / "i.sqlite")
+    for digest, at in (("a", 100.0), ("b", 200.0), ("c", 300.0), ("d", 400.0)):
+        say(view, "image", digest, ev.ImageRequested(run_id="r"), at)
+        say(view, "image", digest, ev.ImageReady(size=10), at)
+    assert view.superfluous(0.0, 100) == []
+    assert [d for _, d, _ in view.superfluous(0.0, 25)] == ["b", "a"]
+    assert [d for _, d, _ in view.superfluous(250.0, 100)] == ["b", "a"]
+    say(view, "run", "r1", ev.RunSubmitted(image_digest="a"), 500.0)  # used again, and waited for
+    assert [d for _, d, _ in view.superfluous(250.0, 25)] == ["b"]
+    say(view, "run", "r1", ev.RunPrepared(), 501.0)
+    assert [d for _, d, _ in view.superfluous(450.0, 100)] == ["d", "c", "b"]
+    view.close()
