@@ -7,7 +7,7 @@ PACKAGES := libs/contracts libs/core libs/sdk $(sort $(wildcard services/*))
 DATA ?=
 EPOCHS ?= 2
 
-.PHONY: compose-init compose-up compose-demo compose-down install demo test lint breaking bench generate lock clean format
+.PHONY: compose-init compose-up compose-demo compose-down install demo test lint breaking bench bench-containers generate lock clean format
 
 # A stamp whose environment was emptied or moved since is not believed.
 ifeq ($(and $(wildcard $(BIN)/alveary),$(wildcard $(VENV)/lib/python*/site-packages/torch)),)
@@ -33,6 +33,9 @@ test: install
 
 bench: install
 	$(BIN)/python tests/bench/bench.py
+
+bench-containers: install
+	$(BIN)/python tests/bench/containers.py
 
 lint: install
 	$(BIN)/ruff check .

@@ -55,7 +55,9 @@ def test_what_cannot_be_built_is_said(environment: c.Environment, words: str) ->
 
 
 def test_what_can_be_built_has_no_faults() -> None:
-    fine = c.Environment(apt_packages=["hello", "libc6=2.36-9+deb12u7"], base_image="registry.example.com:5000/team/x:1.2", pip_packages=["six"])
+    fine = c.Environment(
+        apt_packages=["hello", "libc6=2.36-9+deb12u7"], base_image="registry.example.com:5000/team/x:1.2", pip_packages=["six"]
+    )
     assert faults(fine) == []
 
 
