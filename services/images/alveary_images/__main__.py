@@ -10,6 +10,7 @@ from alveary_core.service import Service, serve
 from alveary_images import domain
 from alveary_images.adapters.builder import Builder
 from alveary_images.adapters.credentials import Credentials
+from alveary_images.adapters.resolve import work_below
 from alveary_images.adapters.venv import VenvBuilder
 from alveary_images.api import ImageService
 from alveary_images.handlers import SUBJECTS, Handlers
@@ -22,6 +23,7 @@ async def start(service: Service) -> None:
     projection = ImagesProjection(str(service.settings.state_dir / "images.sqlite"))
     images = Aggregates(service.log, "image", domain.Image, lambda image, event: domain.evolve(image, event.message))
     settings = ImagesSettings()
+    work_below(settings.state_dir / "builds")
     credentials = Credentials(settings, service.store)
     builder: Builder = VenvBuilder(service.store)
     if settings.builder == "docker":

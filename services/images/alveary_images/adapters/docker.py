@@ -12,7 +12,6 @@ import shlex
 import shutil
 import sys
 import tarfile
-import tempfile
 from pathlib import Path
 
 import certifi
@@ -27,7 +26,7 @@ from alveary_images.adapters import conda, horovod
 from alveary_images.adapters.builder import Lock, Say
 from alveary_images.adapters.credentials import Credentials
 from alveary_images.adapters.dockerfile import ENV, LABEL, STAGE, dockerfile, faults, name_of
-from alveary_images.adapters.resolve import BUCKET, BuildFailed, Resolved, local_files, newest, python_of, resolve, run_tool
+from alveary_images.adapters.resolve import BUCKET, BuildFailed, Resolved, local_files, newest, python_of, resolve, run_tool, workplace
 from alveary_images.settings import ImagesSettings
 
 # What of uv's settings may travel into the build stage; file:// indexes are replaced by the files themselves.
@@ -46,7 +45,7 @@ class DockerBuilder:
         """See Builder."""
         if problems := faults(environment):
             raise BuildFailed("; ".join(problems))
-        with tempfile.TemporaryDirectory(prefix="alveary-image-") as folder:
+        with workplace() as folder:
             work = Path(folder)
             resolved = Resolved(python_of(environment))
             python = f"{ENV}/bin/python"

@@ -31,6 +31,22 @@ _REFERENCE = re.compile(r"^([A-Za-z0-9_.-]+) @ ([^\s;\\]+)", re.MULTILINE)
 _SECRET_URL = re.compile(r"(https?://)[^/@\s]+@")
 
 
+_folder: Path | None = None
+
+
+def work_below(folder: Path) -> None:
+    """Let builds work below `folder`, and remove what those of an earlier life left there."""
+    global _folder
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    _folder = folder
+
+
+def workplace() -> tempfile.TemporaryDirectory[str]:
+    """A folder for one build, which goes with it."""
+    return tempfile.TemporaryDirectory(prefix="build-", dir=_folder, ignore_cleanup_errors=True)
+
+
 class BuildFailed(Exception):
     """The text is the resolver's own words."""
 
@@ -102,7 +118,7 @@ async def resolve(
 async def _resolve(environment: c.Environment, store: ObjectStore, say: Say, special: Special, python: str) -> Resolved:
     if not environment.pip_packages:
         return Resolved(python)
-    with tempfile.TemporaryDirectory(prefix="alveary-resolve-") as folder:
+    with workplace() as folder:
         work = Path(folder)
         (work / "requirements.in").write_text("".join(f"{p}\n" for p in environment.pip_packages))
         pins = await _pins_of(environment.extends_digest, store)
@@ -194,8 +210,9 @@ async def run_tool(command: list[str], work: Path, say: Say, env: dict[str, str]
     Raises:
         BuildFailed: it ended with another code than 0; the text is its last lines.
     """
+    # What a tool that is killed leaves in its temporary folder goes with `work`.
     process = await asyncio.create_subprocess_exec(
-        *command, cwd=work, env=env, stdin=asyncio.subprocess.PIPE if stdin else asyncio.subprocess.DEVNULL, start_new_session=True,
+        *command, cwd=work, env=env | {"TMPDIR": str(work)}, stdin=asyncio.subprocess.PIPE if stdin else asyncio.subprocess.DEVNULL, start_new_session=True,
         stdout=asyncio.subprocess.PIPE if stdout else asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE,
         limit=1 << 24,
     )  # fmt: skip
