@@ -96,7 +96,7 @@ def compose(tmp_path_factory: pytest.TempPathFactory, daemon: docker.APIClient) 
     stack = Compose(folder, environment, folder.name, daemon, Path(f"/tmp/alveary-test-{os.getpid()}"))
     stack.run(str(ROOT / ".venv/bin/python"), "tools/compose_init.py", "--trainers", str(stack.trainers))
     try:
-        stack.up("runs=2", "logs=2", "trainer=2")
+        stack.up("runs=2", "logs=2", "trainer=3")
         yield stack
     finally:
         if os.environ.get("ALVEARY_TEST_KEEP") is None:
@@ -299,7 +299,7 @@ def test_prometheus_finds_every_service_and_the_dashboard_asks_what_it_can_answe
             return set()
         return {t["labels"].get("service", "") for t in targets if t["health"] == "up"}
 
-    until(lambda: up() >= {"runs", "images", "scheduler", "logs", "registry", "archiver"}, "all services are scraped", 90)
+    until(lambda: up() >= {"runs", "images", "scheduler", "logs", "registry", "archiver", "trainer"}, "all services are scraped", 90)
     rules = [r["name"] for g in ask("rules")["data"]["groups"] for r in g["rules"]]
     assert "HandlerFailing" in rules
     dashboard = json.loads((compose.folder / "deploy/grafana/dashboards/alveary.json").read_text())

@@ -65,6 +65,37 @@ def test_a_multi_tenant_target_has_no_network_but_metrics_still_arrive(workspace
     assert "eth0" in lines(openly)[0]
 
 
+def test_a_run_cannot_reach_another_run(workspace: Workspace, source: Path, daemon: docker.APIClient) -> None:
+    server = submit(workspace, source, """
+        import socket, os, time
+        listening = socket.create_server(("0.0.0.0", 5555))
+        listening.settimeout(0.2)
+        print("ready", flush=True)
+        while not os.path.exists("go"):
+            try:
+                listening.accept(); print("somebody came", flush=True)
+            except TimeoutError:
+                pass
+        """, cpus=0.5)  # fmt: skip
+    until(lambda: "ready" in lines(server), "it listens")
+    (container,) = left(daemon, server.id)
+    networks = daemon.inspect_container(container)["NetworkSettings"]["Networks"]
+    assert list(networks) == ["alveary-runs"]
+    address = networks["alveary-runs"]["IPAddress"]
+    other = submit(workspace, source, f"""
+        import socket
+        try:
+            socket.create_connection(({address!r}, 5555), timeout=3); print("reached")
+        except OSError as error:
+            print("not reached")
+        """, cpus=0.5)  # fmt: skip
+    finished(other)
+    assert lines(other) == ["not reached"]
+    server.cancel()
+    finished(server, "Canceled")
+    assert "somebody came" not in lines(server)
+
+
 def test_a_container_cannot_make_the_platform_read_what_is_the_nodes(workspace: Workspace, source: Path) -> None:
     run = submit(workspace, source, """
         import json, os, socket, time

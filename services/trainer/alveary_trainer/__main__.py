@@ -12,6 +12,8 @@ import signal
 import tempfile
 from pathlib import Path
 
+from prometheus_client import start_http_server
+
 from alveary_contracts.ids import new_id
 from alveary_contracts.trainer.v1 import trainer_pb2, trainer_pb2_grpc
 from alveary_core import telemetry
@@ -143,6 +145,8 @@ async def main() -> None:
     trainer_pb2_grpc.add_TrainerServiceServicer_to_server(TrainerService(agent, context), service.server.server)
     service.server.add(trainer_pb2.DESCRIPTOR.services_by_name.values())
     await service.server.start(settings.listen)
+    if settings.metrics_port:
+        start_http_server(settings.metrics_port)
     start = await service.log.last_sequence() + 1
     service.spawn(agent.follow(start), "follow")
     service.spawn(agent.beat(), "beat")

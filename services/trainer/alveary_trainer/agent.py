@@ -69,6 +69,7 @@ class Agent:
         if name in self.attempts:
             return
         self.attempts[name] = attempt
+        telemetry.ATTEMPTS.set(len(self.attempts))
         if attempt.run_id in self._canceled:
             attempt.end("canceled")
         task = asyncio.create_task(attempt.run(), name=name)
@@ -78,6 +79,7 @@ class Agent:
     def _over(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         self.attempts.pop(task.get_name(), None)
+        telemetry.ATTEMPTS.set(len(self.attempts))
         if not task.cancelled() and (error := task.exception()):
             # Its placement stands until the scheduler learns that this node no longer reports it.
             telemetry.logger().error("attempt.crashed", attempt=task.get_name(), exc_info=error)

@@ -35,6 +35,8 @@ from alveary_trainer.settings import TrainerSettings
 
 T = TypeVar("T")
 NODE_LABEL, RUN_LABEL, IMAGE_LABEL = "org.alveary.node", "org.alveary.run", "org.alveary.environment"
+# Containers of different runs do not see each other on it, as they would on docker's own bridge.
+NETWORK = "alveary-runs"
 _WORK, _TMP, _LIB, _IO, _SOCKETS, _INPUTS = (
     "/alveary/work", "/tmp", "/alveary/lib", "/alveary/io", "/alveary/socket", "/alveary/inputs",
 )  # fmt: skip
@@ -200,6 +202,7 @@ class DockerRuntime:
 
     def _start(self, place: Place, staged: Staged, limits: Limits, folder: Path) -> str:
         api, resources = self._api, limits.resources
+        network = self._shared_network() if limits.network == "bridge" else limits.network
         binds = {
             str(place.work): {"bind": _WORK, "mode": "rw"}, str(place.tmp): {"bind": _TMP, "mode": "rw"},
             str(folder): {"bind": _IO, "mode": "rw"}, str(place.socket.parent): {"bind": _SOCKETS, "mode": "rw"},
@@ -209,7 +212,7 @@ class DockerRuntime:
         devices = [docker.types.DeviceRequest(device_ids=[str(g) for g in limits.gpus], capabilities=[["gpu"]])] if limits.gpus else None
         memory = resources.memory_bytes or None
         host = api.create_host_config(
-            binds=binds, network_mode=limits.network, read_only=True, cap_drop=["ALL"], security_opt=["no-new-privileges"],
+            binds=binds, network_mode=network, read_only=True, cap_drop=["ALL"], security_opt=["no-new-privileges"],
             nano_cpus=int(resources.cpus * 1e9) or None, mem_limit=memory, memswap_limit=memory, shm_size=resources.shm_bytes or _SHM,
             pids_limit=_PIDS, device_requests=devices, log_config={"Type": "none"}, ipc_mode="private",
         )  # fmt: skip
@@ -221,6 +224,18 @@ class DockerRuntime:
         )  # fmt: skip
         api.start(created["Id"])
         return str(created["Id"])
+
+    def _shared_network(self) -> str:
+        """A bridge whose containers reach the world, and not each other: made once on each docker host, and kept."""
+        if not self._api.networks(names=[NETWORK]):
+            try:
+                self._api.create_network(
+                    NETWORK, driver="bridge", check_duplicate=True, options={"com.docker.network.bridge.enable_icc": "false"}
+                )
+            except docker.errors.APIError:
+                if not self._api.networks(names=[NETWORK]):  # else another trainer was faster
+                    raise
+        return NETWORK
 
     def _remove(self, container: str) -> None:
         with contextlib.suppress(docker.errors.NotFound):
