@@ -295,7 +295,7 @@ def test_prometheus_finds_every_service_and_the_dashboard_asks_what_it_can_answe
     def up() -> set[str]:
         try:
             targets = ask("targets")["data"]["activeTargets"]
-        except urllib3.exceptions.HTTPError:
+        except (urllib3.exceptions.HTTPError, ValueError):  # it is still starting
             return set()
         return {t["labels"].get("service", "") for t in targets if t["health"] == "up"}
 
