@@ -234,7 +234,8 @@ def test_a_key_opens_its_own_buckets_alone(compose: Compose, service: str) -> No
         f"alveary/runs:t{os.getpid()}", "python", "-c", PROBE,
     )  # fmt: skip
     found = {line.split()[0]: "".join(line.split()[1:]) for line in done.stdout.splitlines()}
-    assert found == {bucket: BUCKETS[service].get(bucket, "") for bucket in found}, done.stdout
+    everything = ("datasets", "snapshots", "images", "runs", "models", "archive")
+    assert found == {bucket: BUCKETS[service].get(bucket, "") for bucket in everything}, done.stdout
 
 
 def test_a_nats_user_cannot_publish_what_is_anothers(compose: Compose) -> None:
@@ -263,12 +264,13 @@ def test_a_nats_user_cannot_publish_what_is_anothers(compose: Compose) -> None:
                     while not [r for r in refused if subject.lower() in r.lower()]:
                         assert time.monotonic() < deadline, f"{user} may publish {subject}"
                         await asyncio.sleep(0.01)
-            if user != "runs":
-                await connection.publish("$JS.API.STREAM.PURGE.ALVEARY", b"{}")
-            await connection.publish("$JS.API.STREAM.DELETE.ALVEARY", b"{}")
-            await connection.flush()
-            await asyncio.sleep(0.05)
-            assert [r for r in refused if "stream.delete" in r.lower()]
+            for forbidden in ("DELETE", "UPDATE", *(["PURGE"] if user != "runs" else [])):
+                await connection.publish(f"$JS.API.STREAM.{forbidden}.ALVEARY", b"{}")
+                await connection.flush()
+                deadline = time.monotonic() + 10
+                while not [r for r in refused if f"stream.{forbidden.lower()}" in r.lower()]:
+                    assert time.monotonic() < deadline, f"{user} may {forbidden}"
+                    await asyncio.sleep(0.01)
             await connection.close()
         with pytest.raises(nats.errors.Error):
             await nats.connect(f"nats://127.0.0.1:{secrets['NATS_PORT']}", allow_reconnect=False, connect_timeout=5)

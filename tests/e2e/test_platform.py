@@ -70,6 +70,26 @@ def test_calls_without_a_good_token_are_refused(stack: Embedded) -> None:
         assert caught.value.code() == grpc.StatusCode.UNAUTHENTICATED  # type: ignore[attr-defined]
 
 
+async def test_a_server_without_a_secret_takes_no_token_not_even_one_of_an_empty_key() -> None:
+    from alveary_contracts.trainer.v1 import trainer_pb2, trainer_pb2_grpc
+    from alveary_core.auth import Principal, issue
+    from alveary_core.server import Server
+
+    server = Server("")
+    trainer_pb2_grpc.add_TrainerServiceServicer_to_server(trainer_pb2_grpc.TrainerServiceServicer(), server.server)
+    port = await server.start("127.0.0.1:0")
+    try:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            for token in ("", "x", issue("any-known-text-of-thirty-two-bytes", Principal("me", "default", "owner"))):
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await trainer_pb2_grpc.TrainerServiceStub(channel).GetNode(
+                        trainer_pb2.GetNodeRequest(), metadata=(("authorization", f"Bearer {token}"),)
+                    )
+                assert caught.value.code() == grpc.StatusCode.UNAUTHENTICATED
+    finally:
+        await server.stop(0)
+
+
 def test_errors_carry_details_that_a_program_can_act_on(stack: Embedded) -> None:
     channel, metadata = raw(stack)
     stub = runs_pb2_grpc.RunServiceStub(channel)

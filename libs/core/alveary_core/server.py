@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from typing import Any
@@ -134,6 +135,8 @@ class Server:
     """A gRPC server with health and reflection."""
 
     def __init__(self, token_secret: str) -> None:
+        # Without a secret nobody has a token: an empty key would be one that everybody knows.
+        token_secret = token_secret or secrets.token_hex(32)
         self.server = grpc.aio.server(
             interceptors=[Interceptor(token_secret)],
             options=[

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import time
 
 from alveary_archiver.archiver import STREAMS, Archiver, restore, verify
 from alveary_archiver.segments import Damaged
-from alveary_core.errors import AlvearyError
+from alveary_core import telemetry
+from alveary_core.errors import AlvearyError, Unavailable
 from alveary_core.service import Service, serve
 from alveary_core.settings import CoreSettings
 
@@ -15,7 +17,24 @@ from alveary_core.settings import CoreSettings
 async def start(service: Service) -> None:
     """Add the copying of streams to `service`."""
     for stream in STREAMS:
-        service.spawn(Archiver(service.log, service.store, stream).run(), stream.lower())
+        service.spawn(copy(Archiver(service.log, service.store, stream)), stream.lower())
+
+
+async def copy(archiver: Archiver) -> None:
+    """For ever; while the object store or the log is away, begin again where the copy ends, later and later.
+
+    Raises:
+        FailedPrecondition, Damaged: see Archiver.run: somebody must look.
+    """
+    pause = 1.0
+    while True:
+        began = time.monotonic()
+        try:
+            await archiver.run()
+        except Unavailable as error:
+            pause = 1.0 if time.monotonic() - began > 120 else min(pause * 2, 30.0)
+            telemetry.logger().warning("archiver.retry", error=str(error), seconds=pause)
+            await asyncio.sleep(pause)
 
 
 async def once(what: str, settings: CoreSettings) -> None:

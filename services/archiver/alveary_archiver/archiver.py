@@ -134,8 +134,10 @@ async def verify(log: EventLog, store: ObjectStore, stream: str, say: Callable[[
     segments = await covered(store, stream)
     last = segments[-1].last if segments else 0
     state = (await log.js.stream_info(stream)).state
-    copied = {record.sequence: record async for record in records(store, segments)}
-    compared = 0
+    # Both in order, one beside the other: neither is ever whole in memory.
+    copied = records(store, segments)
+    record = await anext(copied, None)
+    compared = alone = 0
     if state.messages and state.first_seq <= last:
         async with contextlib.aclosing(log.follow([SUBJECTS[stream]], 1, stream)) as messages:
             async for item in messages:
@@ -144,14 +146,20 @@ async def verify(log: EventLog, store: ObjectStore, stream: str, say: Callable[[
                 message, sequence = item
                 if sequence > last:
                     break
-                record = copied.get(sequence)
-                if record is None:
+                while record is not None and record.sequence < sequence:
+                    alone += 1
+                    record = await anext(copied, None)
+                if record is None or record.sequence != sequence:
                     raise Damaged(f"{stream}: {message.subject} at {sequence} is not in the copy")
                 if (record.subject, record.data) != (message.subject, message.data):
                     raise Damaged(f"{stream}: {message.subject} at {sequence} is another in the copy")
                 compared += 1
+                record = await anext(copied, None)
+    while record is not None:
+        alone += 1
+        record = await anext(copied, None)
     behind = max(state.last_seq - last, 0)
-    say(f"{stream}: {compared} messages are the same, {len(copied) - compared} are in the copy alone, {behind} are not copied yet")
+    say(f"{stream}: {compared} messages are the same, {alone} are in the copy alone, {behind} are not copied yet")
 
 
 async def restore(log: EventLog, store: ObjectStore, say: Callable[[str], None], progress: Callable[[int], None] = lambda _: None) -> None:

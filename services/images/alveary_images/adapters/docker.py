@@ -25,7 +25,7 @@ from alveary_core.uv import clean_environment, uv_binary, uv_environment
 from alveary_images.adapters import conda, horovod
 from alveary_images.adapters.builder import Lock, Say
 from alveary_images.adapters.credentials import Credentials
-from alveary_images.adapters.dockerfile import ENV, LABEL, STAGE, dockerfile, faults, name_of
+from alveary_images.adapters.dockerfile import ENV, LABEL, STAGE, dockerfile, faults
 from alveary_images.adapters.resolve import BUCKET, BuildFailed, Resolved, local_files, newest, python_of, resolve, run_tool, workplace
 from alveary_images.settings import ImagesSettings
 
@@ -217,6 +217,3 @@ def certificates() -> bytes:
     """The certificate authorities that this machine trusts."""
     path = uv_environment({}).get("SSL_CERT_FILE") or os.environ.get("SSL_CERT_FILE") or certifi.where()
     return Path(path).read_bytes()
-
-
-__all__ = ["DockerBuilder", "bases", "name_of"]
