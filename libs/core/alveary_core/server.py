@@ -135,7 +135,7 @@ class Server:
     """A gRPC server with health and reflection."""
 
     def __init__(self, token_secret: str) -> None:
-        # Without a secret nobody has a token: an empty key would be one that everybody knows.
+        # A trainer or the archiver has no secret of the platform: then no token is good.
         token_secret = token_secret or secrets.token_hex(32)
         self.server = grpc.aio.server(
             interceptors=[Interceptor(token_secret)],
