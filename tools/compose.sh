@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The stack of docker-compose.yml: up, demo DATA EPOCHS, verify, restore, down. COMPOSE_FILES adds override files (separated by ':').
+# The stack of docker-compose.yml: up, demo DATA EPOCHS, verify, restore, backup, restore-objects, down. COMPOSE_FILES adds override files (separated by ':').
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if docker compose version > /dev/null 2>&1; then compose=(docker compose); else compose=(docker-compose); fi
@@ -35,9 +35,27 @@ restore)
     # Views of the lost log are made anew from the restored one.
     "${compose[@]}" up -d --force-recreate
     ;;
+backup)
+    # Of the object store, to a tar file: it stands still meanwhile, and those who need it wait and try again.
+    [ -n "${2:-}" ] || { echo "usage: tools/compose.sh backup FILE.tar" >&2; exit 2; }
+    container=$("${compose[@]}" ps -q minio)
+    "${compose[@]}" stop minio
+    docker cp "$container:/data/." - > "$2.part" || { "${compose[@]}" up -d --no-deps minio; exit 1; }
+    mv "$2.part" "$2"
+    "${compose[@]}" up -d --no-deps minio
+    ;;
+restore-objects)
+    # The object store's volume was lost: a new one, filled from `backup`'s file before anybody uses it.
+    [ -f "${2:-}" ] || { echo "usage: tools/compose.sh restore-objects FILE.tar" >&2; exit 2; }
+    "${compose[@]}" stop
+    "${compose[@]}" rm -f minio
+    "${compose[@]}" up --no-start --no-deps minio
+    docker cp - "$("${compose[@]}" ps -q -a minio):/data" < "$2"
+    "${compose[@]}" up -d
+    ;;
 down) "${compose[@]}" down --remove-orphans "${@:2}" ;;
 *)
-    echo "usage: tools/compose.sh up | demo [DATA [EPOCHS]] | verify | restore | down [-v]" >&2
+    echo "usage: tools/compose.sh up | demo [DATA [EPOCHS]] | verify | restore | backup FILE | restore-objects FILE | down [-v]" >&2
     exit 2
     ;;
 esac

@@ -96,7 +96,7 @@ def compose(tmp_path_factory: pytest.TempPathFactory, daemon: docker.APIClient) 
     stack = Compose(folder, environment, folder.name, daemon, Path(f"/tmp/alveary-test-{os.getpid()}"))
     stack.run(str(ROOT / ".venv/bin/python"), "tools/compose_init.py", "--trainers", str(stack.trainers))
     try:
-        stack.up("runs=2", "logs=2", "trainer=3")
+        stack.up("runs=2", "logs=2", "images=2", "trainer=3")
         yield stack
     finally:
         if os.environ.get("ALVEARY_TEST_KEEP") is None:
@@ -137,6 +137,28 @@ def test_nobody_is_root_and_images_hold_no_torch(compose: Compose) -> None:
             container, ["python", "-c", "import importlib.util as u, os; print(os.getuid(), u.find_spec('torch'))"]
         )
         assert compose.api.exec_start(probe["Id"]).decode().split() == ["10001", "None"], service
+
+
+def test_images_of_services_are_small_and_have_no_shell(compose: Compose) -> None:
+    for service in ("runs", "images", "scheduler", "logs", "registry", "archiver"):
+        size = compose.api.inspect_image(f"alveary/{service}:t{os.getpid()}")["Size"]
+        assert size < 250e6, f"{service}: {size / 1e6:.0f} MB"
+    done = compose.run("docker", "run", "--rm", "--network", "none", f"alveary/runs:t{os.getpid()}", "sh", "-c", "true", check=False)
+    assert done.returncode == 127, done
+
+
+def test_two_replicas_of_the_builder_build_each_image_once(compose: Compose, workspace: Workspace, source: Path) -> None:
+    assert len(compose.containers("images")) == 2
+    environments = [Environment(f"once-{n}", ["six"], environment_variables={"N": str(n)}) for n in range(3)]
+    runs = [submit(workspace, source, "import six, os; print(os.environ['N'])", environment=e) for _ in range(2) for e in environments]
+    for run in runs:
+        finished(run)
+    told = list(workspace.events.subscribe("image.*", from_sequence=1, timeout=3))
+    for environment in environments:
+        # One builder at a time: another build_started would be a renewal of the same one's lease, or a second builder.
+        started = [e.data["builder"] for e in told if e.subject == environment.digest and e.type == "image.build_started"]
+        ready = [e for e in told if e.subject == environment.digest and e.type == "image.ready"]
+        assert len(set(started)) == 1 and len(ready) == 1
 
 
 def test_the_main_job_through_the_door(workspace: Workspace, source: Path, tmp_path: Path) -> None:
@@ -328,4 +350,25 @@ def test_the_event_log_is_restored_after_its_volume_was_destroyed(compose: Compo
     assert (after["status"], after["ended_at"], after["exit"]) == (before["status"], before["ended_at"], before["exit"])
     assert lines(again.get_run(run.id)) == ["kept"]
     assert {m.name for m in Model.list(again)} >= {"letters", "from-inside"}
+    finished(submit(again, source, "print('and on')", environment=HERE))
+
+
+def test_the_object_store_is_restored_from_a_copy_of_its_volume(
+    compose: Compose, workspace: Workspace, source: Path, tmp_path: Path
+) -> None:
+    run = submit(workspace, source, "print('kept'); open('outputs/m.txt', 'w').write('weights')", environment=HERE)
+    finished(run)
+    run.register_model("backed-up", "outputs/")
+    volume = f"{compose.project}_minio-data"
+    files = ["-f", "docker-compose.yml", "-f", "deploy/standin/docker-compose.yml"]
+    # The commands of docs/compose.md.
+    compose.run("tools/compose.sh", "backup", str(tmp_path / "objects.tar"))
+    compose.run("docker-compose", *files, "rm", "-s", "-f", "minio")
+    compose.run("docker", "volume", "rm", volume)
+    compose.run("tools/compose.sh", "restore-objects", str(tmp_path / "objects.tar"))
+    again = compose.workspace()
+    until(lambda: Model(again, "backed-up").version == 1, "the registry answers")
+    target = Model(again, "backed-up").download(str(tmp_path / "model"))
+    assert Path(target).read_text() == "weights"
+    assert lines(again.get_run(run.id)) == ["kept"]
     finished(submit(again, source, "print('and on')", environment=HERE))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import tarfile
@@ -80,6 +81,29 @@ def test_a_dockerfile_and_a_ready_image_of_ones_own(workspace: Workspace, source
     assert lines(run)[0] == mark
     missing = Environment.from_docker_image("missing", "127.0.0.1:1/nothing:here")
     assert "127.0.0.1:1/nothing:here" in finished(submit(workspace, source, "print()", environment=missing), "Failed")["reason"]
+
+
+def test_a_ready_image_by_tag_is_what_the_tag_meant_at_each_submit(workspace: Workspace, source: Path, daemon: docker.APIClient) -> None:
+    tag = f"alveary-test-moving-{os.getpid()}:latest"
+
+    def move(mark: str) -> None:
+        text = f"FROM {BASE}\nRUN echo {mark} > /mark\n"
+        for _ in daemon.build(fileobj=io.BytesIO(text.encode()), tag=tag, rm=True, decode=True):
+            pass
+
+    environment = Environment.from_docker_image("moving", tag)
+    try:
+        move("first")
+        one = submit(workspace, source, "print(open('/mark').read().strip())", environment=environment)
+        finished(one)
+        move("second")
+        two = submit(workspace, source, "print(open('/mark').read().strip())", environment=environment)
+        finished(two)
+        assert (lines(one), lines(two)) == (["first"], ["second"])
+        digests = [run.get_details()["image_digest"] for run in (one, two)]
+        assert digests[0] != digests[1]
+    finally:
+        daemon.remove_image(tag, force=True)
 
 
 def test_many_runs_one_build(workspace: Workspace, source: Path) -> None:

@@ -47,6 +47,23 @@ def environment_digest(environment: c.Environment) -> str:
     return hashlib.sha256(_canonical(MessageToDict(copy))).hexdigest()
 
 
+def image_digest(environment: c.Environment, occasion: str) -> str:
+    """The digest under which an environment's image is built and found.
+
+    It is `environment_digest`, except for a ready image by tag: what a tag means changes, so each `occasion` (a run's
+    id) pins it anew.
+    """
+    digest = environment_digest(environment)
+    if environment.image and "@sha256:" not in environment.image:
+        return hashlib.sha256(f"{digest} {occasion}".encode()).hexdigest()
+    return digest
+
+
+def lock_key(workspace: str, digest: str) -> str:
+    """Object, in bucket images, of what a build left for the trainers."""
+    return f"locks/{workspace}/{digest}.json"
+
+
 def lock_digest(environment: c.Environment) -> str:
     """Digest of what an environment is resolved from: the same for all its rebuilds."""
     copy = c.Environment()

@@ -30,14 +30,14 @@ async def start(service: Service) -> None:
         from alveary_images.adapters.docker import DockerBuilder  # needs packages that a venv platform may lack
 
         builder = DockerBuilder(settings, service.store, credentials)
-    handlers = Handlers(service, images, projection, builder)
+    handlers = Handlers(service, images, projection, builder, settings)
     images_pb2_grpc.add_ImageServiceServicer_to_server(ImageService(handlers, projection, credentials), service.server.server)
     service.server.add(images_pb2.DESCRIPTOR.services_by_name.values())
     service.on_close(handlers.stop)
     service.spawn(projection.run(service.log), "projection")
     service.spawn(service.log.consume("images", SUBJECTS, handlers), "handlers")
     service.spawn(handlers.recover(), "recover")
-    service.spawn(handlers.collect(settings), "collect")
+    service.spawn(handlers.collect(), "collect")
     await projection.caught_up.wait()
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from alveary_contracts.digests import environment_digest
+from alveary_contracts.digests import image_digest
+from alveary_contracts.ids import new_id
 from alveary_contracts.images.v1 import images_pb2 as pb
 from alveary_contracts.images.v1 import images_pb2_grpc as rpc
 from alveary_core import auth
@@ -36,7 +37,7 @@ class ImageService(rpc.ImageServiceServicer):
 
     async def BuildImage(self, request: pb.BuildImageRequest, context: Any) -> pb.BuildImageResponse:
         who = auth.require("writer")
-        digest = environment_digest(request.environment)
+        digest = image_digest(request.environment, new_id())
         image = await self._handlers.request(who.workspace, digest, request.environment, "")
         return pb.BuildImageResponse(image=pb.Image(digest=digest, state=image.state, environment=image.environment, reason=image.reason))
 

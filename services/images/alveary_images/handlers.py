@@ -6,6 +6,7 @@ import asyncio
 import time
 
 from alveary_contracts.common.v1 import common_pb2 as c
+from alveary_contracts.digests import lock_key
 from alveary_contracts.events.v1 import events_pb2 as ev
 from alveary_contracts.ids import new_id
 from alveary_contracts.images.v1 import images_pb2 as pb
@@ -16,21 +17,23 @@ from alveary_core.aggregates import Aggregates
 from alveary_core.events import Event, Key
 from alveary_core.service import Service
 from alveary_images import domain
-from alveary_images.adapters.builder import Builder, Lock
-from alveary_images.adapters.resolve import BUCKET, BuildFailed, lock_key
+from alveary_images.adapters.builder import Build, Builder, Lock
+from alveary_images.adapters.resolve import BUCKET, BuildFailed
 from alveary_images.projection import ImagesProjection
 from alveary_images.settings import ImagesSettings
 
 SUBJECTS = ("alveary.*.run.*.submitted", "alveary.*.image.*.requested")
 LEASE = 30.0
-BUILD_SECONDS = 3600.0
 _PARALLEL = 2
 
 
 class Handlers:
     """Builds images that runs wait for; one build for many runs, one builder for many replicas."""
 
-    def __init__(self, service: Service, images: Aggregates[domain.Image], projection: ImagesProjection, builder: Builder) -> None:
+    def __init__(
+        self, service: Service, images: Aggregates[domain.Image], projection: ImagesProjection, builder: Builder, settings: ImagesSettings
+    ) -> None:
+        self._settings = settings
         self._service, self._images, self._view, self._builder = service, images, projection, builder
         self._me = new_id()
         self._builds: dict[Key, asyncio.Task[None]] = {}
@@ -76,14 +79,15 @@ class Handlers:
                 return
             renewal = asyncio.create_task(self._renew(key))
             started = time.monotonic()
+            limit = self._settings.build_seconds
             try:
-                async with asyncio.timeout(BUILD_SECONDS):
+                async with asyncio.timeout(limit):
                     lock = await self._make(key, image.environment)
             except BuildFailed as error:
                 reason = str(error)
                 await self._images.execute(key, lambda i: domain.failed(i, self._me, reason))
             except TimeoutError:
-                await self._images.execute(key, lambda i: domain.failed(i, self._me, f"the build took longer than {BUILD_SECONDS:g} s"))
+                await self._images.execute(key, lambda i: domain.failed(i, self._me, f"the build took longer than {limit:g} s"))
             except asyncio.CancelledError:
                 if not self._service.failed.done() and not self._stopping:
                     await asyncio.shield(self._images.execute(key, lambda i: domain.failed(i, self._me, "canceled", canceled=True)))
@@ -94,7 +98,7 @@ class Handlers:
                 await self._images.execute(key, lambda i: domain.failed(i, self._me, text))
             else:
                 event = ev.ImageReady(
-                    lock_key=lock_key(key.id), python_version=lock.python_version, packages=lock.packages,
+                    lock_key=lock_key(key.workspace, key.id), python_version=lock.python_version, packages=lock.packages,
                     build_seconds=time.monotonic() - started, environment=image.environment, builder=lock.builder,
                     image=lock.image, size=lock.size,
                 )  # fmt: skip
@@ -112,23 +116,29 @@ class Handlers:
         async def say(line: str) -> None:
             await self._say(key, line)
 
-        lock = await self._builder.build(environment, key.id, say)
-        await self._service.store.put(BUCKET, lock_key(key.id), lock.to_json())
+        lock = await self._builder.build(environment, Build(key.workspace, key.id, new_id().lower()), say)
+        await self._service.store.put(BUCKET, lock_key(key.workspace, key.id), lock.to_json())
         await say("the environment is ready")
         return lock
 
-    async def collect(self, settings: ImagesSettings) -> None:
+    async def collect(self) -> None:
         """For ever: remove images that no run asked for in long, and the least recently used beyond the limit."""
         await self._view.caught_up.wait()
+        settings = self._settings
         while True:
             for workspace, digest, reason in self._view.superfluous(time.time() - settings.images_days * 86400, settings.images_bytes):
                 key = self._images.key(workspace, digest)
-                image, _ = await self._images.load(key)
+                evicted: list[str] = []
+
+                def decide(image: domain.Image, reason: str = reason, evicted: list[str] = evicted) -> domain.Events:
+                    evicted[:] = [image.ready.image] if image.ready is not None else []
+                    return domain.evict(image, reason)
+
                 # First the fact, so that no run is promised an image that is about to go.
-                await self._images.execute(key, lambda i, reason=reason: domain.evict(i, reason))  # type: ignore[misc]
-                if image.ready is not None and image.ready.image:
+                await self._images.execute(key, decide)
+                for reference in filter(None, evicted):
                     try:
-                        await self._builder.remove(image.ready.image)
+                        await self._builder.remove(reference)
                     except Exception as error:
                         telemetry.logger().error("image.remove", digest=digest, exc_info=error)
             await asyncio.sleep(settings.collect_seconds)

@@ -9,19 +9,17 @@ from alveary_contracts.images.v1 import images_pb2 as pb
 from alveary_core.events import Event, Key
 from alveary_core.projection import Projection
 
-_WAITING = ("submitted", "preparing")
-
 
 class ImagesProjection(Projection):
     """Images, and which runs wait for them."""
 
     subjects = ("alveary.*.image.>", "alveary.*.run.>")
-    version = 2
+    version = 3
     schema = """
     CREATE TABLE IF NOT EXISTS images (workspace TEXT, digest TEXT, state INTEGER, asked INTEGER, used REAL, size INTEGER, proto BLOB,
       PRIMARY KEY (workspace, digest));
-    CREATE TABLE IF NOT EXISTS waiting (workspace TEXT, run TEXT PRIMARY KEY, digest TEXT);
-    CREATE INDEX IF NOT EXISTS waiting_digest ON waiting (digest);
+    CREATE TABLE IF NOT EXISTS runs (workspace TEXT, run TEXT PRIMARY KEY, digest TEXT, waits INTEGER);
+    CREATE INDEX IF NOT EXISTS runs_image ON runs (workspace, digest);
     """
 
     def apply(self, event: Event) -> None:
@@ -30,11 +28,13 @@ class ImagesProjection(Projection):
         if key.aggregate == "run":
             if isinstance(event.message, ev.RunSubmitted):
                 row = (key.workspace, key.id, event.message.image_digest)
-                self.db.execute("INSERT OR REPLACE INTO waiting VALUES (?,?,?)", row)
+                self.db.execute("INSERT OR REPLACE INTO runs VALUES (?,?,?,1)", row)
                 sql = "UPDATE images SET used=? WHERE workspace=? AND digest=?"
                 self.db.execute(sql, (event.time, key.workspace, event.message.image_digest))
-            elif event.name in ("prepared", "failed", "canceled", "cancel_requested", "completed"):
-                self.db.execute("DELETE FROM waiting WHERE run=?", (key.id,))
+            elif event.name in ("prepared", "cancel_requested"):
+                self.db.execute("UPDATE runs SET waits=0 WHERE run=?", (key.id,))
+            elif event.name in ("failed", "canceled", "completed"):
+                self.db.execute("DELETE FROM runs WHERE run=?", (key.id,))
             return
         image = self.get(key.workspace, key.id) or pb.Image(digest=key.id)
         match event.message:
@@ -59,7 +59,15 @@ class ImagesProjection(Projection):
         self.db.execute(
             "INSERT INTO images VALUES (?,?,?,?,?,?,?) ON CONFLICT DO UPDATE SET state=excluded.state, "
             "asked=max(asked, excluded.asked), used=max(used, excluded.used), size=excluded.size, proto=excluded.proto",
-            (key.workspace, key.id, image.state, int(asked_directly), event.time, image.size, image.SerializeToString()),
+            (
+                key.workspace,
+                key.id,
+                image.state,
+                int(asked_directly),
+                event.time,
+                0 if image.environment.image else image.size,
+                image.SerializeToString(),
+            ),
         )
 
     @staticmethod
@@ -82,11 +90,11 @@ class ImagesProjection(Projection):
     def superfluous(self, before: float, limit: int) -> list[tuple[str, str, str]]:
         """(workspace, digest, why) of ready images that may go: not used since `before`, or beyond `limit` bytes in all.
 
-        Those that a run waits for stay.
+        Those of runs that are not over stay. A ready image counts nothing: its layers are others' as well.
         """
         sql = (
             "SELECT workspace, digest, used, size FROM images i WHERE state=? "
-            "AND NOT EXISTS (SELECT 1 FROM waiting w WHERE w.digest = i.digest) ORDER BY used DESC"
+            "AND NOT EXISTS (SELECT 1 FROM runs r WHERE r.workspace = i.workspace AND r.digest = i.digest) ORDER BY used DESC"
         )
         found, total = [], 0
         for workspace, digest, used, size in self.rows(sql, (pb.IMAGE_STATE_READY,)):
@@ -99,7 +107,7 @@ class ImagesProjection(Projection):
 
     def waiting(self, workspace: str, digest: str) -> list[str]:
         """Runs that wait for an image."""
-        return [r["run"] for r in self.rows("SELECT run FROM waiting WHERE workspace=? AND digest=?", (workspace, digest))]
+        return [r["run"] for r in self.rows("SELECT run FROM runs WHERE workspace=? AND digest=? AND waits", (workspace, digest))]
 
     def wanted_anyway(self, key: Key) -> bool:
         """Whether somebody asked for the image without a run."""

@@ -26,6 +26,8 @@ class ImagesSettings(CoreSettings):
     registry_api: str = ""
     # Network of the steps of a build; empty: the daemon's default.
     build_network: str = ""
+    # A build that takes longer is stopped, and fails.
+    build_seconds: float = Field(default=3600.0, gt=0.0)
     # Images that no run asked for in this long, or beyond this many bytes in all, are removed.
     images_days: float = Field(default=90.0, gt=0.0)
     images_bytes: int = Field(default=200 * 2**30, gt=0)

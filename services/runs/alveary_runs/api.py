@@ -11,7 +11,7 @@ from google.protobuf.message import Message
 from nats.js.errors import NotFoundError
 
 from alveary_contracts.common.v1 import common_pb2 as c
-from alveary_contracts.digests import environment_digest, manifest_from_json
+from alveary_contracts.digests import image_digest, manifest_from_json
 from alveary_contracts.events.v1 import events_pb2 as ev
 from alveary_contracts.ids import id_from_key, is_id, new_id
 from alveary_contracts.names import token
@@ -67,13 +67,13 @@ class RunService(rpc.RunServiceServicer):
             if sequence:
                 return pb.SubmitRunResponse(run=self._shown(who.workspace, run_id, state), sequence=sequence)
         spec = await self._checked(who.workspace, request.spec)
-        digest = environment_digest(spec.environment)
+        digest = image_digest(spec.environment, run_id)
         number = self._view.row("SELECT count(*) FROM runs WHERE workspace=? AND experiment=?", (who.workspace, spec.experiment))
         submitted = ev.RunSubmitted(
             spec=spec, submitted_by=who.subject, image_digest=digest, idempotency_key=key_text,
             number=(number[0] if number else 0) + 1,
         )  # fmt: skip
-        ready = self._view.image_state(digest) == "ready"
+        ready = self._view.image_state(who.workspace, digest) == "ready"
 
         def decide(run: domain.Run) -> list[Message]:
             events: list[Message] = list(domain.submit(run, submitted))

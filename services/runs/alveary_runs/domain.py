@@ -158,7 +158,7 @@ def revoked(run: Run, attempt: int, reason: str) -> Events:
     if attempt < allowed:
         again = ev.RunRetrying(
             attempt=attempt + 1, reason=f"attempt {attempt} of {allowed}: {reason}", spec=run.spec,
-            submitted_by=run.submitted_by,
+            submitted_by=run.submitted_by, image_digest=run.image_digest,
         )  # fmt: skip
         return [lost, again]
     exit_status.message = f"{reason}; all {allowed} attempts were used"

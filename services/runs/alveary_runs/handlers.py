@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from alveary_contracts.common.v1 import common_pb2 as c
-from alveary_contracts.digests import environment_digest
+from alveary_contracts.digests import image_digest
 from alveary_contracts.events.v1 import events_pb2 as ev
 from alveary_core import telemetry
 from alveary_core.aggregates import Aggregates
@@ -52,15 +52,15 @@ class Handlers:
         # A cached image: the images service has nothing to do, and nothing to say.
         await self._projection.wait_for(event.sequence)
         digest = event.message.image_digest  # type: ignore[attr-defined]
-        if self._projection.image_state(digest) == "ready":
+        if self._projection.image_state(event.key.workspace, digest) == "ready":
             await self._do(event, event.key.id, lambda run: domain.prepared(run, digest, cached=True))
 
     async def _on_image(self, event: Event) -> None:
         # Every run that asked before this event is in the view once the view includes it.
         await self._projection.wait_for(event.sequence)
         digest = event.key.id
-        for workspace, run_id in self._projection.waiting_for_image(digest):
-            key = self._runs.key(workspace, run_id)
+        for run_id in self._projection.waiting_for_image(event.key.workspace, digest):
+            key = self._runs.key(event.key.workspace, run_id)
             match event.message:
                 case ev.ImageBuildStarted():
                     await self._runs.execute(
@@ -103,7 +103,7 @@ class Handlers:
         request = event.message
         assert isinstance(request, ev.ModelExportRequested)
         spec = with_defaults(request.run)
-        digest = environment_digest(spec.environment)
+        digest = image_digest(spec.environment, request.export_id)
         submitted = ev.RunSubmitted(spec=spec, submitted_by=request.requested_by, image_digest=digest, number=0)
         try:
             await self._do(event, request.export_id, lambda run: domain.submit(run, submitted))

@@ -34,7 +34,7 @@ class RunsProjection(Projection):
     """Runs, their metrics, images that are ready, targets that exist."""
 
     subjects = ("alveary.*.run.>", "alveary.*.image.>", "alveary.*.target.>", "alveary.*.dataset.*.registered")
-    version = 2
+    version = 3
     schema = """
     CREATE TABLE IF NOT EXISTS runs (
       id TEXT PRIMARY KEY, workspace TEXT, experiment TEXT, state INTEGER, submitted_at REAL, parent TEXT, name TEXT,
@@ -47,7 +47,7 @@ class RunsProjection(Projection):
     CREATE TABLE IF NOT EXISTS compacted (run TEXT PRIMARY KEY, workspace TEXT, sequence INTEGER, purged INTEGER DEFAULT 0);
     CREATE INDEX IF NOT EXISTS compacted_left ON compacted (purged) WHERE purged = 0;
     CREATE TABLE IF NOT EXISTS labels (run TEXT, kind TEXT, key TEXT, value TEXT, PRIMARY KEY (run, kind, key));
-    CREATE TABLE IF NOT EXISTS images (digest TEXT PRIMARY KEY, state TEXT);
+    CREATE TABLE IF NOT EXISTS images (workspace TEXT, digest TEXT, state TEXT, PRIMARY KEY (workspace, digest));
     CREATE TABLE IF NOT EXISTS targets (workspace TEXT, name TEXT, proto BLOB, PRIMARY KEY (workspace, name));
     CREATE TABLE IF NOT EXISTS datasets (
       workspace TEXT, name TEXT, version INTEGER, digest TEXT, PRIMARY KEY (workspace, name, version));
@@ -79,7 +79,7 @@ class RunsProjection(Projection):
                     (key.workspace, key.id, registered.version, registered.manifest_digest),
                 )
             case _ if key.aggregate == "image":
-                self.db.execute("INSERT OR REPLACE INTO images VALUES (?,?)", (key.id, event.name))
+                self.db.execute("INSERT OR REPLACE INTO images VALUES (?,?,?)", (key.workspace, key.id, event.name))
             case _ if key.aggregate == "run":
                 self._apply_run(event)
 
@@ -173,15 +173,15 @@ class RunsProjection(Projection):
         row = self.row("SELECT proto FROM targets WHERE workspace=? AND name=?", (workspace, name))
         return ev.ComputeSpec.FromString(row["proto"]) if row else None
 
-    def image_state(self, digest: str) -> str:
+    def image_state(self, workspace: str, digest: str) -> str:
         """Name of the newest event of an image; empty: none."""
-        row = self.row("SELECT state FROM images WHERE digest=?", (digest,))
+        row = self.row("SELECT state FROM images WHERE workspace=? AND digest=?", (workspace, digest))
         return str(row["state"]) if row else ""
 
-    def waiting_for_image(self, digest: str) -> list[tuple[str, str]]:
-        """(workspace, run) of runs that wait for an image."""
-        sql = "SELECT workspace, id FROM runs WHERE state IN (?,?) AND image=? ORDER BY id"
-        return [tuple(r) for r in self.rows(sql, (c.RUN_STATE_NOT_STARTED, c.RUN_STATE_PREPARING, digest))]  # type: ignore[misc]
+    def waiting_for_image(self, workspace: str, digest: str) -> list[str]:
+        """Runs that wait for an image."""
+        sql = "SELECT id FROM runs WHERE state IN (?,?) AND image=? AND workspace=? ORDER BY id"
+        return [r["id"] for r in self.rows(sql, (c.RUN_STATE_NOT_STARTED, c.RUN_STATE_PREPARING, digest, workspace))]
 
     async def run_metrics(self, log: EventLog) -> None:
         """Follow the stream of metrics for ever."""

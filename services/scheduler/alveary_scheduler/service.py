@@ -15,7 +15,6 @@ from nats.errors import NoRespondersError
 from nats.errors import TimeoutError as NatsTimeout
 
 from alveary_contracts.common.v1 import common_pb2 as c
-from alveary_contracts.digests import environment_digest
 from alveary_contracts.events.v1 import events_pb2 as ev
 from alveary_contracts.ids import new_id
 from alveary_contracts.trainer.v1 import trainer_pb2 as tr
@@ -169,14 +168,13 @@ class Scheduler:
             return
         asked = self.view.specs[decision.run].message
         assert isinstance(asked, (ev.RunPrepared, ev.RunRetrying))
-        digest = environment_digest(asked.spec.environment)
         target = self.state.targets[waiting.workspace, waiting.target]
         share = ev.NodeShare(
             node=node.id, incarnation=node.incarnation, gpu_indexes=decision.gpu_indexes, first_rank=0,
             rank_count=asked.spec.process_count_per_node,
         )  # fmt: skip
         made = ev.PlacementMade(
-            attempt=waiting.attempt, target=waiting.target, nodes=[share], spec=asked.spec, image_digest=digest,
+            attempt=waiting.attempt, target=waiting.target, nodes=[share], spec=asked.spec, image_digest=asked.image_digest,
             lease_seconds=self._settings.lease_seconds, submitted_by=asked.submitted_by,
             network=target.spec.network,
         )  # fmt: skip

@@ -154,7 +154,7 @@ class Attempt:
         node = self._node
 
         async def environment() -> Staged:
-            staged = node.runtime.stage(self._placement.image_digest, self.spec.environment, say)
+            staged = node.runtime.stage(self.workspace, self._placement.image_digest, self.spec.environment, say)
             return await self._held.enter_async_context(staged)
 
         async def snapshot() -> None:

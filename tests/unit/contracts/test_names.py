@@ -2,7 +2,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from alveary_contracts.common.v1 import common_pb2 as c
-from alveary_contracts.digests import environment_digest, manifest_digest, manifest_from_json, manifest_json
+from alveary_contracts.digests import environment_digest, image_digest, manifest_digest, manifest_from_json, manifest_json
 from alveary_contracts.events.v1 import events_pb2
 from alveary_contracts.ids import id_from_key, is_id, new_id
 from alveary_contracts.names import AGGREGATES, event_name, message_name, name_problem, path_problem, token, untoken
@@ -65,3 +65,10 @@ def test_environment_digest_ignores_name_and_order_but_not_content() -> None:
     assert environment_digest(one) == environment_digest(c.Environment(name="y", version=3, pip_packages=["b", "a"]))
     assert environment_digest(one) != environment_digest(c.Environment(pip_packages=["a", "b", "c"]))
     assert environment_digest(one) != environment_digest(c.Environment(pip_packages=["a", "b"], rebuild_key="1"))
+
+
+def test_a_ready_image_by_tag_is_pinned_at_each_occasion() -> None:
+    tag, pinned = c.Environment(image="python:3"), c.Environment(image="python@sha256:" + "0" * 64)
+    assert image_digest(tag, "a") == image_digest(tag, "a") != image_digest(tag, "b") != environment_digest(tag)
+    assert image_digest(pinned, "a") == image_digest(pinned, "b") == environment_digest(pinned)
+    assert image_digest(c.Environment(pip_packages=["a"]), "a") == environment_digest(c.Environment(pip_packages=["a"]))

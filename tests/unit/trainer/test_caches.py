@@ -112,19 +112,19 @@ async def test_environments_are_evicted_by_size_but_never_under_a_run(tmp_path: 
     for digest in digests:
         version = f"{sys.version_info.major}.{sys.version_info.minor}"
         lock = {"python_version": version, "requirements": "", "packages": [], "wheels": []}
-        await store.put("images", f"locks/{digest}.json", json.dumps(lock).encode())
+        await store.put("images", f"locks/w/{digest}.json", json.dumps(lock).encode())
 
     async def say(_: str) -> None:
         return None
 
     environments = Environments(tmp_path, 1, store)  # type: ignore[arg-type]
-    async with environments.use(digests[0], "", False, say) as held:
-        async with environments.use(digests[1], "", False, say) as other:
+    async with environments.use("w", digests[0], "", False, say) as held:
+        async with environments.use("w", digests[1], "", False, say) as other:
             assert held.exists() and other.exists()
-        async with environments.use(digests[2], "", False, say):
+        async with environments.use("w", digests[2], "", False, say):
             assert held.exists() and not other.exists()
-    async with environments.use(digests[1], "", False, say) as other:
+    async with environments.use("w", digests[1], "", False, say) as other:
         assert not held.exists() and other.exists()
     with pytest.raises(StagingFailed, match="is gone"):
-        async with environments.use("f" * 64, "", False, say):
+        async with environments.use("w", "f" * 64, "", False, say):
             pass

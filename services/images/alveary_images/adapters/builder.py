@@ -14,7 +14,7 @@ Say = Callable[[str], Awaitable[None]]
 
 @dataclass(frozen=True)
 class Lock:
-    """What a build leaves in the object store under locks/<digest>.json; trainers read it."""
+    """What a build leaves in the object store under `digests.lock_key`; trainers read it."""
 
     digest: str
     builder: str
@@ -32,12 +32,24 @@ class Lock:
         return json.dumps(asdict(self), sort_keys=True).encode()
 
 
+@dataclass(frozen=True)
+class Build:
+    """Which image a build is for, and a `name` that no other build has.
+
+    The name is in the image, so that no two builds make the same content: removing one never takes another's.
+    """
+
+    workspace: str
+    digest: str
+    name: str
+
+
 class Builder(Protocol):
     """Cancel the task that builds to stop it: nothing of it survives."""
 
     kind: str
 
-    async def build(self, environment: c.Environment, digest: str, say: Say) -> Lock:
+    async def build(self, environment: c.Environment, which: Build, say: Say) -> Lock:
         """Build an environment; `say` takes the lines of the prepare log.
 
         Raises:

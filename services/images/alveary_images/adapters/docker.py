@@ -23,9 +23,9 @@ from alveary_contracts.common.v1 import common_pb2 as c
 from alveary_core.objectstore import ObjectStore
 from alveary_core.uv import clean_environment, uv_binary, uv_environment
 from alveary_images.adapters import conda, horovod
-from alveary_images.adapters.builder import Lock, Say
+from alveary_images.adapters.builder import Build, Lock, Say
 from alveary_images.adapters.credentials import Credentials
-from alveary_images.adapters.dockerfile import ENV, LABEL, STAGE, dockerfile, faults
+from alveary_images.adapters.dockerfile import BUILD, ENV, LABEL, STAGE, dockerfile, faults
 from alveary_images.adapters.resolve import BUCKET, BuildFailed, Resolved, local_files, newest, python_of, resolve, run_tool, workplace
 from alveary_images.settings import ImagesSettings
 
@@ -41,7 +41,7 @@ class DockerBuilder:
     def __init__(self, settings: ImagesSettings, store: ObjectStore, credentials: Credentials) -> None:
         self._settings, self._store, self._credentials = settings, store, credentials
 
-    async def build(self, environment: c.Environment, digest: str, say: Say) -> Lock:
+    async def build(self, environment: c.Environment, which: Build, say: Say) -> Lock:
         """See Builder."""
         if problems := faults(environment):
             raise BuildFailed("; ".join(problems))
@@ -53,21 +53,23 @@ class DockerBuilder:
             pulls = [base]
             if environment.image:
                 pulls, python = [environment.image], environment.interpreter or "python3"
+                context(work, {"Dockerfile": f"FROM {environment.image}\n".encode()}, [])
             elif environment.dockerfile:
                 pulls, python = bases(environment.dockerfile), environment.interpreter or "python3"
                 context(work, {"Dockerfile": environment.dockerfile.encode()}, [])
             elif environment.user_managed:
                 # Nothing is installed: the base as it is.
                 python = environment.interpreter or "python3"
+                context(work, {"Dockerfile": f"FROM {base}\n".encode()}, [])
             else:
-                resolved = await self._prepare(work, environment, digest, base, say)
-            result = await self._run(work, environment, digest, pulls, say)
+                resolved = await self._prepare(work, environment, which, base, say)
+            result = await self._run(work, environment, which, pulls, say)
             return Lock(
-                digest, self.kind, resolved.python_version, resolved.requirements, resolved.wheels, [*resolved.packages, *resolved.conda],
+                which.digest, self.kind, resolved.python_version, resolved.requirements, resolved.wheels, [*resolved.packages, *resolved.conda],
                 image=str(result["image"]), python=python, size=int(str(result["size"])),
             )  # fmt: skip
 
-    async def _prepare(self, work: Path, environment: c.Environment, digest: str, base: str, say: Say) -> Resolved:
+    async def _prepare(self, work: Path, environment: c.Environment, which: Build, base: str, say: Say) -> Resolved:
         """Resolve, and lay out the build context."""
         installed: list[str] = []
         python = python_of(environment)
@@ -85,7 +87,7 @@ class DockerBuilder:
             build: horovod.Build = lambda inner, which, py, tell: self._horovod(inner, which, py, base, local_files(folder), tell)  # noqa: E731
             return await horovod.wheel(folder, requirements, version, base, self._store, say, build)
 
-        resolved = await resolve(environment, self._store, say, special, python, installed)
+        resolved = await resolve(environment, which.workspace, self._store, say, special, python, installed)
         pip = bool(resolved.requirements)
         if pip:
             wheels = work / "wheels"
@@ -98,7 +100,7 @@ class DockerBuilder:
             folders.append(("wheels", wheels))
             files |= {"lock.txt": resolved.requirements.encode(), "env.sh": index_settings().encode(), "ca.pem": certificates()}
         extra = horovod.RUN_PACKAGES if any(w["name"] == horovod.NAME for w in resolved.wheels) else ()
-        text = dockerfile(environment, digest, base, f"python{python}", pip=pip, extra_apt=extra)
+        text = dockerfile(environment, which.digest, base, f"python{python}", pip=pip, extra_apt=extra)
         await say(f"building an image on {base}")
         files["Dockerfile"] = text.encode()
         folders.append(("uv", Path(uv_binary())))
@@ -134,14 +136,15 @@ class DockerBuilder:
         await run_tool(command, folder, say, clean_environment(), stdin=json.dumps(order).encode() + b"\n")
         return horovod.the_wheel(out)
 
-    async def _run(self, work: Path, environment: c.Environment, digest: str, pulls: list[str], say: Say) -> dict[str, object]:
-        built = (work / "context.tar").exists()
+    async def _run(self, work: Path, environment: c.Environment, which: Build, pulls: list[str], say: Say) -> dict[str, object]:
         registry = self._settings.registry
-        tag = f"{registry}/alveary/environment:{digest[:32]}" if registry else f"alveary/environment:{digest[:32]}"
+        name = f"alveary/environment:{which.digest[:16]}-{which.name}"
+        tag = f"{registry}/{name}" if registry else name
         result = work / "result.json"
         order = {
-            "context": str(work / "context.tar") if built else "", "pull": pulls, "tag": tag, "push": bool(registry),
-            "network": self._settings.build_network, "labels": {LABEL: digest} if environment.dockerfile else {}, "stage": {STAGE: digest}, "result": str(result),
+            "context": str(work / "context.tar"), "pull": pulls, "tag": tag, "push": bool(registry),
+            "network": self._settings.build_network, "labels": {LABEL: which.digest, BUILD: which.name},
+            "stage": {STAGE: which.digest}, "result": str(result),
             "auths": await self._credentials.auths(), "pull_missing_only": not (environment.image or environment.rebuild_key),
         }  # fmt: skip
         command = [sys.executable, "-m", "alveary_images.adapters.docker_build"]

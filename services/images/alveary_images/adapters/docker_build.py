@@ -55,7 +55,7 @@ def pull(api: docker.APIClient, reference: str, auth: dict[str, str] | None) -> 
 
 
 def work(order: dict[str, Any]) -> dict[str, Any]:
-    """Build or pull, tag, push."""
+    """Pull, build, push."""
     api = docker.APIClient(timeout=3600, **docker.utils.kwargs_from_env())
     auths: dict[str, dict[str, str]] = order["auths"]
     for reference in order["pull"]:
@@ -63,19 +63,15 @@ def work(order: dict[str, Any]) -> dict[str, Any]:
         if not order.get("pull_missing_only") or not present(api, reference):
             pull(api, reference, auths.get(registry))
     tag = order["tag"]
-    if order.get("context"):
-        with Path(order["context"]).open("rb") as context:
-            show(
-                api.build(
-                    fileobj=context, custom_context=True, decode=True, tag=tag, rm=True, forcerm=True,
-                    network_mode=order["network"] or None, labels=order["labels"],
-                )
-            )  # fmt: skip
-        # The stage that installed is as large as the image, and of no more use.
-        api.prune_images({"dangling": True, "label": [f"{name}={value}" for name, value in order["stage"].items()]})
-    else:
-        repository, _, version = tag.rpartition(":")
-        api.tag(order["pull"][0], repository, version)
+    with Path(order["context"]).open("rb") as context:
+        show(
+            api.build(
+                fileobj=context, custom_context=True, decode=True, tag=tag, rm=True, forcerm=True,
+                network_mode=order["network"] or None, labels=order["labels"],
+            )
+        )  # fmt: skip
+    # The stage that installed is as large as the image, and of no more use.
+    api.prune_images({"dangling": True, "label": [f"{name}={value}" for name, value in order["stage"].items()]})
     if order.get("extract"):
         extract(api, tag, order["extract"]["path"], Path(order["extract"]["to"]))
         api.remove_image(tag, force=True)

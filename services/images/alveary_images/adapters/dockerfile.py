@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from alveary_contracts.common.v1 import common_pb2 as c
 
 ENV, CONDA = "/opt/env", "/opt/conda"
-LABEL, STAGE = "org.alveary.environment", "org.alveary.stage"
+LABEL, BUILD, STAGE = "org.alveary.environment", "org.alveary.build", "org.alveary.stage"
 _APT = re.compile(r"[a-z0-9][a-z0-9+.-]+(=[A-Za-z0-9.+:~-]+)?")
 _REFERENCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]*(@sha256:[0-9a-f]{64})?")
 

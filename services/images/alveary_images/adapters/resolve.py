@@ -19,7 +19,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from alveary_contracts.common.v1 import common_pb2 as c
-from alveary_contracts.digests import lock_digest
+from alveary_contracts.digests import lock_digest, lock_key
 from alveary_core.errors import NotFound
 from alveary_core.objectstore import ObjectStore
 from alveary_core.uv import clean_environment, uv_binary, uv_environment
@@ -72,11 +72,6 @@ def python_of(environment: c.Environment) -> str:
     return environment.python_version or f"{sys.version_info.major}.{sys.version_info.minor}"
 
 
-def lock_key(digest: str) -> str:
-    """Object of a lock."""
-    return f"locks/{digest}.json"
-
-
 def resolved_key(environment: c.Environment) -> str:
     """Object of the newest resolution of an environment, whatever its rebuild_key."""
     return f"resolved/{lock_digest(environment)}.json"
@@ -99,8 +94,9 @@ Special = Callable[[Path, str, str], Awaitable[dict[str, str] | None]]
 
 
 async def resolve(
-    environment: c.Environment, store: ObjectStore, say: Say, special: Special, python: str = "", conda: Sequence[str] = ()
-) -> Resolved:
+    environment: c.Environment, workspace: str, store: ObjectStore, say: Say, special: Special, python: str = "",
+    conda: Sequence[str] = (),
+) -> Resolved:  # fmt: skip
     """Resolve, and build what has no wheel; `conda` packages are remembered with it. Cancel the task to stop it.
 
     Raises:
@@ -110,18 +106,18 @@ async def resolve(
         known = await newest(environment, store)
         await say(f"locked: the {len(known.packages)} packages of the newest resolution")
         return known
-    resolved = replace(await _resolve(environment, store, say, special, python or python_of(environment)), conda=list(conda))
+    resolved = replace(await _resolve(environment, workspace, store, say, special, python or python_of(environment)), conda=list(conda))
     await store.put(BUCKET, resolved_key(environment), json.dumps(asdict(resolved), sort_keys=True).encode())
     return resolved
 
 
-async def _resolve(environment: c.Environment, store: ObjectStore, say: Say, special: Special, python: str) -> Resolved:
+async def _resolve(environment: c.Environment, workspace: str, store: ObjectStore, say: Say, special: Special, python: str) -> Resolved:
     if not environment.pip_packages:
         return Resolved(python)
     with workplace() as folder:
         work = Path(folder)
         (work / "requirements.in").write_text("".join(f"{p}\n" for p in environment.pip_packages))
-        pins = await _pins_of(environment.extends_digest, store)
+        pins = await _pins_of(workspace, environment.extends_digest, store)
         (work / "constraints.txt").write_text("".join(f"{p}\n" for p in pins))
         await say(f"resolving {len(environment.pip_packages)} requirements for Python {python}")
         compile_args = ["pip", "compile", "requirements.in", "--python-version", python, "--no-header", "--no-annotate"]
@@ -148,11 +144,11 @@ def local_files(work: Path) -> list[str]:
     return sorted({unquote(u.removeprefix("file://")) for u in urls if u.startswith("file://")} | set(paths))
 
 
-async def _pins_of(digest: str, store: ObjectStore) -> list[str]:
+async def _pins_of(workspace: str, digest: str, store: ObjectStore) -> list[str]:
     if not digest:
         return []
     try:
-        lock = json.loads(await store.get(BUCKET, lock_key(digest)))
+        lock = json.loads(await store.get(BUCKET, lock_key(workspace, digest)))
     except NotFound as error:
         raise BuildFailed(f"the environment {digest[:12]} that this one extends was never built here") from error
     return [p for p in lock["packages"] if not p.startswith("conda:")]

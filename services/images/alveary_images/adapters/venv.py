@@ -8,7 +8,7 @@ from pathlib import Path
 from alveary_contracts.common.v1 import common_pb2 as c
 from alveary_core.objectstore import ObjectStore
 from alveary_images.adapters import horovod
-from alveary_images.adapters.builder import Lock, Say
+from alveary_images.adapters.builder import Build, Lock, Say
 from alveary_images.adapters.resolve import BuildFailed, resolve
 
 # Fields that ask for a container.
@@ -23,7 +23,7 @@ class VenvBuilder:
     def __init__(self, store: ObjectStore) -> None:
         self._store = store
 
-    async def build(self, environment: c.Environment, digest: str, say: Say) -> Lock:
+    async def build(self, environment: c.Environment, which: Build, say: Say) -> Lock:
         """See Builder."""
         asked = [name for name in _CONTAINER if getattr(environment, name)]
         if asked:
@@ -33,14 +33,14 @@ class VenvBuilder:
             )
         if environment.user_managed:
             await say(f"user managed: nothing is built, {environment.interpreter or 'the node’s own python'} is used")
-            return Lock(digest, self.kind, environment.python_version)
+            return Lock(which.digest, self.kind, environment.python_version)
 
         async def special(work: Path, requirements: str, python: str) -> dict[str, str] | None:
             base = " ".join([*platform.libc_ver(), platform.machine()])
             return await horovod.wheel(work, requirements, python, base, self._store, say, horovod.on_this_machine)
 
-        found = await resolve(environment, self._store, say, special)
-        return Lock(digest, self.kind, found.python_version, found.requirements, found.wheels, found.packages)
+        found = await resolve(environment, which.workspace, self._store, say, special)
+        return Lock(which.digest, self.kind, found.python_version, found.requirements, found.wheels, found.packages)
 
     async def remove(self, image: str) -> None:
         """A lock takes no room worth speaking of."""

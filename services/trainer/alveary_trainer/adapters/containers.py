@@ -27,6 +27,7 @@ import docker.errors
 import requests
 
 from alveary_contracts.common.v1 import common_pb2 as c
+from alveary_contracts.digests import lock_key
 from alveary_core import telemetry
 from alveary_core.errors import NotFound
 from alveary_core.objectstore import ObjectStore
@@ -70,10 +71,10 @@ class DockerRuntime:
     # ---- images ---------------------------------------------------------------------------------------------------
 
     @asynccontextmanager
-    async def stage(self, digest: str, environment: c.Environment, say: Say) -> AsyncIterator[Staged]:
+    async def stage(self, workspace: str, digest: str, environment: c.Environment, say: Say) -> AsyncIterator[Staged]:
         """See Runtime."""
         try:
-            lock = json.loads(await self._store.get("images", f"locks/{digest}.json"))
+            lock = json.loads(await self._store.get("images", lock_key(workspace, digest)))
         except NotFound as error:
             raise StagingFailed(f"the image of environment {digest[:12]} is gone from the object store") from error
         image = lock.get("image", "")

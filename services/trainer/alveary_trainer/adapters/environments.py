@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+from alveary_contracts.digests import lock_key
 from alveary_core.errors import NotFound
 from alveary_core.objectstore import ObjectStore
 from alveary_core.uv import uv_binary, uv_environment
@@ -26,7 +28,7 @@ class Environments:
         self._cache, self._store = SharedCache(folder, limit), store
 
     @asynccontextmanager
-    async def use(self, digest: str, interpreter: str, user_managed: bool, say: Say) -> AsyncIterator[Path]:
+    async def use(self, workspace: str, digest: str, interpreter: str, user_managed: bool, say: Say) -> AsyncIterator[Path]:
         """Path of the environment's python; the environment stays as long as this context does.
 
         Raises:
@@ -38,12 +40,14 @@ class Environments:
                 raise StagingFailed(f"the interpreter {path} of the user-managed environment is not on this node")
             yield path
             return
-        async with self._cache.use(digest, lambda part, final: self._make(digest, part, final, say)) as folder:
+        # Each workspace has resolved its own.
+        name = hashlib.sha256(lock_key(workspace, digest).encode()).hexdigest()
+        async with self._cache.use(name, lambda part, final: self._make(workspace, digest, part, final, say)) as folder:
             yield folder / "bin/python"
 
-    async def _make(self, digest: str, part: Path, final: Path, say: Say) -> None:
+    async def _make(self, workspace: str, digest: str, part: Path, final: Path, say: Say) -> None:
         try:
-            lock = json.loads(await self._store.get("images", f"locks/{digest}.json"))
+            lock = json.loads(await self._store.get("images", lock_key(workspace, digest)))
         except NotFound as error:
             raise StagingFailed(f"the lock of environment {digest[:12]} is gone from the object store") from error
         await say(f"environment {digest[:12]}: installing {len(lock['packages'])} packages")

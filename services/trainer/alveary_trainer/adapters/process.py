@@ -34,9 +34,9 @@ class ProcessRuntime:
         self._environments = environments
 
     @asynccontextmanager
-    async def stage(self, digest: str, environment: c.Environment, say: Say) -> AsyncIterator[Staged]:
+    async def stage(self, workspace: str, digest: str, environment: c.Environment, say: Say) -> AsyncIterator[Staged]:
         """See Runtime."""
-        async with self._environments.use(digest, environment.interpreter, environment.user_managed, say) as python:
+        async with self._environments.use(workspace, digest, environment.interpreter, environment.user_managed, say) as python:
             yield Staged(str(python))
 
     def view(self, place: Place, staged: Staged) -> View:

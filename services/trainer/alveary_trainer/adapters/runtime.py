@@ -120,7 +120,7 @@ class Runtime(Protocol):
 
     kind: str
 
-    def stage(self, digest: str, environment: c.Environment, say: Say) -> AbstractAsyncContextManager[Staged]:
+    def stage(self, workspace: str, digest: str, environment: c.Environment, say: Say) -> AbstractAsyncContextManager[Staged]:
         """Make an environment ready.
 
         Raises:

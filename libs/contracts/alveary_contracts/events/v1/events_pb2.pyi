@@ -452,10 +452,12 @@ class RunRetrying(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     SPEC_FIELD_NUMBER: _builtins.int
     SUBMITTED_BY_FIELD_NUMBER: _builtins.int
+    IMAGE_DIGEST_FIELD_NUMBER: _builtins.int
     attempt: _builtins.int
     """The attempt that comes next."""
     reason: _builtins.str
     submitted_by: _builtins.str
+    image_digest: _builtins.str
     @_builtins.property
     def spec(self) -> _common_pb2.RunSpec: ...
     def __init__(
@@ -465,10 +467,11 @@ class RunRetrying(_message.Message):
         reason: _builtins.str = ...,
         spec: _common_pb2.RunSpec | None = ...,
         submitted_by: _builtins.str = ...,
+        image_digest: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "reason", b"reason", "spec", b"spec", "submitted_by", b"submitted_by"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "image_digest", b"image_digest", "reason", b"reason", "spec", b"spec", "submitted_by", b"submitted_by"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
