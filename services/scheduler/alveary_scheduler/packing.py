@@ -87,14 +87,16 @@ class Policy(Protocol):
 
 
 class _View:
-    """Scores of one shape on all rows."""
+    """Of one shape on all rows: where it fits, and, as far as somebody wanted to know, how well."""
 
-    __slots__ = ("gpu", "position", "score")
+    __slots__ = ("fit", "fitting", "gpu", "position", "score", "scored")
 
-    def __init__(self) -> None:
-        self.position = -1
-        self.score: Floats = np.empty(0)
-        self.gpu: Ints = np.empty(0, dtype=np.int64)
+    def __init__(self, size: int) -> None:
+        self.position = self.scored = -1
+        self.fit: npt.NDArray[np.bool_] = np.zeros(size, dtype=bool)
+        self.fitting = 0
+        self.score: Floats = np.full(size, NOWHERE)
+        self.gpu: Ints = np.full(size, -1)
 
 
 class Cluster:
@@ -109,6 +111,8 @@ class Cluster:
         self.open: npt.NDArray[np.bool_] = np.zeros(size, dtype=bool)
         self.cpu: Ints = np.zeros(size, dtype=np.int64)
         self.memory: Ints = np.zeros(size, dtype=np.int64)
+        self.cpu_total: Ints = np.zeros(size, dtype=np.int64)
+        self.memory_total: Ints = np.zeros(size, dtype=np.int64)
         # Thousandths free of each GPU; GPUs that a node does not have count as full.
         self.gpu: Ints = np.zeros((size, gpus_per_node), dtype=np.int64)
         self.gpu_count: Ints = np.zeros(size, dtype=np.int64)
@@ -140,6 +144,7 @@ class Cluster:
         self.machines[row], self.rows[machine.id] = machine, row
         self.open[row] = True
         self.cpu[row], self.memory[row], self.gpu_count[row] = machine.cpu_milli, machine.memory, machine.gpus
+        self.cpu_total[row], self.memory_total[row] = machine.cpu_milli, machine.memory
         self.gpu[row] = 0
         self.gpu[row, : machine.gpus] = WHOLE
         self.model[row] = self._models.setdefault(machine.model, len(self._models))
@@ -150,7 +155,7 @@ class Cluster:
         return row
 
     def _grow(self) -> None:
-        for name in ("open", "cpu", "memory", "gpu", "gpu_count", "model"):
+        for name in ("open", "cpu", "memory", "cpu_total", "memory_total", "gpu", "gpu_count", "model"):
             old = getattr(self, name)
             new = np.zeros((2 * len(old), *old.shape[1:]), dtype=old.dtype)
             new[: len(old)] = old
@@ -216,6 +221,31 @@ class Cluster:
             found &= self._with_labels(shape.labels)[rows]
         return found
 
+    def capable(self, shape: Shape) -> Ints:
+        """Rows that would have room for it were they empty."""
+        found: npt.NDArray[np.bool_] = self.open & (self.cpu_total >= shape.cpu_milli) & (self.memory_total >= shape.memory)
+        found &= self.gpu_count >= shape.gpus
+        if shape.gpus and shape.models:
+            found &= self.allowed(shape.models)
+        if shape.labels:
+            found &= self._with_labels(shape.labels)
+        return np.flatnonzero(found)
+
+    def times(self, shape: Shape, row: int) -> int:
+        """How often a shape fits an empty row."""
+        limits = [1 << 30]
+        limits += [int(self.cpu_total[row]) // shape.cpu_milli] if shape.cpu_milli else []
+        limits += [int(self.memory_total[row]) // shape.memory] if shape.memory else []
+        if shape.shares:
+            limits.append(int(self.gpu_count[row]) * (WHOLE // shape.gpu_milli))
+        elif shape.gpus:
+            limits.append(int(self.gpu_count[row]) // shape.gpus)
+        return min(limits)
+
+    def forget(self) -> None:
+        """Score everything anew: the policy changed its mind."""
+        self._views.clear()
+
     def allowed(self, models: frozenset[str]) -> npt.NDArray[np.bool_]:
         """Which rows have one of these GPU models."""
         if models not in self._allowed:
@@ -230,27 +260,45 @@ class Cluster:
             self._labelled[labels] = found
         return self._labelled[labels]
 
-    def scores(self, shape: Shape) -> _View:
-        """Scores of all rows, NOWHERE where it does not fit; computed anew only where something changed."""
+    def _view(self, shape: Shape) -> _View:
         view = self._views.get(shape)
-        if view is None:
+        if view is None or len(view.fit) != len(self.cpu):
             if len(self._views) >= _VIEWS:
                 del self._views[next(iter(self._views))]
-            view = self._views[shape] = _View()
-        now = self._dropped + len(self._changes)
-        if view.position < self._dropped or len(view.score) != len(self.cpu):
-            view.score, view.gpu = np.full(len(self.cpu), NOWHERE), np.full(len(self.cpu), -1)
-            self._score(view, shape, np.arange(len(self.machines)))
-        elif view.position < now:
-            self._score(view, shape, np.unique(self._changes[view.position - self._dropped :]))
-        view.position = now
+            view = self._views[shape] = _View(len(self.cpu))
         return view
 
-    def _score(self, view: _View, shape: Shape, rows: Ints) -> None:
-        view.score[rows] = NOWHERE
-        rows = rows[self.fits(shape, rows)]
-        if len(rows):
-            view.score[rows], view.gpu[rows] = self.policy.score(self, shape, rows)
+    def _since(self, position: int) -> Ints:
+        """Rows that changed since a position of the list of changes."""
+        if position < self._dropped:
+            return np.arange(len(self.machines))
+        return np.unique(np.array(self._changes[position - self._dropped :], dtype=np.int64))
+
+    def fitting(self, shape: Shape) -> int:
+        """How many rows have room for it."""
+        return self._fit(shape).fitting
+
+    def _fit(self, shape: Shape) -> _View:
+        view, now = self._view(shape), self._dropped + len(self._changes)
+        if view.position != now:
+            rows = self._since(view.position)
+            fits = self.fits(shape, rows)
+            view.fitting += int(fits.sum()) - int(view.fit[rows].sum())
+            view.fit[rows] = fits
+            view.position = now
+        return view
+
+    def scores(self, shape: Shape) -> _View:
+        """Scores of all rows, NOWHERE where it does not fit; computed anew only where something changed."""
+        view = self._fit(shape)
+        if view.scored != view.position:
+            rows = self._since(view.scored)
+            view.score[rows] = NOWHERE
+            rows = rows[view.fit[rows]]
+            if len(rows):
+                view.score[rows], view.gpu[rows] = self.policy.score(self, shape, rows)
+            view.scored = view.position
+        return view
 
     def choose(self, shape: Shape, ties: random.Random | None = None, without: Iterable[int] = ()) -> tuple[int, tuple[int, ...]] | None:
         """The best row and its GPUs; None: it fits nowhere. Equal scores: the lowest row, or one drawn by `ties`."""
@@ -288,7 +336,8 @@ def group_of(shape: Shape) -> int:
 
 def tightest(gpu: Ints, milli: int) -> Ints:
     """For each row the GPU with the least room that is enough; the first of equals."""
-    return np.where(gpu >= milli, gpu, np.iinfo(np.int64).max).argmin(axis=1)
+    found: Ints = np.where(gpu >= milli, gpu, np.iinfo(np.int64).max).argmin(axis=1)
+    return found
 
 
 def _none(rows: Ints) -> Ints:
@@ -430,7 +479,9 @@ class Fgd:
             return _graded(self.usable(cluster, rows, cpu, after) - before + shape.gpu_total), _none(rows)
         best, chosen = np.full(len(rows), NOWHERE), _none(rows)
         for index in range(gpu.shape[1]):
-            able = np.flatnonzero(gpu[:, index] >= shape.gpu_milli)
+            # GPUs of a node with equally much left are alike: the first stands for them.
+            alike = (gpu[:, :index] == gpu[:, index : index + 1]).any(axis=1)
+            able = np.flatnonzero((gpu[:, index] >= shape.gpu_milli) & ~alike)
             if not len(able):
                 continue
             after = gpu[able]

@@ -1,0 +1,390 @@
+"""The decision core, driven as a state machine and by cases."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from itertools import count
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from alveary_scheduler.packing import WHOLE, Machine, Shape
+from alveary_scheduler.pool import Amount, Place, Pool, Preempt, Quota, Request, Share, Wait
+
+GIB = 1 << 30
+QUOTAS = {
+    ("a", ""): Quota(weight=2.0),
+    ("b", ""): Quota(maximum=Amount(16_000, None, 4000)),
+    ("c", ""): Quota(guaranteed=Amount(4000, 8 * GIB, 2000)),
+    ("a", "u2"): Quota(maximum=Amount(None, None, 3000)),
+}
+
+
+def machine(name: str, cpus: int = 8, gpus: int = 4, model: str = "", labels: frozenset[tuple[str, str]] = frozenset()) -> Machine:
+    return Machine(name, cpus * 1000, 32 * GIB, gpus, model, labels)
+
+
+shapes = st.builds(
+    lambda cpus, memory, gpu, models, labels: Shape(cpus * 500, memory * GIB, gpu[0], gpu[1], models if gpu[0] else frozenset(), labels),
+    st.integers(1, 10), st.integers(0, 4), st.sampled_from([(0, WHOLE), (1, 300), (1, 500), (1, WHOLE), (2, WHOLE), (4, WHOLE)]),
+    st.sampled_from([frozenset[str](), frozenset(["A"]), frozenset(["A", "B"])]),
+    st.sampled_from([frozenset[tuple[str, str]](), frozenset([("zone", "z")])]),
+)  # fmt: skip
+
+
+class PoolMachine(RuleBasedStateMachine):
+    """Two pools are told the same: what one decides the other must."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pools = [Pool(policy, quotas=QUOTAS, patience=500.0, most=8) for policy in ("fgd", "fgd", "best-fit")]
+        self.pool, self.twin, self.other = self.pools
+        self.now, self.names, self.sequence = 0.0, count(1), count(1)
+
+    @rule(cpus=st.integers(2, 8), gpus=st.integers(0, 4), model=st.sampled_from(["", "A", "B"]), zone=st.booleans())
+    def join(self, cpus: int, gpus: int, model: str, zone: bool) -> None:
+        if len(self.pool.cluster.rows) < 6:
+            labels = frozenset([("zone", "z")]) if zone else frozenset[tuple[str, str]]()
+            name = f"n{next(self.names)}"
+            for pool in self.pools:
+                pool.add(machine(name, cpus, gpus, model, labels))
+
+    @rule(
+        shape=shapes, workspace=st.sampled_from("abc"), user=st.sampled_from(["u1", "u2"]), gang=st.integers(1, 3), elastic=st.booleans(),
+        spread=st.booleans(), tier=st.integers(-1, 1), duration=st.sampled_from([0.0, 50.0, 500.0]), preemptible=st.booleans(),
+    )  # fmt: skip
+    def submit(
+        self, shape: Shape, workspace: str, user: str, gang: int, elastic: bool, spread: bool, tier: int, duration: float, preemptible: bool
+    ) -> None:
+        request = Request(
+            f"r{next(self.names)}", workspace, user, shape, next(self.sequence), self.now, gang, 1 if elastic else 0, spread, tier, duration,
+            preemptible,
+        )  # fmt: skip
+        for pool in self.pools:
+            pool.submit(request)
+
+    @rule(index=st.integers(0, 50))
+    def finish(self, index: int) -> None:
+        for pool in self.pools:
+            if running := sorted(pool.running):
+                pool.finish(running[index % len(running)], self.now)
+
+    @rule(index=st.integers(0, 50))
+    def cancel(self, index: int) -> None:
+        for pool in self.pools:
+            if waiting := sorted(pool.waiting):
+                pool.withdraw(waiting[index % len(waiting)])
+
+    @rule(index=st.integers(0, 50))
+    def lose(self, index: int) -> None:
+        if nodes := sorted(self.pool.cluster.rows):
+            for pool in self.pools:
+                held = {run: pool.running[run].request for run in pool.running}
+                for run in pool.remove(nodes[index % len(nodes)]):
+                    pool.submit(held[run])  # a new attempt, in its old place
+
+    @rule(seconds=st.sampled_from([1.0, 60.0, 600.0]))
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+        for pool in self.pools:
+            for run in [r for r, held in pool.running.items() if held.ends <= self.now]:
+                pool.finish(run, self.now)
+
+    @rule()
+    def decide(self) -> None:
+        for _ in range(200):
+            before = self.pool.reservation
+            decisions = self.pool.decide(self.now)
+            assert decisions == self.twin.decide(self.now), "not deterministic"
+            self.check(decisions, before is None)
+            if not any(isinstance(d, (Place, Preempt)) for d in decisions):
+                break
+        else:
+            raise AssertionError("it places for ever")
+        for _ in range(200):
+            decisions = self.other.decide(self.now)
+            for run in [d.run for d in decisions if isinstance(d, Preempt)]:
+                self.leave(self.other, run)
+            if not any(isinstance(d, (Place, Preempt)) for d in decisions):
+                break
+        self.conserving(self.pool)
+        self.conserving(self.other)
+
+    def check(self, decisions: list[Place | Preempt | Wait], _: bool) -> None:
+        assert sum(isinstance(d, Place) for d in decisions) <= 8
+        for decision in decisions:
+            if isinstance(decision, Preempt):
+                victim = self.pool.running[decision.run].request
+                winner = self.pool.waiting[decision.beneficiary]
+                assert victim.preemptible and victim.tier <= winner.tier
+                if victim.tier == winner.tier:
+                    assert winner.workspace == "c" != victim.workspace, "only for a guarantee, and never from within one"
+            if isinstance(decision, Wait):
+                assert decision.reason
+        # Whoever was asked to go goes, and comes back as a new attempt.
+        for pool in (self.pool, self.twin):
+            for run in sorted(r for r, held in pool.running.items() if held.leaving):
+                self.leave(pool, run)
+
+    def leave(self, pool: Pool, run: str) -> None:
+        request = replace(pool.running[run].request, arrived=self.now)
+        pool.finish(run, self.now)
+        pool.submit(request)
+
+    def conserving(self, pool: Pool) -> None:
+        """Nobody waits for what is free and kept for nobody."""
+        for request in pool.waiting.values():
+            if pool._most(request) and (shares := pool.find(request, self.now, pool._most(request), pool.reservation)) is not None:
+                raise AssertionError(f"{request} waits for {shares}, which is free")
+
+    @invariant()
+    def never_overcommitted(self) -> None:
+        for pool in self.pools:
+            cluster = pool.cluster
+            for name, row in cluster.rows.items():
+                whole = cluster.machines[row]
+                assert whole is not None
+                held = [(h.request.shape, s) for h in pool.running.values() for s in h.shares if s.node == name]
+                assert sum(s.cpu_milli for s, _ in held) == whole.cpu_milli - cluster.cpu[row] <= whole.cpu_milli
+                assert sum(s.memory for s, _ in held) == whole.memory - cluster.memory[row] <= whole.memory
+                gpus = Counter[int]()
+                for shape, share in held:
+                    assert len(set(share.gpus)) == len(share.gpus) == shape.gpus
+                    assert not shape.gpus or not shape.models or whole.model in shape.models
+                    assert shape.labels <= whole.labels
+                    for index in share.gpus:
+                        gpus[index] += shape.gpu_milli
+                assert all(0 <= i < whole.gpus and v <= WHOLE for i, v in gpus.items())
+                assert all(cluster.gpu[row, i] == WHOLE - gpus[i] for i in range(whole.gpus))
+
+    @invariant()
+    def never_half_a_gang(self) -> None:
+        for pool in self.pools:
+            assert not pool.waiting.keys() & pool.running.keys()
+            for held in pool.running.values():
+                least = held.request.least or held.request.count
+                assert least <= len(held.shares) <= held.request.count
+                assert not held.request.spread or len({s.node for s in held.shares}) == len(held.shares)
+
+    @invariant()
+    def never_above_quota(self) -> None:
+        for pool in self.pools:
+            for (workspace, user), quota in QUOTAS.items():
+                used = Amount()
+                for held in pool.running.values():
+                    if held.request.workspace == workspace and user in ("", held.request.user):
+                        used = used.plus(held.request.shape, len(held.shares))
+                assert used == pool.usage(workspace, user) and used.within(quota.maximum)
+
+    def teardown(self) -> None:
+        """No starvation: when what runs ends, everybody that there is room for gets a place, in bounded time."""
+        for pool in self.pools:
+            pool.quotas = {}
+            left = len(pool.waiting)
+            for _ in range(20 * left + 20):
+                while any(isinstance(d, Place) for d in pool.decide(self.now)):
+                    pass
+                for run in [r for r, held in pool.running.items() if held.leaving]:
+                    self.leave(pool, run)
+                self.now += 1.0
+                if not [r for r in pool.waiting.values() if pool.possible(r)]:
+                    break
+                if pool.running:
+                    pool.finish(min(pool.running, key=lambda r: pool.running[r].started), self.now)
+            assert not [r for r in pool.waiting.values() if pool.possible(r)], "starved"
+
+
+TestPoolMachine = PoolMachine.TestCase
+TestPoolMachine.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+
+
+class World:
+    """A pool with nodes n0, n1, ... and runs r0, r1, ... in order."""
+
+    def __init__(self, nodes: int, gpus: int = 4, **options: object) -> None:
+        self.pool, self.names, self.now = Pool(**options), count(), 0.0  # type: ignore[arg-type]
+        for index in range(nodes):
+            self.pool.add(machine(f"n{index}", 32, gpus))
+
+    def submit(self, gpus: int, milli: int = WHOLE, **options: object) -> str:
+        number = next(self.names)
+        options = {"workspace": "w", "user": "u", "arrived": self.now} | options
+        self.pool.submit(Request(f"r{number}", shape=Shape(1000, 0, gpus, milli), sequence=number + 1, **options))  # type: ignore[arg-type]
+        return f"r{number}"
+
+    def placed(self) -> list[str]:
+        return [d.run for d in self.pool.decide(self.now) if isinstance(d, Place)]
+
+
+def test_a_gang_gets_all_or_nothing_on_nodes_of_its_own() -> None:
+    world = World(3)
+    first = world.submit(4, count=2)
+    gang = world.submit(4, count=2)
+    assert world.placed() == [first]
+    assert world.pool.waiting.keys() == {gang}
+    world.pool.finish(first, 1.0)
+    assert world.placed() == [gang]
+    assert len({s.node for s in world.pool.running[gang].shares}) == 2
+
+
+def test_an_elastic_gang_takes_what_there_is_from_its_minimum_on() -> None:
+    world = World(3)
+    run = world.submit(4, count=5, least=2)
+    assert world.placed() == [run] and len(world.pool.running[run].shares) == 3
+
+
+def test_small_runs_fill_the_gaps_but_do_not_delay_a_blocked_gang() -> None:
+    world = World(2)
+    long = world.submit(4, duration=100.0)
+    assert world.placed() == [long]
+    gang = world.submit(4, count=2)
+    short, endless, late = world.submit(4, duration=50.0), world.submit(1), world.submit(1, duration=101.0)
+    assert world.placed() == [short]
+    assert world.pool.reservation is not None and world.pool.reservation.at == 100.0
+    assert {gang, endless, late} == set(world.pool.waiting)
+    world.now = 50.0
+    world.pool.finish(short, 50.0)
+    assert world.placed() == []
+    world.now = 100.0
+    world.pool.finish(long, 100.0)
+    assert world.placed() == [gang]
+
+
+def test_fair_share_follows_weights_and_remembers_usage() -> None:
+    world = World(4, quotas={("heavy", ""): Quota(weight=3.0), ("light", ""): Quota(weight=1.0)})
+    for _ in range(16):
+        world.submit(1, workspace="light")
+        world.submit(1, workspace="heavy")
+    while world.placed():
+        pass
+    held = Counter(h.request.workspace for h in world.pool.running.values())
+    assert held == {"heavy": 12, "light": 4}
+    # A day later all end; who used much lately comes after who used little.
+    world.now = 86400.0
+    for run in list(world.pool.running):
+        world.pool.finish(run, world.now)
+    for run in list(world.pool.waiting):
+        world.pool.withdraw(run)
+    world.pool.quotas = {}
+    for workspace in ("heavy", "light"):
+        for _ in range(16):
+            world.submit(1, workspace=workspace)
+    while world.placed():
+        pass
+    held = Counter(h.request.workspace for h in world.pool.running.values())
+    assert held["light"] > held["heavy"]
+
+
+def test_users_of_one_workspace_share_it() -> None:
+    world = World(2)
+    for _ in range(8):
+        world.submit(1, user="first")
+    for _ in range(8):
+        world.submit(1, user="second")
+    world.placed()
+    assert Counter(h.request.user for h in world.pool.running.values()) == {"first": 4, "second": 4}
+
+
+def test_a_higher_tier_preempts_least_work_lost_first_and_victims_come_back() -> None:
+    world = World(2)
+    old = world.submit(4, tier=0)
+    world.placed()
+    world.now = 500.0
+    young = world.submit(4, tier=0)
+    world.placed()
+    world.now = 600.0
+    urgent = world.submit(4, tier=1)
+    preempted = [d for d in world.pool.decide(world.now) if isinstance(d, Preempt)]
+    assert [(d.run, d.beneficiary) for d in preempted] == [(young, urgent)]
+    assert not [d for d in world.pool.decide(world.now) if isinstance(d, Preempt)], "asked twice"
+    request = world.pool.running[young].request
+    world.pool.finish(young, 601.0)
+    world.pool.submit(request)
+    assert world.placed() == [urgent]
+    # A checkpoint makes it cheap: now the old one is.
+    world.pool.saved(old, 700.0)
+    world.now = 701.0
+    world.submit(4, tier=2)
+    assert {d.run for d in world.pool.decide(world.now) if isinstance(d, Preempt)} == {old}
+
+
+def test_whoever_is_owed_a_guarantee_gets_it_back_from_borrowers_alone() -> None:
+    quotas = {("owed", ""): Quota(guaranteed=Amount(None, None, 4000)), ("kept", ""): Quota(guaranteed=Amount(None, None, 4000))}
+    world = World(2, quotas=quotas)
+    kept, borrower = world.submit(4, workspace="kept"), world.submit(4, workspace="other")
+    assert set(world.placed()) == {kept, borrower}
+    owed = world.submit(4, workspace="owed")
+    assert [(d.run, d.beneficiary) for d in world.pool.decide(1.0) if isinstance(d, Preempt)] == [(borrower, owed)]
+
+
+def test_who_waited_too_long_comes_first_whatever_his_tier() -> None:
+    world = World(1, patience=1000.0)
+    running = world.submit(4, tier=5, preemptible=False)
+    world.placed()
+    patient = world.submit(4, tier=-5)
+    for step in range(5):
+        world.now = step * 300.0
+        world.submit(4, tier=5, preemptible=False)
+        world.placed()
+    world.pool.finish(running, world.now)
+    assert world.placed() == [patient]
+
+
+def test_fractions_share_a_gpu_and_whole_ones_do_not() -> None:
+    world = World(1, gpus=2)
+    halves = [world.submit(1, 500) for _ in range(3)]
+    assert set(world.placed()) == set(halves)
+    whole = world.submit(1)
+    assert world.placed() == [] and whole in world.pool.waiting
+    used = Counter(s.gpus[0] for h in world.pool.running.values() for s in h.shares)
+    assert sorted(used.values()) == [1, 2]
+
+
+def test_quarantine_takes_different_runs_in_a_row_and_ends() -> None:
+    world = World(1)
+    pool = world.pool
+    assert not pool.blame("n0", "x", 0.0) and not pool.blame("n0", "x", 0.0) and not pool.blame("n0", "y", 0.0)
+    pool.absolve("n0")
+    assert not pool.blame("n0", "x", 0.0) and not pool.blame("n0", "y", 0.0) and pool.blame("n0", "z", 0.0)
+    run = world.submit(1)
+    assert world.placed() == []
+    world.now = 600.0
+    assert world.placed() == [run]
+
+
+def test_scale_up_is_sized_for_the_whole_queue_and_stays_below_the_maximum() -> None:
+    pool = World(0).pool
+    world = World(0)
+    world.pool = pool
+    for _ in range(5):
+        world.submit(2)  # two fit a node
+    world.submit(1, count=4)  # a node each
+    for _ in range(100):
+        world.submit(8)  # fits no such node: starts none
+    assert pool.nodes_needed(machine("x"), 0, 10) == 5
+    assert pool.nodes_needed(machine("x"), 0, 2) == 2
+    assert pool.nodes_needed(machine("x"), 3, 10) == 5
+
+
+def test_why_is_it_queued() -> None:
+    world = World(1, quotas={("poor", ""): Quota(maximum=Amount(None, None, 1000))})
+    running = world.submit(4, duration=100.0)
+    world.placed()
+    waits, big, poor = world.submit(2), world.submit(8), world.submit(2, workspace="poor")
+    told = {d.run: d.reason for d in world.pool.decide(1.0) if isinstance(d, Wait)}
+    assert "in use by earlier runs" in told[waits] and "even when empty" in told[big] and "quota" in told[poor]
+    standing = world.pool.standing(waits, 1.0)
+    assert (standing.position, standing.ahead, standing.expected) == (2, 1, 100.0) or standing.expected == 100.0
+    assert world.pool.standing(big, 1.0).expected is None
+    assert running in world.pool.running, "asking changes nothing"
+
+
+def test_shares_of_a_node_that_is_lost_go_with_it() -> None:
+    world = World(2)
+    run = world.submit(4, count=2)
+    world.placed()
+    assert world.pool.remove("n0") == [run]
+    assert world.pool.usage("w") == Amount() and int(world.pool.cluster.gpu[world.pool.cluster.rows["n1"]].sum()) == 4 * WHOLE
+    assert Share("n1") != Share("n0")
