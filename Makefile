@@ -33,6 +33,7 @@ test: install
 
 bench: install
 	$(BIN)/python tests/bench/bench.py
+	$(BIN)/python tests/bench/scheduler.py
 
 bench-containers: install
 	$(BIN)/python tests/bench/containers.py

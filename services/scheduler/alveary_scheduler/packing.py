@@ -10,7 +10,6 @@ of the cluster.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -24,6 +23,9 @@ WHOLE = 1000
 NOWHERE = -np.inf
 # The largest node of the published experiments (ATC'23): what scores of best fit and dot product are relative to.
 _MAX_CPU, _MAX_GPU = 128_000, 8 * WHOLE
+# GPUs of one node, at most.
+_MOST_GPUS = 64
+_BEFORE = np.tri(_MOST_GPUS, k=-1, dtype=bool)
 # Views of shapes that were not asked for in long are forgotten.
 _VIEWS = 512
 
@@ -300,8 +302,8 @@ class Cluster:
             view.scored = view.position
         return view
 
-    def choose(self, shape: Shape, ties: random.Random | None = None, without: Iterable[int] = ()) -> tuple[int, tuple[int, ...]] | None:
-        """The best row and its GPUs; None: it fits nowhere. Equal scores: the lowest row, or one drawn by `ties`."""
+    def choose(self, shape: Shape, without: Iterable[int] = ()) -> tuple[int, tuple[int, ...]] | None:
+        """The best row and its GPUs; None: it fits nowhere. Of equals the lowest row, unless the policy picks."""
         view = self.scores(shape)
         score = view.score
         if without:
@@ -313,8 +315,8 @@ class Cluster:
         best = score[row]
         if best == NOWHERE:
             return None
-        if ties is not None:
-            row = int(ties.choice(np.flatnonzero(score == best)))
+        if (pick := getattr(self.policy, "pick", None)) is not None:
+            row = pick(np.flatnonzero(score == best))
         return row, self.gpus_for(row, shape, int(view.gpu[row]))
 
     def gpus_for(self, row: int, shape: Shape, chosen: int = -1) -> tuple[int, ...]:
@@ -351,6 +353,10 @@ class Random:
 
     def __init__(self, seed: int = 0) -> None:
         self._random = np.random.default_rng(seed)
+
+    def pick(self, rows: Ints) -> int:
+        """One of equals."""
+        return int(self._random.choice(rows))
 
     def score(self, cluster: Cluster, shape: Shape, rows: Ints) -> tuple[Floats, Ints]:
         """All the same."""
@@ -477,19 +483,16 @@ class Fgd:
             free = gpu >= WHOLE
             after[free & (free.cumsum(axis=1) <= shape.gpus)] = 0
             return _graded(self.usable(cluster, rows, cpu, after) - before + shape.gpu_total), _none(rows)
-        best, chosen = np.full(len(rows), NOWHERE), _none(rows)
-        for index in range(gpu.shape[1]):
-            # GPUs of a node with equally much left are alike: the first stands for them.
-            alike = (gpu[:, :index] == gpu[:, index : index + 1]).any(axis=1)
-            able = np.flatnonzero((gpu[:, index] >= shape.gpu_milli) & ~alike)
-            if not len(able):
-                continue
-            after = gpu[able]
-            after[:, index] -= shape.gpu_milli
-            gain = _graded(self.usable(cluster, rows[able], cpu[able], after) - before[able] + shape.gpu_milli)
-            better = gain > best[able]
-            best[able[better]], chosen[able[better]] = gain[better], index
-        return best, chosen
+        # GPUs of a node with equally much left are alike: the first stands for them.
+        alike = ((gpu[:, :, None] == gpu[:, None, :]) & _BEFORE[: gpu.shape[1], : gpu.shape[1]]).any(axis=2)
+        of_row, index = np.nonzero((gpu >= shape.gpu_milli) & ~alike)
+        after = gpu[of_row]
+        after[np.arange(len(of_row)), index] -= shape.gpu_milli
+        gain = _graded(self.usable(cluster, rows[of_row], cpu[of_row], after) - before[of_row] + shape.gpu_milli)
+        # The best of each row, the first of equals: scores are whole numbers.
+        starts = np.flatnonzero(np.diff(of_row, prepend=-1))
+        best = np.maximum.reduceat(gain * _MOST_GPUS + (_MOST_GPUS - 1 - index), starts)
+        return best // _MOST_GPUS, _MOST_GPUS - 1 - (best % _MOST_GPUS).astype(np.int64)
 
 
 def _graded(gain: Floats) -> Floats:

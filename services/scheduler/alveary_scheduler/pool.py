@@ -32,6 +32,8 @@ AGED = 10**9
 _CANDIDATES = 64
 # How many arrivals the mix of shapes is learnt from, and how often it is learnt anew.
 _LEARN_FROM, _LEARN_EVERY = 4096, 512
+# By how much of it a mix must differ from the one in use (total variation distance) before all is scored anew.
+_SHIFT = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,6 +234,7 @@ class Pool:
         self._untold: dict[str, None] = {}
         self._recent: list[Shape] = []
         self._learnt = 0
+        self._mix: list[tuple[Shape, float]] = []
         self._failures: dict[str, list[str]] = {}
         self.quarantined: dict[str, float] = {}
 
@@ -305,8 +308,11 @@ class Pool:
             self._recent.append(request.shape)
             if len(self._recent) - self._learnt >= _LEARN_EVERY or self._learnt == 0:
                 del self._recent[:-_LEARN_FROM]
-                self.cluster.policy.learn(typical(self._recent))  # type: ignore[attr-defined]
-                self.cluster.forget()
+                mix = typical(self._recent)
+                if _apart(mix, self._mix) > _SHIFT:
+                    self._mix = mix
+                    self.cluster.policy.learn(mix)  # type: ignore[attr-defined]
+                    self.cluster.forget()
                 self._learnt = len(self._recent)
 
     def _line_up(self, request: Request, tier: int) -> None:
@@ -840,6 +846,15 @@ class _Room:
 
 
 _FREE = Quota()
+
+
+def _apart(one: list[tuple[Shape, float]], other: list[tuple[Shape, float]]) -> float:
+    """Total variation distance of two mixes, 0 to 1; 1 where one is empty."""
+    if not one or not other:
+        return 1.0
+    sums = [sum(w for _, w in mix) for mix in (one, other)]
+    first, second = ({s: w / total for s, w in mix} for mix, total in zip((one, other), sums, strict=True))
+    return sum(abs(first.get(s, 0.0) - second.get(s, 0.0)) for s in first.keys() | second.keys()) / 2
 
 
 def _size(kind: Kind) -> tuple[float, ...]:
