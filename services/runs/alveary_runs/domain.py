@@ -45,6 +45,8 @@ class Run:
     attempt: int = 0
     # The next events must come from this attempt or a later one: earlier ones were revoked.
     first_valid_attempt: int = 1
+    # Attempts that made room for others: they do not count.
+    preemptions: int = 0
     nodes: tuple[str, ...] = ()
     cancel_requested: bool = False
     exit: c.ExitStatus | None = None
@@ -142,6 +144,13 @@ def finished(run: Run, attempt: int, event: ev.AttemptFinished) -> Events:
         return []
     if run.cancel_requested:
         return [ev.RunCanceled(attempt=attempt, exit=event.exit, manifest_digest=event.manifest_digest, properties=run.properties)]
+    if event.exit.reason == "preempted":
+        return [
+            ev.RunRetrying(
+                attempt=attempt + 1, reason=f"attempt {attempt} made room for another run: {event.exit.message}", spec=run.spec,
+                submitted_by=run.submitted_by, image_digest=run.image_digest, preempted=True,
+            )
+        ]  # fmt: skip
     kind = ev.RunCompleted if event.exit.reason == "exited" and event.exit.exit_code == 0 else ev.RunFailed
     return [kind(attempt=attempt, exit=event.exit, manifest_digest=event.manifest_digest, properties=run.properties)]
 
@@ -154,7 +163,7 @@ def revoked(run: Run, attempt: int, reason: str) -> Events:
     if run.cancel_requested:
         return [ev.RunCanceled(attempt=attempt, exit=exit_status, properties=run.properties)]
     lost = ev.RunNotResponding(attempt=attempt, reason=reason)
-    allowed = run.spec.max_attempts
+    allowed = run.spec.max_attempts + run.preemptions
     if attempt < allowed:
         again = ev.RunRetrying(
             attempt=attempt + 1, reason=f"attempt {attempt} of {allowed}: {reason}", spec=run.spec,
@@ -258,7 +267,10 @@ def evolve(run: Run, event: Message) -> Run:
             first = event.attempt + 1
             return replace(run, state=c.RUN_STATE_NOT_RESPONDING, first_valid_attempt=first, attempt=event.attempt, reason=event.reason)
         case ev.RunRetrying():
-            return replace(run, state=c.RUN_STATE_QUEUED, reason=event.reason, first_valid_attempt=event.attempt)
+            return replace(
+                run, state=c.RUN_STATE_QUEUED, reason=event.reason, first_valid_attempt=event.attempt,
+                preemptions=run.preemptions + event.preempted,
+            )  # fmt: skip
         case ev.RunCancelRequested():
             text = event.reason or f"{event.requested_by} asked for its end"
             return replace(run, state=c.RUN_STATE_CANCEL_REQUESTED, cancel_requested=True, reason=text)

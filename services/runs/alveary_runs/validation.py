@@ -25,6 +25,8 @@ def with_defaults(spec: c.RunSpec) -> c.RunSpec:
     filled.resources.cpus = spec.resources.cpus or 1.0
     if spec.use_gpu and not spec.resources.gpus:
         filled.resources.gpus = filled.process_count_per_node
+    if spec.resources.gpu_milli:
+        filled.resources.gpus = spec.resources.gpus or 1
     if filled.launcher == c.LAUNCHER_UNSPECIFIED:
         filled.launcher = c.LAUNCHER_PLAIN
     return filled
@@ -123,6 +125,12 @@ def _compute(spec: c.RunSpec, target: ev.ComputeSpec | None, targets: list[str],
         )
     elif spec.resources.gpus < 0 or spec.resources.gpus > node.gpus:
         say("resources.gpus", f"{spec.resources.gpus} GPUs per node were asked for; a node of {spec.compute_target!r} has {node.gpus}")
+    if spec.resources.gpu_milli and not target.gpu_sharing:
+        say("resources.gpu_milli", f"a part of a GPU was asked for; {spec.compute_target!r} gives whole ones: create it with gpu_sharing")
+    if not 0 <= spec.resources.gpu_milli < 1000 or (spec.resources.gpu_milli and spec.resources.gpus != 1):
+        say("resources.gpu_milli", f"{spec.resources.gpu_milli} of {spec.resources.gpus} GPUs: 1 to 999 thousandths of one GPU")
+    if spec.resources.gpu_models and not spec.resources.gpus:
+        say("resources.gpu_models", "GPU models were named, but no GPU was asked for")
     if not 0 < spec.resources.cpus <= node.cpus:
         say("resources.cpus", f"{spec.resources.cpus:g} CPUs were asked for; a node of {spec.compute_target!r} has {node.cpus:g}")
     if not 0 <= spec.resources.shm_bytes <= node.memory_bytes:

@@ -16,6 +16,7 @@ from alveary_core.errors import AlreadyExists, FailedPrecondition, InvalidArgume
 from alveary_core.events import Key
 from alveary_scheduler import domain
 from alveary_scheduler.adapters.local import machine
+from alveary_scheduler.packing import POLICIES, WHOLE
 from alveary_scheduler.service import Scheduler
 
 MAX_LOCAL_NODES, MAX_NODES = 64, 10_000
@@ -93,6 +94,12 @@ def complete(name: str, asked: ev.ComputeSpec, default_kind: str = "local") -> e
     spec.vm_priority = asked.vm_priority or "dedicated"
     spec.network = asked.network or ("none" if asked.multi_tenant else "bridge")
     faults = []
+    if spec.placement_policy and spec.placement_policy not in POLICIES:
+        faults.append(("spec.placement_policy", f"{spec.placement_policy!r}: one of {', '.join(sorted(POLICIES))}"))
+    users = [q.user for q in spec.quotas]
+    for quota in spec.quotas:
+        if quota.weight < 0 or users.count(quota.user) > 1:
+            faults.append(("spec.quotas", f"user {quota.user!r}: one quota each, with a weight above 0"))
     if not _NETWORK.fullmatch(spec.network) or spec.network == "host":
         faults.append(("spec.network", f"{spec.network[:80]!r}: 'none', 'bridge' or the name of a docker network"))
     if problem := name_problem(name):
@@ -151,11 +158,8 @@ class NodeService(rpc.NodeServiceServicer):
             held = [p for p in state.placed.values() if p.node == node.id]
             pulse = self._scheduler.pulses.get(node.id)
             one = pb.Node(
-                id=node.id, target=node.target, resources=_resources(node.total), run_ids=[p.run for p in held],
-                used=c.Resources(
-                    cpus=sum(p.need.cpus for p in held), memory_bytes=sum(p.need.memory for p in held),
-                    gpus=sum(p.need.gpus for p in held),
-                ),
+                id=node.id, target=node.target, resources=node.total, run_ids=[p.run for p in held], used=_used(held),
+                state=self._state(node), labels=node.labels,
             )  # fmt: skip
             if pulse is not None:
                 one.gpu_models[:] = pulse.beat.gpu_models
@@ -164,6 +168,24 @@ class NodeService(rpc.NodeServiceServicer):
                 one.seconds_since_beat = time.monotonic() - pulse.at
             found.append(one)
         return pb.ListNodesResponse(nodes=found)
+
+    def _state(self, node: domain.Node) -> str:
+        pool = self._scheduler.state.pools.get((node.workspace, node.target))
+        if node.draining:
+            return "draining"
+        return "quarantined" if pool is not None and node.id in pool.quarantined else "ready"
+
+    async def DrainNode(self, request: pb.DrainNodeRequest, context: Any) -> pb.DrainNodeResponse:
+        who = auth.require("owner")
+        node = self._scheduler.state.nodes.get(request.node)
+        if node is None or node.workspace != who.workspace:
+            raise NotFound("node", request.node, "`alveary compute nodes` shows those there are")
+        if node.draining:
+            return pb.DrainNodeResponse()
+        reason = request.reason or f"{who.subject} drained it"
+        return pb.DrainNodeResponse(
+            sequence=await self._scheduler.append(Key(node.workspace, "node", node.id), ev.NodeDraining(reason=reason))
+        )
 
 
 class QueueService(rpc.QueueServiceServicer):
@@ -174,17 +196,47 @@ class QueueService(rpc.QueueServiceServicer):
 
     async def ListQueue(self, request: pb.ListQueueRequest, context: Any) -> pb.ListQueueResponse:
         who = auth.require("reader")
-        waiting = [
-            w for w in domain.order(self._scheduler.state.queue.values())
-            if w.workspace == who.workspace and request.target in ("", w.target)
-        ]  # fmt: skip
-        return pb.ListQueueResponse(
-            waiting=[
-                pb.Waiting(run_id=w.run, position=i, reason=w.reason, priority=w.priority, target=w.target)
-                for i, w in enumerate(waiting, 1)
-            ]
+        state, found = self._scheduler.state, []
+        for (workspace, name), pool in sorted(state.pools.items()):
+            if workspace == who.workspace and request.target in ("", name):
+                found += [_waiting(state.queue[r.run], i) for i, r in enumerate(pool.order(time.time()), 1) if r.run in state.queue]
+        orphans = [w for w in state.queue.values() if w.workspace == who.workspace and (workspace_of(w) not in state.pools)]
+        found += [_waiting(w, i) for i, w in enumerate(orphans, 1) if request.target in ("", w.target)]
+        return pb.ListQueueResponse(waiting=found)
+
+    async def ExplainRun(self, request: pb.ExplainRunRequest, context: Any) -> pb.ExplainRunResponse:
+        who = auth.require("reader")
+        waiting = self._scheduler.state.queue.get(request.run_id)
+        if waiting is None or waiting.workspace != who.workspace:
+            raise NotFound("waiting run", request.run_id, "it does not wait for a place: `alveary run show` says what it does")
+        pool = self._scheduler.state.pools.get(workspace_of(waiting))
+        if pool is None:
+            return pb.ExplainRunResponse(waiting=_waiting(waiting, 0), would_help=waiting.reason)
+        now = time.time()
+        standing = pool.standing(request.run_id, now)
+        answer = pb.ExplainRunResponse(
+            waiting=_waiting(waiting, standing.position), waits_for=str(waiting.request), would_help=waiting.reason or standing.would_help
         )
+        if standing.expected is not None:
+            answer.expected_start.FromNanoseconds(int(standing.expected * 1e9))
+        return answer
 
 
-def _resources(need: domain.Need) -> c.Resources:
-    return c.Resources(cpus=need.cpus, memory_bytes=need.memory, gpus=need.gpus)
+def workspace_of(waiting: domain.Waiting) -> tuple[str, str]:
+    """Key of its target."""
+    return (waiting.workspace, waiting.target)
+
+
+def _waiting(waiting: domain.Waiting, position: int) -> pb.Waiting:
+    return pb.Waiting(run_id=waiting.run, position=position, reason=waiting.reason, priority=waiting.request.tier, target=waiting.target)
+
+
+def _used(held: list[domain.Placed]) -> c.Resources:
+    shapes = [p.request.shape for p in held]
+    milli = sum(s.gpu_total for s in shapes)
+    return c.Resources(
+        cpus=sum(s.cpu_milli for s in shapes) / 1000,
+        memory_bytes=sum(s.memory for s in shapes),
+        gpus=milli // WHOLE,
+        gpu_milli=milli % WHOLE,
+    )

@@ -1,41 +1,43 @@
-"""Who runs where. Pure: state in, decisions out, the same for the same input.
+"""Targets, nodes, queue and placements, folded from events; and what to do next. Pure.
 
-The state is a fold of events (`evolve`); `plan` looks at it and says what to do next: place, wait (and why), start or
-stop nodes.
+The state is a fold of events (`evolve`); each target's `pool.Pool` is a part of it. `plan` looks at it and says what to
+do next: place, make room, wait (and why), start or stop nodes. What it says changes the state only when it comes back
+as events.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from alveary_contracts.common.v1 import common_pb2 as c
 from alveary_contracts.events.v1 import events_pb2 as ev
 from alveary_core.events import Event
+from alveary_scheduler.packing import WHOLE, Machine, Shape
+from alveary_scheduler.pool import UNLIMITED, Amount, Place, Pool, Preempt, Quota, Request, Share
 
-_EPSILON = 1e-9
+# Failures that may be the node's fault rather than the run's.
+_NODE_FAULTS = ("staging_failed", "launch_failed", "upload_failed")
+# Runs whose reason for waiting is looked at in one round, beside those that have none yet.
+_RETOLD, _TOLD = 50, 200
 
 
-@dataclass(frozen=True)
-class Need:
-    """What a run takes of a node: cores, bytes, whole GPUs."""
+def shape_of(resources: c.Resources, labels: Mapping[str, str]) -> Shape:
+    """What each node of a run is to give."""
+    gpus = 1 if resources.gpu_milli else resources.gpus
+    return Shape(
+        round(resources.cpus * 1000), resources.memory_bytes, gpus, resources.gpu_milli or WHOLE,
+        frozenset(resources.gpu_models) if gpus else frozenset(), frozenset(labels.items()),
+    )  # fmt: skip
 
-    cpus: float = 1.0
-    memory: int = 0
-    gpus: int = 0
 
-    @classmethod
-    def of(cls, resources: c.Resources) -> Need:
-        """From a specification."""
-        return cls(resources.cpus, resources.memory_bytes, resources.gpus)
-
-    def __str__(self) -> str:
-        parts = [f"{self.cpus:g} CPU"]
-        if self.memory:
-            parts.append(f"{self.memory / 2**30:.1f} GiB")
-        if self.gpus:
-            parts.append(f"{self.gpus} GPU")
-        return " + ".join(parts)
+def resources_of(shape: Shape) -> c.Resources:
+    """The inverse, without labels."""
+    milli = shape.gpu_milli if shape.shares else 0
+    return c.Resources(
+        cpus=shape.cpu_milli / 1000, memory_bytes=shape.memory, gpus=shape.gpus, gpu_milli=milli, gpu_models=sorted(shape.models)
+    )
 
 
 @dataclass(frozen=True)
@@ -55,57 +57,68 @@ class Node:
     target: str
     workspace: str
     incarnation: str
-    total: Need
+    total: c.Resources
     draining: bool = False
+    labels: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Waiting:
-    """A run in the queue. `sequence` is that of the event that put it there: the order of arrival."""
+    """A run in the queue."""
 
-    run: str
     workspace: str
     target: str
-    need: Need
-    priority: int
-    sequence: int
-    attempt: int
+    request: Request
     reason: str = ""
     provisioning: bool = False
+
+    @property
+    def run(self) -> str:
+        """Its id."""
+        return self.request.run
+
+    @property
+    def attempt(self) -> int:
+        """The attempt that comes next."""
+        return self.request.attempt
 
 
 @dataclass(frozen=True)
 class Placed:
     """An attempt that holds a part of a node."""
 
-    run: str
     workspace: str
+    target: str
     node: str
     incarnation: str
-    attempt: int
-    need: Need
+    request: Request
     gpu_indexes: tuple[int, ...]
+
+    @property
+    def run(self) -> str:
+        """Its id."""
+        return self.request.run
+
+    @property
+    def attempt(self) -> int:
+        """Which one."""
+        return self.request.attempt
 
 
 @dataclass
 class State:
-    """All that is live; keyed by id, targets by (workspace, name)."""
+    """All that is live; keyed by id, targets and pools by (workspace, name)."""
 
     targets: dict[tuple[str, str], Target] = field(default_factory=dict)
+    pools: dict[tuple[str, str], Pool] = field(default_factory=dict)
     nodes: dict[str, Node] = field(default_factory=dict)
     queue: dict[str, Waiting] = field(default_factory=dict)
     placed: dict[str, Placed] = field(default_factory=dict)
     # Runs that were cancelled while they held no place, with their workspaces.
     canceled: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Place:
-    """Give a run its node."""
-
-    run: str
-    node: str
-    gpu_indexes: tuple[int, ...]
+    # Runs in the queue that nobody has told why; where each run was in it at first.
+    silent: dict[str, None] = field(default_factory=dict)
+    arrivals: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -127,7 +140,7 @@ class Scale:
     reason: str
 
 
-Decision = Place | Wait | Scale
+Decision = Place | Preempt | Wait | Scale
 
 
 def evolve(state: State, event: Event) -> None:
@@ -135,174 +148,248 @@ def evolve(state: State, event: Event) -> None:
     key, message = event.key, event.message
     match message:
         case ev.TargetCreated():
-            state.targets[key.workspace, key.id] = Target(key.workspace, key.id, message.spec)
+            _create(state, Target(key.workspace, key.id, message.spec))
         case ev.TargetDeleted():
             state.targets.pop((key.workspace, key.id), None)
+            state.pools.pop((key.workspace, key.id), None)
         case ev.NodeJoined():
-            state.nodes[key.id] = Node(key.id, message.target, key.workspace, message.incarnation, Need.of(message.resources))
+            _leave(state, key.id)
+            node = Node(key.id, message.target, key.workspace, message.incarnation, message.resources, labels=dict(message.labels))
+            state.nodes[key.id] = node
+            if (pool := state.pools.get((key.workspace, message.target))) is not None:
+                pool.add(machine_of(node, message.gpu_models[0] if message.gpu_models else ""))
         case ev.NodeDraining():
             if key.id in state.nodes:
-                state.nodes[key.id] = replace(state.nodes[key.id], draining=True)
+                node = state.nodes[key.id] = replace(state.nodes[key.id], draining=True)
+                if (pool := state.pools.get((node.workspace, node.target))) is not None:
+                    pool.drain(key.id)
         case ev.NodeLost() | ev.NodeLeft():
             if key.id in state.nodes and state.nodes[key.id].incarnation == message.incarnation:
-                del state.nodes[key.id]
+                _leave(state, key.id)
         case ev.RunPrepared():
-            _enqueue(state, event, message.spec, message.attempts_used + 1)
+            state.arrivals.setdefault(key.id, event.sequence)
+            _enqueue(state, event, message.spec, message.submitted_by, message.attempts_used + 1)
         case ev.RunRetrying():
-            _enqueue(state, event, message.spec, message.attempt)
+            _unplace(state, key.id, event.time)
+            _enqueue(state, event, message.spec, message.submitted_by, message.attempt)
         case ev.RunCancelRequested():
-            state.queue.pop(key.id, None)
+            _dequeue(state, key.id)
             if key.id not in state.placed:
                 state.canceled[key.id] = key.workspace
         case ev.RunCompleted() | ev.RunFailed() | ev.RunCanceled():
-            state.queue.pop(key.id, None)
-            state.placed.pop(key.id, None)
+            _judge(state, event)
+            _dequeue(state, key.id)
+            _unplace(state, key.id, event.time)
             state.canceled.pop(key.id, None)
+            state.arrivals.pop(key.id, None)
         case ev.PlacementWaiting():
             _reason(state, key.id, message.reason, provisioning=False)
         case ev.PlacementProvisioning():
             _reason(state, key.id, message.reason, provisioning=True)
         case ev.PlacementMade():
-            share = message.nodes[0]
-            state.queue.pop(key.id, None)
-            state.placed[key.id] = Placed(
-                key.id, key.workspace, share.node, share.incarnation, message.attempt,
-                Need.of(message.spec.resources), tuple(share.gpu_indexes),
-            )  # fmt: skip
+            _place(state, event, message)
+        case ev.PlacementPreempting():
+            held = state.placed.get(key.id)
+            if held and held.attempt == message.attempt and (pool := state.pools.get((held.workspace, held.target))) is not None:
+                pool.asked(key.id)
         case ev.PlacementRevoked() | ev.PlacementReleased():
             held = state.placed.get(key.id)
             if held and held.attempt == message.attempt:
-                del state.placed[key.id]
+                _unplace(state, key.id, event.time)
 
 
-def _enqueue(state: State, event: Event, spec: c.RunSpec, attempt: int) -> None:
-    if event.key.id in state.canceled:
+def machine_of(node: Node, model: str) -> Machine:
+    """A node as its pool sees it."""
+    total = node.total
+    return Machine(node.id, round(total.cpus * 1000), total.memory_bytes, total.gpus, model, frozenset(node.labels.items()))
+
+
+def quotas_of(workspace: str, spec: ev.ComputeSpec) -> dict[tuple[str, str], Quota]:
+    """By (workspace, user)."""
+    found = {}
+    for one in spec.quotas:
+        maximum = UNLIMITED
+        if one.HasField("maximum") or one.forbid_gpus:
+            limit = one.maximum
+            maximum = Amount(
+                round(limit.cpus * 1000) or None, limit.memory_bytes or None, 0 if one.forbid_gpus else limit.gpus * WHOLE or None
+            )
+        guaranteed = None
+        if one.HasField("guaranteed"):
+            guaranteed = Amount(round(one.guaranteed.cpus * 1000), one.guaranteed.memory_bytes or None, one.guaranteed.gpus * WHOLE)
+        found[workspace, one.user] = Quota(one.weight or 1.0, guaranteed, maximum)
+    return found
+
+
+def _create(state: State, target: Target) -> None:
+    key = (target.workspace, target.name)
+    state.targets[key] = target
+    spec = target.spec
+    pool = Pool(spec.placement_policy or ("fgd" if spec.gpu_sharing else "best-fit"), quotas=quotas_of(target.workspace, spec))
+    state.pools[key] = pool
+    # Runs that waited while the target was gone.
+    for waiting in state.queue.values():
+        if (waiting.workspace, waiting.target) == key:
+            pool.submit(waiting.request)
+
+
+def _leave(state: State, node: str) -> None:
+    """What its runs held is free; that they are lost is said by PlacementRevoked."""
+    gone = state.nodes.pop(node, None)
+    if gone is not None and (pool := state.pools.get((gone.workspace, gone.target))) is not None and node in pool.cluster.rows:
+        pool.remove(node)
+
+
+def _enqueue(state: State, event: Event, spec: c.RunSpec, user: str, attempt: int) -> None:
+    run, workspace = event.key.id, event.key.workspace
+    if run in state.canceled:
         return
-    state.queue[event.key.id] = Waiting(
-        event.key.id, event.key.workspace, spec.compute_target, Need.of(spec.resources), spec.priority, event.sequence, attempt
-    )
+    target = state.targets.get((workspace, spec.compute_target))
+    # Whoever is placed at lower tiers, on cheap targets, or where guarantees are given, may have to make room.
+    gives_way = spec.priority < 0 or (target is not None and (target.spec.vm_priority == "lowpriority" or any(q.HasField("guaranteed") for q in target.spec.quotas)))  # fmt: skip
+    request = Request(
+        run, workspace, user, shape_of(spec.resources, spec.node_labels), state.arrivals.get(run, event.sequence), event.time,
+        spec.node_count or 1, tier=spec.priority, duration=spec.max_run_duration_seconds, preemptible=gives_way, attempt=attempt,
+    )  # fmt: skip
+    _dequeue(state, run)
+    state.queue[run] = Waiting(workspace, spec.compute_target, request)
+    state.silent[run] = None
+    if (pool := state.pools.get((workspace, spec.compute_target))) is not None:
+        pool.submit(request)
+
+
+def _dequeue(state: State, run: str) -> None:
+    waiting = state.queue.pop(run, None)
+    state.silent.pop(run, None)
+    if waiting is not None and (pool := state.pools.get((waiting.workspace, waiting.target))) is not None:
+        pool.withdraw(run)
+
+
+def _place(state: State, event: Event, made: ev.PlacementMade) -> None:
+    run, workspace = event.key.id, event.key.workspace
+    waiting = state.queue.get(run)
+    if waiting is not None:
+        request = replace(waiting.request, attempt=made.attempt)
+    else:
+        spec = made.spec
+        request = Request(
+            run, workspace, made.submitted_by, shape_of(spec.resources, spec.node_labels), event.sequence, event.time,
+            spec.node_count or 1, tier=spec.priority, duration=spec.max_run_duration_seconds, attempt=made.attempt,
+        )  # fmt: skip
+    _unplace(state, run, event.time)
+    _dequeue(state, run)
+    share = made.nodes[0]
+    state.placed[run] = Placed(workspace, made.target, share.node, share.incarnation, request, tuple(share.gpu_indexes))
+    pool, node = state.pools.get((workspace, made.target)), state.nodes.get(share.node)
+    # A node that was lost meanwhile, or lives another life, has nothing to give: the placement is about to be revoked.
+    if pool is not None and node is not None and node.incarnation == share.incarnation and share.node in pool.cluster.rows:
+        pool.place(request, [Share(one.node, tuple(one.gpu_indexes)) for one in made.nodes], event.time)
+
+
+def _unplace(state: State, run: str, now: float) -> None:
+    held = state.placed.pop(run, None)
+    if held is not None and (pool := state.pools.get((held.workspace, held.target))) is not None:
+        pool.finish(run, now)
+
+
+def _judge(state: State, event: Event) -> None:
+    """Whether a run's end speaks against its node."""
+    held = state.placed.get(event.key.id)
+    if held is None or (pool := state.pools.get((held.workspace, held.target))) is None or held.node not in pool.cluster.rows:
+        return
+    message = event.message
+    if isinstance(message, ev.RunFailed) and message.exit.reason in _NODE_FAULTS:
+        pool.blame(held.node, event.key.id, event.time)
+    else:
+        pool.absolve(held.node)
 
 
 def _reason(state: State, run: str, reason: str, *, provisioning: bool) -> None:
     if run in state.queue:
         state.queue[run] = replace(state.queue[run], reason=reason, provisioning=provisioning)
+        state.silent.pop(run, None)
 
 
-@dataclass
-class _Room:
-    """What is free on a node, or on one that is still to come (`node` empty)."""
-
-    node: str
-    cpus: float
-    memory: int
-    gpus: list[int]
-
-    def fits(self, need: Need) -> bool:
-        return need.cpus <= self.cpus + _EPSILON and need.memory <= self.memory and need.gpus <= len(self.gpus)
-
-    def take(self, need: Need) -> tuple[int, ...]:
-        self.cpus -= need.cpus
-        self.memory -= need.memory
-        taken, self.gpus = tuple(self.gpus[: need.gpus]), self.gpus[need.gpus :]
-        return taken
-
-
-def rooms(state: State, target: Target) -> list[_Room]:
-    """What is free on the target's nodes."""
-    found = []
-    for node in sorted(state.nodes.values(), key=lambda n: n.id):
-        if (node.workspace, node.target) != (target.workspace, target.name) or node.draining:
-            continue
-        used = [p for p in state.placed.values() if p.node == node.id]
-        taken = {index for p in used for index in p.gpu_indexes}
-        found.append(
-            _Room(
-                node.id, node.total.cpus - sum(p.need.cpus for p in used),
-                node.total.memory - sum(p.need.memory for p in used),
-                [g for g in range(node.total.gpus) if g not in taken],
-            )
-        )  # fmt: skip
-    return found
-
-
-def order(queue: Iterable[Waiting]) -> list[Waiting]:
-    """By priority, then by arrival."""
-    return sorted(queue, key=lambda w: (-w.priority, w.sequence))
-
-
-def plan(state: State, starting: Mapping[tuple[str, str], int], idle: Mapping[tuple[str, str], int]) -> list[Decision]:
+def plan(state: State, starting: Mapping[tuple[str, str], int], idle: Mapping[tuple[str, str], int], now: float) -> list[Decision]:
     """What to do now.
 
     `starting` is how many nodes of a target are on their way, `idle` how many have been idle for as long as the
-    target allows. Nobody is placed before one that waits for the same target longer or with more priority.
+    target allows.
     """
     decisions: list[Decision] = []
-    by_target: dict[tuple[str, str], list[Waiting]] = {}
-    for waiting in order(state.queue.values()):
-        by_target.setdefault((waiting.workspace, waiting.target), []).append(waiting)
-    for key in by_target.keys() - state.targets.keys():
-        decisions += [
-            _wait(w, f"its compute target {key[1]!r} was deleted: cancel the run, or create the target again", False)
-            for w in by_target[key]
-        ]
+    growing: dict[tuple[str, str], bool] = {}
+    placed: set[str] = set()
     for key in sorted(state.targets):
-        decisions += _plan_target(state, state.targets[key], by_target.get(key, []), starting.get(key, 0), idle.get(key, 0))
-    return [d for d in decisions if not (isinstance(d, Wait) and _said(state, d))]
-
-
-def _said(state: State, decision: Wait) -> bool:
-    waiting = state.queue[decision.run]
-    return waiting.reason == decision.reason and waiting.provisioning == decision.provisioning
-
-
-def _plan_target(state: State, target: Target, queue: list[Waiting], starting: int, idle: int) -> list[Decision]:
-    decisions: list[Decision] = []
-    spec = target.spec
-    free = rooms(state, target)
-    joined = len(free)
-    fresh = Need.of(spec.node_resources)
-    coming = [_Room("", fresh.cpus, fresh.memory, list(range(fresh.gpus))) for _ in range(starting)]
-    wanted = joined + starting
-    blocked = False
-    for waiting in queue:
-        fitting = [] if blocked else [r for r in free if r.fits(waiting.need)]
-        if fitting:
-            room = min(fitting, key=lambda r: (r.cpus - waiting.need.cpus, len(r.gpus), r.node))
-            decisions.append(Place(waiting.run, room.node, room.take(waiting.need)))
+        found, growing[key] = _plan_target(state, state.targets[key], starting.get(key, 0), idle.get(key, 0), now)
+        placed |= {d.run for d in found if isinstance(d, Place)}
+        decisions += found
+    heads = itertools.chain(itertools.islice(state.silent, _TOLD), itertools.islice(state.queue, _RETOLD))
+    for run in dict.fromkeys(heads):
+        if run in placed:
             continue
-        blocked = True
-        if spec.kind == "nodes":
-            text = f"waits for {waiting.need}: " + (
-                f"the {joined} nodes of {target.name} are in use by earlier runs, or too small; start another trainer for it, or wait"
-                if joined
-                else f"no node has joined {target.name}: start a trainer for it"
-            )
-            decisions.append(_wait(waiting, text, False))
-            continue
-        room_to_come = next((r for r in coming if r.fits(waiting.need)), None)
-        if room_to_come is None and wanted < spec.max_nodes:
-            wanted += 1
-            room_to_come = _Room("", fresh.cpus, fresh.memory, list(range(fresh.gpus)))
-            coming.append(room_to_come)
-        if room_to_come is not None and room_to_come.fits(waiting.need):
-            room_to_come.take(waiting.need)
-            decisions.append(_wait(waiting, f"{target.name} is starting a node for it ({waiting.need})", True))
-        else:
-            text = (
-                f"waits for {waiting.need}: the nodes of {target.name} are in use by earlier runs, and it has its "
-                f"maximum of {spec.max_nodes}; raise max_nodes, use another target, or wait"
-            )
-            decisions.append(_wait(waiting, text, False))
-    if spec.kind == "nodes":
-        return decisions  # they come and go as whoever runs them says
-    if wanted == joined + starting and not queue:
-        wanted = max(wanted - idle, spec.min_nodes)
-    wanted = min(max(wanted, spec.min_nodes), spec.max_nodes)
-    if wanted != joined + starting:
-        reason = f"{len(queue)} runs wait" if wanted > joined + starting else "idle nodes"
-        decisions.append(Scale(target.workspace, target.name, wanted, reason))
+        waiting = state.queue[run]
+        wait = _wait(state, waiting, growing.get((waiting.workspace, waiting.target), False))
+        if (waiting.reason, waiting.provisioning) != (wait.reason, wait.provisioning):
+            decisions.append(wait)
     return decisions
 
 
-def _wait(waiting: Waiting, reason: str, provisioning: bool) -> Wait:
-    return Wait(waiting.run, reason, provisioning)
+def _plan_target(state: State, target: Target, starting: int, idle: int, now: float) -> tuple[list[Decision], bool]:
+    """Decisions, and whether nodes are on their way for those who wait."""
+    spec, pool = target.spec, state.pools[target.workspace, target.name]
+    reserved = pool.reservation
+    decisions: list[Decision] = [d for d in pool.decide(now) if isinstance(d, (Place, Preempt))]
+    places = [d for d in decisions if isinstance(d, Place)]
+    queued = len(pool.waiting)
+    joined = sum((n.workspace, n.target) == (target.workspace, target.name) and not n.draining for n in state.nodes.values())
+    wanted = joined + starting
+    if spec.kind == "local":
+        wanted = joined + max(starting, pool.nodes_needed(_fresh(state, target), starting, spec.max_nodes - joined))
+    # The pool learns of them when they are in the log; who is next to reserve is found out after that.
+    for place in reversed(places):
+        pool.unplace(place.run, now)
+    if places:
+        pool.reservation = reserved
+    if spec.kind != "local":
+        return decisions, False  # nodes come and go as whoever runs them says
+    if wanted == joined + starting and not queued and not places:
+        wanted = max(wanted - idle, spec.min_nodes)
+    wanted = min(max(wanted, spec.min_nodes), spec.max_nodes)
+    if wanted != joined + starting:
+        reason = f"{queued} runs wait" if wanted > joined + starting else "idle nodes"
+        decisions.append(Scale(target.workspace, target.name, wanted, reason))
+    return decisions, wanted > joined
+
+
+def _fresh(state: State, target: Target) -> Machine:
+    """A node that is yet to come; its GPUs are those of the nodes that are there."""
+    whole = target.spec.node_resources
+    cluster = state.pools[target.workspace, target.name].cluster
+    model = next((m.model for m in cluster.machines if m is not None), "")
+    return Machine("", round(whole.cpus * 1000), whole.memory_bytes, whole.gpus, model)
+
+
+def _wait(state: State, waiting: Waiting, growing: bool) -> Wait:
+    name, request, run = waiting.target, waiting.request, waiting.run
+    pool, target = state.pools.get((waiting.workspace, name)), state.targets.get((waiting.workspace, name))
+    if pool is None or target is None:
+        return Wait(run, f"its compute target {name!r} was deleted: cancel the run, or create the target again", False)
+    reason, _ = pool.why(request)
+    if "quota" in reason:
+        return Wait(run, reason, False)
+    there = sum(m is not None for m in pool.cluster.machines)
+    if target.spec.kind == "nodes":
+        if not there:
+            return Wait(run, f"waits for {request}: no node has joined {name}: start a trainer for it", False)
+        if not pool.possible(request):
+            return Wait(run, f"{reason}; start another trainer for {name}, or ask for less", False)
+        return Wait(
+            run, f"waits for {request}: the {there} nodes of {name} are in use by earlier runs, or kept for them; "
+            "start another trainer for it, or wait", False,
+        )  # fmt: skip
+    if growing:
+        return Wait(run, f"{name} is starting a node for it ({request})", True)
+    return Wait(
+        run, f"waits for {request}: the nodes of {name} are in use by earlier runs, or kept for them, and it has its maximum of "
+        f"{target.spec.max_nodes}; raise max_nodes, use another target, or wait", False,
+    )  # fmt: skip

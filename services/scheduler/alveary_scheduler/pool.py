@@ -365,6 +365,22 @@ class Pool:
             self._on[row].pop(run, None)
         self._charge(held.request, -len(held.shares), held.started if now is None else now)
 
+    def unplace(self, run: str, now: float) -> None:
+        """Take a placement of `decide` back: it waits as if it had never been placed."""
+        request = self.running[run].request
+        self.finish(run, now)
+        self.waiting[run] = request
+        aged = request.arrived + self.patience <= now
+        self._line_up(request, AGED if aged else request.tier)
+        if not aged:
+            heapq.heappush(self._ages, (request.arrived, request.sequence, run))
+
+    def asked(self, run: str) -> None:
+        """It was told to make room."""
+        if run in self.running:
+            self.running[run].leaving = True
+            self._leaving.add(run)
+
     def saved(self, run: str, now: float) -> None:
         """It stored a checkpoint."""
         if run in self.running:
@@ -436,7 +452,7 @@ class Pool:
         while entries:
             sequence, run = entries[0]
             request = self.waiting.get(run)
-            if request is not None and request.sequence == sequence and self._tier_of[run] == tier:
+            if request is not None and request.sequence == sequence and self._tier_of[run] == tier and request.kind == kind:
                 return (sequence, run, kind)
             heapq.heappop(entries)
         line.pop(kind, None)

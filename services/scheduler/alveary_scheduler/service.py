@@ -25,6 +25,7 @@ from alveary_core.events import Event, Key
 from alveary_core.service import Service
 from alveary_scheduler import domain
 from alveary_scheduler.adapters.local import LocalNodes
+from alveary_scheduler.pool import Place, Preempt
 from alveary_scheduler.projection import SchedulerProjection
 
 _TRIES = 5
@@ -128,7 +129,7 @@ class Scheduler:
         while True:
             await self._revoke_stale()
             await self._release_canceled()
-            for decision in domain.plan(self.state, self._starting(), self._idle()):
+            for decision in domain.plan(self.state, self._starting(), self._idle(), time.time()):
                 await self._do(decision)
             self._count()
             with contextlib.suppress(TimeoutError):
@@ -149,28 +150,34 @@ class Scheduler:
 
     async def _do(self, decision: domain.Decision) -> None:
         match decision:
-            case domain.Place():
+            case Place():
                 await self._place(decision)
+            case Preempt(run=run, attempt=attempt, beneficiary=beneficiary, reason=reason):
+                held = self.state.placed.get(run)
+                if held is not None and held.attempt == attempt:
+                    message = ev.PlacementPreempting(attempt=attempt, beneficiary=beneficiary, reason=reason)
+                    await self.append(Key(held.workspace, "placement", run), message)
             case domain.Wait(run=run, reason=reason, provisioning=provisioning):
                 waiting = self.state.queue.get(run)
                 if waiting is None:
                     return
-                message: Message = ev.PlacementWaiting(reason=reason)
+                told: Message = ev.PlacementWaiting(reason=reason)
                 if provisioning:
-                    message = ev.PlacementProvisioning(reason=reason, target=waiting.target)
-                await self.append(Key(waiting.workspace, "placement", run), message)
+                    told = ev.PlacementProvisioning(reason=reason, target=waiting.target)
+                await self.append(Key(waiting.workspace, "placement", run), told)
             case domain.Scale():
                 await self._scale(decision)
 
-    async def _place(self, decision: domain.Place) -> None:
-        waiting, node = self.state.queue.get(decision.run), self.state.nodes.get(decision.node)
-        if waiting is None or node is None or decision.node in self._leaving:
+    async def _place(self, decision: Place) -> None:
+        (where,) = decision.shares
+        waiting, node = self.state.queue.get(decision.run), self.state.nodes.get(where.node)
+        if waiting is None or node is None or where.node in self._leaving:
             return
         asked = self.view.specs[decision.run].message
         assert isinstance(asked, (ev.RunPrepared, ev.RunRetrying))
         target = self.state.targets[waiting.workspace, waiting.target]
         share = ev.NodeShare(
-            node=node.id, incarnation=node.incarnation, gpu_indexes=decision.gpu_indexes, first_rank=0,
+            node=node.id, incarnation=node.incarnation, gpu_indexes=where.gpus, first_rank=0,
             rank_count=asked.spec.process_count_per_node,
         )  # fmt: skip
         made = ev.PlacementMade(
@@ -280,7 +287,7 @@ class Scheduler:
             resources = c.Resources(cpus=beat.cpus, memory_bytes=beat.memory_total_bytes, gpus=beat.gpus)
             joined = ev.NodeJoined(
                 target=beat.target, incarnation=beat.incarnation, resources=resources, gpu_models=beat.gpu_models,
-                hostname=beat.hostname,
+                hostname=beat.hostname, labels=beat.labels,
             )  # fmt: skip
             await self.append(key, joined)
         pulse = self.pulses.setdefault(beat.node, Pulse(0.0))

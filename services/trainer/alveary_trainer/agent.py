@@ -35,13 +35,15 @@ class Agent:
         self.attempts: dict[str, Attempt] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         # Cancelled before their placement was seen here; bounded, oldest out.
+        self._preempted: OrderedDict[str, None] = OrderedDict()
         self._canceled: OrderedDict[str, None] = OrderedDict()
         self._answered = time.monotonic()
         self.done = asyncio.Event()
 
     async def follow(self, start: int) -> None:
-        """Placements for this node, revocations and cancels, for ever."""
-        subjects = ["alveary.*.placement.*.made", "alveary.*.placement.*.revoked", "alveary.*.run.*.cancel_requested"]
+        """Placements for this node, what is taken back or must make room, and cancels, for ever."""
+        placements = [f"alveary.*.placement.*.{what}" for what in ("made", "revoked", "preempting")]
+        subjects = [*placements, "alveary.*.run.*.cancel_requested"]
         async with contextlib.aclosing(self._context.log.follow(subjects, start)) as stream:
             async for item in stream:
                 if item is None:
@@ -56,6 +58,12 @@ class Agent:
                             self._take(Attempt(self._context, event.key, made))
                     case ev.PlacementRevoked() as revoked:
                         self._end(f"{event.key.id}-{revoked.attempt}", "fenced")
+                    case ev.PlacementPreempting() as preempting:
+                        name = f"{event.key.id}-{preempting.attempt}"
+                        self._preempted[name] = None
+                        if len(self._preempted) > 10_000:
+                            self._preempted.popitem(last=False)
+                        self._end(name, "preempted")
                     case ev.RunCancelRequested():
                         self._canceled[event.key.id] = None
                         if len(self._canceled) > 10_000:
@@ -72,6 +80,8 @@ class Agent:
         telemetry.ATTEMPTS.set(len(self.attempts))
         if attempt.run_id in self._canceled:
             attempt.end("canceled")
+        if name in self._preempted:
+            attempt.end("preempted")
         task = asyncio.create_task(attempt.run(), name=name)
         self._tasks.add(task)
         task.add_done_callback(self._over)
@@ -95,7 +105,7 @@ class Agent:
         memory = psutil.virtual_memory()
         return pb.Beat(
             node=s.node, incarnation=self._context.incarnation, target=s.target, leaving=leaving,
-            hostname=socket.gethostname(), cpus=s.node_cpus or float(len(os.sched_getaffinity(0))), cpu_percent=psutil.cpu_percent(None),
+            hostname=socket.gethostname(), labels=s.node_labels, cpus=s.node_cpus or float(len(os.sched_getaffinity(0))), cpu_percent=psutil.cpu_percent(None),
             memory_total_bytes=s.node_memory_bytes or memory.total, memory_used_bytes=memory.total - memory.available,
             gpus=s.gpu_count, gpu_models=gpu_models()[s.gpu_offset : s.gpu_offset + s.gpu_count],
             gpu_percent=gpu_utilisation(s.gpu_offset, s.gpu_count),

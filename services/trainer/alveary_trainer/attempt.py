@@ -46,7 +46,7 @@ class Attempt:
         self._code = self._root / "work"
         self._place: Place | None = None
         self._tree: Tree | None = None
-        # Why it must end before its time: "canceled", "timeout", "out_of_memory", or "fenced" (then it says nothing).
+        # Why it must end before its time: "canceled", "timeout", "preempted", "out_of_memory", or "fenced" (then it says nothing).
         self._end: str = ""
         self._ending = asyncio.Event()
         self._tail: deque[str] = deque(maxlen=20)
@@ -247,7 +247,7 @@ class Attempt:
     async def _enforce(self, tree: Tree) -> None:
         """When the end is asked for: SIGTERM, the grace, SIGKILL."""
         await self._ending.wait()
-        if self._end == "canceled" or self._end == "timeout":
+        if self._end in ("canceled", "timeout", "preempted"):
             self._note(f"{self._end}: SIGTERM, then SIGKILL after {self.spec.grace_seconds:g} s")
             tree.terminate()
             await asyncio.sleep(self.spec.grace_seconds)
@@ -275,10 +275,11 @@ class Attempt:
             status.exit_code = outcome.exit_code
         if outcome.signal is not None:
             status.signal = outcome.signal
-        if self._end in ("canceled", "timeout", "out_of_memory"):
+        if self._end in ("canceled", "timeout", "preempted", "out_of_memory"):
             status.reason = self._end
             status.message = {
                 "canceled": "canceled",
+                "preempted": "a run that comes first needs its place",
                 "timeout": f"it ran longer than max_run_duration_seconds = {self.spec.max_run_duration_seconds:g}",
                 "out_of_memory": f"it used more than the {self.spec.resources.memory_bytes / 2**20:.0f} MiB of memory it asked for",
             }[self._end]

@@ -30,6 +30,8 @@ class TrainerSettings(CoreSettings):
     # Cores and bytes that this node gives to runs; 0: all of the machine. Trainers that share a machine share it so.
     node_cpus: float = 0.0
     node_memory_bytes: int = 0
+    # What runs may ask of a node, as JSON: {"zone": "a"}.
+    node_labels: dict[str, str] = {}
     # Where environments, snapshots and datasets are kept; empty: state_dir/cache.
     cache_dir: Path | None = None
     # Environments beyond this are evicted, least recently used first.

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x61lveary/common/v1/common.proto\x12\x11\x61lveary.common.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"K\n\tFileEntry\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x03\x12\x0e\n\x06sha256\x18\x03 \x01(\t\x12\x12\n\nexecutable\x18\x04 \x01(\x08\"7\n\x08Manifest\x12+\n\x05\x66iles\x18\x01 \x03(\x0b\x32\x1c.alveary.common.v1.FileEntry\"\xd5\x03\n\x0b\x45nvironment\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x05\x12\x16\n\x0epython_version\x18\x03 \x01(\t\x12\x14\n\x0cpip_packages\x18\x04 \x03(\t\x12W\n\x15\x65nvironment_variables\x18\x05 \x03(\x0b\x32\x38.alveary.common.v1.Environment.EnvironmentVariablesEntry\x12\x14\n\x0cuser_managed\x18\x06 \x01(\x08\x12\x13\n\x0binterpreter\x18\x07 \x01(\t\x12\x16\n\x0e\x65xtends_digest\x18\x08 \x01(\t\x12\x13\n\x0brebuild_key\x18\t \x01(\t\x12\x16\n\x0e\x63onda_packages\x18\n \x03(\t\x12\x16\n\x0e\x63onda_channels\x18\x0b \x03(\t\x12\x14\n\x0c\x61pt_packages\x18\x0c \x03(\t\x12\x12\n\nbase_image\x18\r \x01(\t\x12\x12\n\ndockerfile\x18\x0e \x01(\t\x12\r\n\x05image\x18\x0f \x01(\t\x12\x0e\n\x06locked\x18\x10 \x01(\x08\x1a;\n\x19\x45nvironmentVariablesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"P\n\tResources\x12\x0c\n\x04\x63pus\x18\x01 \x01(\x01\x12\x14\n\x0cmemory_bytes\x18\x02 \x01(\x03\x12\x0c\n\x04gpus\x18\x03 \x01(\x05\x12\x11\n\tshm_bytes\x18\x04 \x01(\x03\"f\n\x0cInputDataset\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x64\x61taset\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\x05\x12\x17\n\x0fmanifest_digest\x18\x04 \x01(\t\x12\r\n\x05model\x18\x05 \x01(\x08\"\xfe\x05\n\x07RunSpec\x12\x12\n\nexperiment\x18\x01 \x01(\t\x12\x10\n\x08snapshot\x18\x02 \x01(\t\x12\x14\n\x0c\x65ntry_script\x18\x03 \x01(\t\x12\x0f\n\x07\x63ommand\x18\x04 \x03(\t\x12\x11\n\targuments\x18\x05 \x03(\t\x12\x33\n\x0b\x65nvironment\x18\x06 \x01(\x0b\x32\x1e.alveary.common.v1.Environment\x12\x16\n\x0e\x63ompute_target\x18\x07 \x01(\t\x12/\n\tresources\x18\x08 \x01(\x0b\x32\x1c.alveary.common.v1.Resources\x12-\n\x08launcher\x18\t \x01(\x0e\x32\x1b.alveary.common.v1.Launcher\x12\x1e\n\x16process_count_per_node\x18\n \x01(\x05\x12\x12\n\nnode_count\x18\x0b \x01(\x05\x12/\n\x06inputs\x18\x0c \x03(\x0b\x32\x1f.alveary.common.v1.InputDataset\x12 \n\x18max_run_duration_seconds\x18\r \x01(\x01\x12\x14\n\x0cmax_attempts\x18\x0e \x01(\x05\x12\x10\n\x08priority\x18\x0f \x01(\x05\x12\x32\n\x04tags\x18\x10 \x03(\x0b\x32$.alveary.common.v1.RunSpec.TagsEntry\x12>\n\nproperties\x18\x11 \x03(\x0b\x32*.alveary.common.v1.RunSpec.PropertiesEntry\x12\x14\n\x0c\x64isplay_name\x18\x12 \x01(\t\x12\x15\n\rparent_run_id\x18\x13 \x01(\t\x12\x0f\n\x07use_gpu\x18\x14 \x01(\x08\x12\x15\n\rgrace_seconds\x18\x15 \x01(\x01\x12\x0e\n\x06module\x18\x16 \x01(\t\x1a+\n\tTagsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a\x31\n\x0fPropertiesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x87\x01\n\nExitStatus\x12\x16\n\texit_code\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x13\n\x06signal\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0f\n\x07message\x18\x04 \x01(\t\x12\x12\n\nlast_lines\x18\x05 \x03(\tB\x0c\n\n_exit_codeB\t\n\x07_signal\"H\n\x0cPresignedUrl\x12\x0b\n\x03url\x18\x01 \x01(\t\x12+\n\x07\x65xpires\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\")\n\nUploadSlot\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\x0b\n\x03url\x18\x02 \x01(\t\"C\n\x08\x46ileLink\x12*\n\x04\x66ile\x18\x01 \x01(\x0b\x32\x1c.alveary.common.v1.FileEntry\x12\x0b\n\x03url\x18\x02 \x01(\t*\xd9\x02\n\x08RunState\x12\x19\n\x15RUN_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15RUN_STATE_NOT_STARTED\x10\x01\x12\x17\n\x13RUN_STATE_PREPARING\x10\x02\x12\x14\n\x10RUN_STATE_QUEUED\x10\x03\x12\x1a\n\x16RUN_STATE_PROVISIONING\x10\x04\x12\x16\n\x12RUN_STATE_STARTING\x10\x05\x12\x15\n\x11RUN_STATE_RUNNING\x10\x06\x12\x18\n\x14RUN_STATE_FINALIZING\x10\x07\x12\x17\n\x13RUN_STATE_COMPLETED\x10\x08\x12\x14\n\x10RUN_STATE_FAILED\x10\t\x12\x1e\n\x1aRUN_STATE_CANCEL_REQUESTED\x10\n\x12\x16\n\x12RUN_STATE_CANCELED\x10\x0b\x12\x1c\n\x18RUN_STATE_NOT_RESPONDING\x10\x0c*O\n\x08Launcher\x12\x18\n\x14LAUNCHER_UNSPECIFIED\x10\x00\x12\x12\n\x0eLAUNCHER_PLAIN\x10\x01\x12\x15\n\x11LAUNCHER_TORCHRUN\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x61lveary/common/v1/common.proto\x12\x11\x61lveary.common.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"K\n\tFileEntry\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x03\x12\x0e\n\x06sha256\x18\x03 \x01(\t\x12\x12\n\nexecutable\x18\x04 \x01(\x08\"7\n\x08Manifest\x12+\n\x05\x66iles\x18\x01 \x03(\x0b\x32\x1c.alveary.common.v1.FileEntry\"\xd5\x03\n\x0b\x45nvironment\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x05\x12\x16\n\x0epython_version\x18\x03 \x01(\t\x12\x14\n\x0cpip_packages\x18\x04 \x03(\t\x12W\n\x15\x65nvironment_variables\x18\x05 \x03(\x0b\x32\x38.alveary.common.v1.Environment.EnvironmentVariablesEntry\x12\x14\n\x0cuser_managed\x18\x06 \x01(\x08\x12\x13\n\x0binterpreter\x18\x07 \x01(\t\x12\x16\n\x0e\x65xtends_digest\x18\x08 \x01(\t\x12\x13\n\x0brebuild_key\x18\t \x01(\t\x12\x16\n\x0e\x63onda_packages\x18\n \x03(\t\x12\x16\n\x0e\x63onda_channels\x18\x0b \x03(\t\x12\x14\n\x0c\x61pt_packages\x18\x0c \x03(\t\x12\x12\n\nbase_image\x18\r \x01(\t\x12\x12\n\ndockerfile\x18\x0e \x01(\t\x12\r\n\x05image\x18\x0f \x01(\t\x12\x0e\n\x06locked\x18\x10 \x01(\x08\x1a;\n\x19\x45nvironmentVariablesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"w\n\tResources\x12\x0c\n\x04\x63pus\x18\x01 \x01(\x01\x12\x14\n\x0cmemory_bytes\x18\x02 \x01(\x03\x12\x0c\n\x04gpus\x18\x03 \x01(\x05\x12\x11\n\tshm_bytes\x18\x04 \x01(\x03\x12\x11\n\tgpu_milli\x18\x05 \x01(\x05\x12\x12\n\ngpu_models\x18\x06 \x03(\t\"f\n\x0cInputDataset\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x64\x61taset\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\x05\x12\x17\n\x0fmanifest_digest\x18\x04 \x01(\t\x12\r\n\x05model\x18\x05 \x01(\x08\"\xf2\x06\n\x07RunSpec\x12\x12\n\nexperiment\x18\x01 \x01(\t\x12\x10\n\x08snapshot\x18\x02 \x01(\t\x12\x14\n\x0c\x65ntry_script\x18\x03 \x01(\t\x12\x0f\n\x07\x63ommand\x18\x04 \x03(\t\x12\x11\n\targuments\x18\x05 \x03(\t\x12\x33\n\x0b\x65nvironment\x18\x06 \x01(\x0b\x32\x1e.alveary.common.v1.Environment\x12\x16\n\x0e\x63ompute_target\x18\x07 \x01(\t\x12/\n\tresources\x18\x08 \x01(\x0b\x32\x1c.alveary.common.v1.Resources\x12-\n\x08launcher\x18\t \x01(\x0e\x32\x1b.alveary.common.v1.Launcher\x12\x1e\n\x16process_count_per_node\x18\n \x01(\x05\x12\x12\n\nnode_count\x18\x0b \x01(\x05\x12/\n\x06inputs\x18\x0c \x03(\x0b\x32\x1f.alveary.common.v1.InputDataset\x12 \n\x18max_run_duration_seconds\x18\r \x01(\x01\x12\x14\n\x0cmax_attempts\x18\x0e \x01(\x05\x12\x10\n\x08priority\x18\x0f \x01(\x05\x12\x32\n\x04tags\x18\x10 \x03(\x0b\x32$.alveary.common.v1.RunSpec.TagsEntry\x12>\n\nproperties\x18\x11 \x03(\x0b\x32*.alveary.common.v1.RunSpec.PropertiesEntry\x12\x14\n\x0c\x64isplay_name\x18\x12 \x01(\t\x12\x15\n\rparent_run_id\x18\x13 \x01(\t\x12\x0f\n\x07use_gpu\x18\x14 \x01(\x08\x12\x15\n\rgrace_seconds\x18\x15 \x01(\x01\x12\x0e\n\x06module\x18\x16 \x01(\t\x12?\n\x0bnode_labels\x18\x17 \x03(\x0b\x32*.alveary.common.v1.RunSpec.NodeLabelsEntry\x1a+\n\tTagsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a\x31\n\x0fPropertiesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a\x31\n\x0fNodeLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x87\x01\n\nExitStatus\x12\x16\n\texit_code\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x13\n\x06signal\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0f\n\x07message\x18\x04 \x01(\t\x12\x12\n\nlast_lines\x18\x05 \x03(\tB\x0c\n\n_exit_codeB\t\n\x07_signal\"H\n\x0cPresignedUrl\x12\x0b\n\x03url\x18\x01 \x01(\t\x12+\n\x07\x65xpires\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\")\n\nUploadSlot\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\x0b\n\x03url\x18\x02 \x01(\t\"C\n\x08\x46ileLink\x12*\n\x04\x66ile\x18\x01 \x01(\x0b\x32\x1c.alveary.common.v1.FileEntry\x12\x0b\n\x03url\x18\x02 \x01(\t*\xd9\x02\n\x08RunState\x12\x19\n\x15RUN_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15RUN_STATE_NOT_STARTED\x10\x01\x12\x17\n\x13RUN_STATE_PREPARING\x10\x02\x12\x14\n\x10RUN_STATE_QUEUED\x10\x03\x12\x1a\n\x16RUN_STATE_PROVISIONING\x10\x04\x12\x16\n\x12RUN_STATE_STARTING\x10\x05\x12\x15\n\x11RUN_STATE_RUNNING\x10\x06\x12\x18\n\x14RUN_STATE_FINALIZING\x10\x07\x12\x17\n\x13RUN_STATE_COMPLETED\x10\x08\x12\x14\n\x10RUN_STATE_FAILED\x10\t\x12\x1e\n\x1aRUN_STATE_CANCEL_REQUESTED\x10\n\x12\x16\n\x12RUN_STATE_CANCELED\x10\x0b\x12\x1c\n\x18RUN_STATE_NOT_RESPONDING\x10\x0c*O\n\x08Launcher\x12\x18\n\x14LAUNCHER_UNSPECIFIED\x10\x00\x12\x12\n\x0eLAUNCHER_PLAIN\x10\x01\x12\x15\n\x11LAUNCHER_TORCHRUN\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,10 +38,12 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RUNSPEC_TAGSENTRY']._serialized_options = b'8\001'
   _globals['_RUNSPEC_PROPERTIESENTRY']._loaded_options = None
   _globals['_RUNSPEC_PROPERTIESENTRY']._serialized_options = b'8\001'
-  _globals['_RUNSTATE']._serialized_start=1972
-  _globals['_RUNSTATE']._serialized_end=2317
-  _globals['_LAUNCHER']._serialized_start=2319
-  _globals['_LAUNCHER']._serialized_end=2398
+  _globals['_RUNSPEC_NODELABELSENTRY']._loaded_options = None
+  _globals['_RUNSPEC_NODELABELSENTRY']._serialized_options = b'8\001'
+  _globals['_RUNSTATE']._serialized_start=2127
+  _globals['_RUNSTATE']._serialized_end=2472
+  _globals['_LAUNCHER']._serialized_start=2474
+  _globals['_LAUNCHER']._serialized_end=2553
   _globals['_FILEENTRY']._serialized_start=86
   _globals['_FILEENTRY']._serialized_end=161
   _globals['_MANIFEST']._serialized_start=163
@@ -51,21 +53,23 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ENVIRONMENT_ENVIRONMENTVARIABLESENTRY']._serialized_start=631
   _globals['_ENVIRONMENT_ENVIRONMENTVARIABLESENTRY']._serialized_end=690
   _globals['_RESOURCES']._serialized_start=692
-  _globals['_RESOURCES']._serialized_end=772
-  _globals['_INPUTDATASET']._serialized_start=774
-  _globals['_INPUTDATASET']._serialized_end=876
-  _globals['_RUNSPEC']._serialized_start=879
-  _globals['_RUNSPEC']._serialized_end=1645
-  _globals['_RUNSPEC_TAGSENTRY']._serialized_start=1551
-  _globals['_RUNSPEC_TAGSENTRY']._serialized_end=1594
-  _globals['_RUNSPEC_PROPERTIESENTRY']._serialized_start=1596
-  _globals['_RUNSPEC_PROPERTIESENTRY']._serialized_end=1645
-  _globals['_EXITSTATUS']._serialized_start=1648
-  _globals['_EXITSTATUS']._serialized_end=1783
-  _globals['_PRESIGNEDURL']._serialized_start=1785
-  _globals['_PRESIGNEDURL']._serialized_end=1857
-  _globals['_UPLOADSLOT']._serialized_start=1859
-  _globals['_UPLOADSLOT']._serialized_end=1900
-  _globals['_FILELINK']._serialized_start=1902
-  _globals['_FILELINK']._serialized_end=1969
+  _globals['_RESOURCES']._serialized_end=811
+  _globals['_INPUTDATASET']._serialized_start=813
+  _globals['_INPUTDATASET']._serialized_end=915
+  _globals['_RUNSPEC']._serialized_start=918
+  _globals['_RUNSPEC']._serialized_end=1800
+  _globals['_RUNSPEC_TAGSENTRY']._serialized_start=1655
+  _globals['_RUNSPEC_TAGSENTRY']._serialized_end=1698
+  _globals['_RUNSPEC_PROPERTIESENTRY']._serialized_start=1700
+  _globals['_RUNSPEC_PROPERTIESENTRY']._serialized_end=1749
+  _globals['_RUNSPEC_NODELABELSENTRY']._serialized_start=1751
+  _globals['_RUNSPEC_NODELABELSENTRY']._serialized_end=1800
+  _globals['_EXITSTATUS']._serialized_start=1803
+  _globals['_EXITSTATUS']._serialized_end=1938
+  _globals['_PRESIGNEDURL']._serialized_start=1940
+  _globals['_PRESIGNEDURL']._serialized_end=2012
+  _globals['_UPLOADSLOT']._serialized_start=2014
+  _globals['_UPLOADSLOT']._serialized_end=2055
+  _globals['_FILELINK']._serialized_start=2057
+  _globals['_FILELINK']._serialized_end=2124
 # @@protoc_insertion_point(module_scope)

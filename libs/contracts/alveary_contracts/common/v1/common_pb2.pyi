@@ -275,6 +275,8 @@ class Resources(_message.Message):
     MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     GPUS_FIELD_NUMBER: _builtins.int
     SHM_BYTES_FIELD_NUMBER: _builtins.int
+    GPU_MILLI_FIELD_NUMBER: _builtins.int
+    GPU_MODELS_FIELD_NUMBER: _builtins.int
     cpus: _builtins.float
     """Cores; 0 means the default of 1."""
     memory_bytes: _builtins.int
@@ -283,6 +285,12 @@ class Resources(_message.Message):
     """Whole GPUs."""
     shm_bytes: _builtins.int
     """Bytes of /dev/shm in a container; 0: 64 MiB. DataLoader workers need more."""
+    gpu_milli: _builtins.int
+    """Thousandths of one GPU, 1 to 999; then `gpus` is 1. For targets with gpu_sharing. 0: whole GPUs."""
+    @_builtins.property
+    def gpu_models(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """GPU models that will do, as NVML names them; empty: any."""
+
     def __init__(
         self,
         *,
@@ -290,10 +298,12 @@ class Resources(_message.Message):
         memory_bytes: _builtins.int = ...,
         gpus: _builtins.int = ...,
         shm_bytes: _builtins.int = ...,
+        gpu_milli: _builtins.int = ...,
+        gpu_models: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpus", b"cpus", "gpus", b"gpus", "memory_bytes", b"memory_bytes", "shm_bytes", b"shm_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpus", b"cpus", "gpu_milli", b"gpu_milli", "gpu_models", b"gpu_models", "gpus", b"gpus", "memory_bytes", b"memory_bytes", "shm_bytes", b"shm_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -382,6 +392,26 @@ class RunSpec(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class NodeLabelsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     EXPERIMENT_FIELD_NUMBER: _builtins.int
     SNAPSHOT_FIELD_NUMBER: _builtins.int
     ENTRY_SCRIPT_FIELD_NUMBER: _builtins.int
@@ -404,6 +434,7 @@ class RunSpec(_message.Message):
     USE_GPU_FIELD_NUMBER: _builtins.int
     GRACE_SECONDS_FIELD_NUMBER: _builtins.int
     MODULE_FIELD_NUMBER: _builtins.int
+    NODE_LABELS_FIELD_NUMBER: _builtins.int
     experiment: _builtins.str
     """Default "default"."""
     snapshot: _builtins.str
@@ -424,7 +455,9 @@ class RunSpec(_message.Message):
     is never retried.
     """
     priority: _builtins.int
-    """Higher goes first; default 0, -1000 to 1000."""
+    """The tier: higher goes first; default 0, -1000 to 1000. Runs below 0, and all runs of targets with vm_priority
+    "lowpriority", give way to higher tiers.
+    """
     display_name: _builtins.str
     parent_run_id: _builtins.str
     use_gpu: _builtins.bool
@@ -453,6 +486,10 @@ class RunSpec(_message.Message):
     def properties(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Can be added to later, never changed."""
 
+    @_builtins.property
+    def node_labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Labels that a node must have."""
+
     def __init__(
         self,
         *,
@@ -478,10 +515,11 @@ class RunSpec(_message.Message):
         use_gpu: _builtins.bool = ...,
         grace_seconds: _builtins.float = ...,
         module: _builtins.str = ...,
+        node_labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["environment", b"environment", "resources", b"resources"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "command", b"command", "compute_target", b"compute_target", "display_name", b"display_name", "entry_script", b"entry_script", "environment", b"environment", "experiment", b"experiment", "grace_seconds", b"grace_seconds", "inputs", b"inputs", "launcher", b"launcher", "max_attempts", b"max_attempts", "max_run_duration_seconds", b"max_run_duration_seconds", "module", b"module", "node_count", b"node_count", "parent_run_id", b"parent_run_id", "priority", b"priority", "process_count_per_node", b"process_count_per_node", "properties", b"properties", "resources", b"resources", "snapshot", b"snapshot", "tags", b"tags", "use_gpu", b"use_gpu"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "command", b"command", "compute_target", b"compute_target", "display_name", b"display_name", "entry_script", b"entry_script", "environment", b"environment", "experiment", b"experiment", "grace_seconds", b"grace_seconds", "inputs", b"inputs", "launcher", b"launcher", "max_attempts", b"max_attempts", "max_run_duration_seconds", b"max_run_duration_seconds", "module", b"module", "node_count", b"node_count", "node_labels", b"node_labels", "parent_run_id", b"parent_run_id", "priority", b"priority", "process_count_per_node", b"process_count_per_node", "properties", b"properties", "resources", b"resources", "snapshot", b"snapshot", "tags", b"tags", "use_gpu", b"use_gpu"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -502,7 +540,7 @@ class ExitStatus(_message.Message):
     signal: _builtins.int
     """Signal number that ended it, where one did."""
     reason: _builtins.str
-    """One of: "exited", "signal", "out_of_memory", "timeout", "canceled", "staging_failed", "upload_failed",
+    """One of: "exited", "signal", "out_of_memory", "timeout", "canceled", "preempted", "staging_failed", "upload_failed",
     "trainer_lost", "launch_failed".
     """
     message: _builtins.str

@@ -453,11 +453,14 @@ class RunRetrying(_message.Message):
     SPEC_FIELD_NUMBER: _builtins.int
     SUBMITTED_BY_FIELD_NUMBER: _builtins.int
     IMAGE_DIGEST_FIELD_NUMBER: _builtins.int
+    PREEMPTED_FIELD_NUMBER: _builtins.int
     attempt: _builtins.int
     """The attempt that comes next."""
     reason: _builtins.str
     submitted_by: _builtins.str
     image_digest: _builtins.str
+    preempted: _builtins.bool
+    """The attempt before was not at fault: it does not count against max_attempts."""
     @_builtins.property
     def spec(self) -> _common_pb2.RunSpec: ...
     def __init__(
@@ -468,10 +471,11 @@ class RunRetrying(_message.Message):
         spec: _common_pb2.RunSpec | None = ...,
         submitted_by: _builtins.str = ...,
         image_digest: _builtins.str = ...,
+        preempted: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "image_digest", b"image_digest", "reason", b"reason", "spec", b"spec", "submitted_by", b"submitted_by"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "image_digest", b"image_digest", "preempted", b"preempted", "reason", b"reason", "spec", b"spec", "submitted_by", b"submitted_by"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -984,6 +988,34 @@ class PlacementRevoked(_message.Message):
 Global___PlacementRevoked: _TypeAlias = PlacementRevoked  # noqa: Y015
 
 @_typing.final
+class PlacementPreempting(_message.Message):
+    """Its attempt is to save what it has and end; the run comes back with the next attempt."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    BENEFICIARY_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    attempt: _builtins.int
+    beneficiary: _builtins.str
+    """The run that it makes room for."""
+    reason: _builtins.str
+    def __init__(
+        self,
+        *,
+        attempt: _builtins.int = ...,
+        beneficiary: _builtins.str = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "beneficiary", b"beneficiary", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlacementPreempting: _TypeAlias = PlacementPreempting  # noqa: Y015
+
+@_typing.final
 class PlacementReleased(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1096,6 +1128,9 @@ class ComputeSpec(_message.Message):
     DESCRIPTION_FIELD_NUMBER: _builtins.int
     NETWORK_FIELD_NUMBER: _builtins.int
     MULTI_TENANT_FIELD_NUMBER: _builtins.int
+    PLACEMENT_POLICY_FIELD_NUMBER: _builtins.int
+    GPU_SHARING_FIELD_NUMBER: _builtins.int
+    QUOTAS_FIELD_NUMBER: _builtins.int
     kind: _builtins.str
     """"local": trainer processes on the scheduler's machine, started and stopped with the work. "nodes": trainers that
     are started elsewhere and join by themselves; node_resources are those of the largest.
@@ -1113,12 +1148,20 @@ class ComputeSpec(_message.Message):
     """
     multi_tenant: _builtins.bool
     """Runs of people who do not trust each other: containers without a network unless `network` says otherwise."""
+    placement_policy: _builtins.str
+    """"best-fit" (default), "fgd" (default where GPUs are shared), "random", "dot-product", "gpu-clustering",
+    "gpu-packing".
+    """
+    gpu_sharing: _builtins.bool
+    """Whether a run may take a part of a GPU."""
     @_builtins.property
     def node_resources(self) -> _common_pb2.Resources:
         """Of one node."""
 
     @_builtins.property
     def tags(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
+    @_builtins.property
+    def quotas(self) -> _containers.RepeatedCompositeFieldContainer[Global___Quota]: ...
     def __init__(
         self,
         *,
@@ -1133,24 +1176,89 @@ class ComputeSpec(_message.Message):
         description: _builtins.str = ...,
         network: _builtins.str = ...,
         multi_tenant: _builtins.bool = ...,
+        placement_policy: _builtins.str = ...,
+        gpu_sharing: _builtins.bool = ...,
+        quotas: _abc.Iterable[Global___Quota] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["node_resources", b"node_resources"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "idle_seconds_before_scaledown", b"idle_seconds_before_scaledown", "kind", b"kind", "max_nodes", b"max_nodes", "min_nodes", b"min_nodes", "multi_tenant", b"multi_tenant", "network", b"network", "node_resources", b"node_resources", "tags", b"tags", "vm_priority", b"vm_priority", "vm_size", b"vm_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "gpu_sharing", b"gpu_sharing", "idle_seconds_before_scaledown", b"idle_seconds_before_scaledown", "kind", b"kind", "max_nodes", b"max_nodes", "min_nodes", b"min_nodes", "multi_tenant", b"multi_tenant", "network", b"network", "node_resources", b"node_resources", "placement_policy", b"placement_policy", "quotas", b"quotas", "tags", b"tags", "vm_priority", b"vm_priority", "vm_size", b"vm_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ComputeSpec: _TypeAlias = ComputeSpec  # noqa: Y015
 
 @_typing.final
+class Quota(_message.Message):
+    """What a user may hold of a target's resources, and how much of them is his when others want more."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    USER_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    GUARANTEED_FIELD_NUMBER: _builtins.int
+    MAXIMUM_FIELD_NUMBER: _builtins.int
+    FORBID_GPUS_FIELD_NUMBER: _builtins.int
+    user: _builtins.str
+    """As in RunSubmitted.submitted_by; empty: the whole workspace."""
+    weight: _builtins.float
+    """Of the fair share; default 1."""
+    forbid_gpus: _builtins.bool
+    @_builtins.property
+    def guaranteed(self) -> _common_pb2.Resources:
+        """Unset: nothing is guaranteed. A GPU amount of 0 in a set one guarantees no GPU."""
+
+    @_builtins.property
+    def maximum(self) -> _common_pb2.Resources:
+        """Unset: no limit; a 0 in a set one is no limit of that kind, but for gpus where forbid_gpus is set."""
+
+    def __init__(
+        self,
+        *,
+        user: _builtins.str = ...,
+        weight: _builtins.float = ...,
+        guaranteed: _common_pb2.Resources | None = ...,
+        maximum: _common_pb2.Resources | None = ...,
+        forbid_gpus: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["guaranteed", b"guaranteed", "maximum", b"maximum"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["forbid_gpus", b"forbid_gpus", "guaranteed", b"guaranteed", "maximum", b"maximum", "user", b"user", "weight", b"weight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Quota: _TypeAlias = Quota  # noqa: Y015
+
+@_typing.final
 class NodeJoined(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class LabelsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
 
     TARGET_FIELD_NUMBER: _builtins.int
     INCARNATION_FIELD_NUMBER: _builtins.int
     RESOURCES_FIELD_NUMBER: _builtins.int
     GPU_MODELS_FIELD_NUMBER: _builtins.int
     HOSTNAME_FIELD_NUMBER: _builtins.int
+    LABELS_FIELD_NUMBER: _builtins.int
     target: _builtins.str
     incarnation: _builtins.str
     hostname: _builtins.str
@@ -1158,6 +1266,8 @@ class NodeJoined(_message.Message):
     def resources(self) -> _common_pb2.Resources: ...
     @_builtins.property
     def gpu_models(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
     def __init__(
         self,
         *,
@@ -1166,10 +1276,11 @@ class NodeJoined(_message.Message):
         resources: _common_pb2.Resources | None = ...,
         gpu_models: _abc.Iterable[_builtins.str] | None = ...,
         hostname: _builtins.str = ...,
+        labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["resources", b"resources"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["gpu_models", b"gpu_models", "hostname", b"hostname", "incarnation", b"incarnation", "resources", b"resources", "target", b"target"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gpu_models", b"gpu_models", "hostname", b"hostname", "incarnation", b"incarnation", "labels", b"labels", "resources", b"resources", "target", b"target"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

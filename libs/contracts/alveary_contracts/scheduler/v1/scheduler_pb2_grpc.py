@@ -242,6 +242,11 @@ class NodeServiceStub:
                 request_serializer=alveary_dot_scheduler_dot_v1_dot_scheduler__pb2.ListNodesRequest.SerializeToString,
                 response_deserializer=alveary_dot_scheduler_dot_v1_dot_scheduler__pb2.ListNodesResponse.FromString,
                 _registered_method=True)
+        self.DrainNode = channel.unary_unary(
+                '/alveary.scheduler.v1.NodeService/DrainNode',
+                request_serializer=alveary_dot_scheduler_dot_v1_dot_scheduler__pb2.DrainNodeRequest.SerializeToString,
+                response_deserializer=alveary_dot_scheduler_dot_v1_dot_scheduler__pb2.DrainNodeResponse.FromString,
+                _registered_method=True)
 
 
 class NodeServiceServicer:
@@ -253,6 +258,13 @@ class NodeServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DrainNode(self, request, context):
+        """Nothing more is placed on it; what runs there runs to its end.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_NodeServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -260,6 +272,11 @@ def add_NodeServiceServicer_to_server(servicer, server):
                     servicer.ListNodes,
                     request_deserializer=alveary_dot_scheduler_dot_v1_dot_scheduler__pb2.ListNodesRequest.FromString,
                     response_serializer=alveary_dot_scheduler_dot_v1_dot_scheduler__pb2.ListNodesResponse.SerializeToString,
+            ),
+            'DrainNode': grpc.unary_unary_rpc_method_handler(
+                    servicer.DrainNode,
+                    request_deserializer=alveary_dot_scheduler_dot_v1_dot_scheduler__pb2.DrainNodeRequest.FromString,
+                    response_serializer=alveary_dot_scheduler_dot_v1_dot_scheduler__pb2.DrainNodeResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -299,6 +316,33 @@ class NodeService:
             metadata,
             _registered_method=True)
 
+    @staticmethod
+    def DrainNode(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/alveary.scheduler.v1.NodeService/DrainNode',
+            alveary_dot_scheduler_dot_v1_dot_scheduler__pb2.DrainNodeRequest.SerializeToString,
+            alveary_dot_scheduler_dot_v1_dot_scheduler__pb2.DrainNodeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
 
 class QueueServiceStub:
     """Missing associated documentation comment in .proto file."""
@@ -314,6 +358,11 @@ class QueueServiceStub:
                 request_serializer=alveary_dot_scheduler_dot_v1_dot_scheduler__pb2.ListQueueRequest.SerializeToString,
                 response_deserializer=alveary_dot_scheduler_dot_v1_dot_scheduler__pb2.ListQueueResponse.FromString,
                 _registered_method=True)
+        self.ExplainRun = channel.unary_unary(
+                '/alveary.scheduler.v1.QueueService/ExplainRun',
+                request_serializer=alveary_dot_scheduler_dot_v1_dot_scheduler__pb2.ExplainRunRequest.SerializeToString,
+                response_deserializer=alveary_dot_scheduler_dot_v1_dot_scheduler__pb2.ExplainRunResponse.FromString,
+                _registered_method=True)
 
 
 class QueueServiceServicer:
@@ -326,6 +375,13 @@ class QueueServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ExplainRun(self, request, context):
+        """Why one run waits. NOT_FOUND when it does not.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_QueueServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -333,6 +389,11 @@ def add_QueueServiceServicer_to_server(servicer, server):
                     servicer.ListQueue,
                     request_deserializer=alveary_dot_scheduler_dot_v1_dot_scheduler__pb2.ListQueueRequest.FromString,
                     response_serializer=alveary_dot_scheduler_dot_v1_dot_scheduler__pb2.ListQueueResponse.SerializeToString,
+            ),
+            'ExplainRun': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExplainRun,
+                    request_deserializer=alveary_dot_scheduler_dot_v1_dot_scheduler__pb2.ExplainRunRequest.FromString,
+                    response_serializer=alveary_dot_scheduler_dot_v1_dot_scheduler__pb2.ExplainRunResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -362,6 +423,33 @@ class QueueService:
             '/alveary.scheduler.v1.QueueService/ListQueue',
             alveary_dot_scheduler_dot_v1_dot_scheduler__pb2.ListQueueRequest.SerializeToString,
             alveary_dot_scheduler_dot_v1_dot_scheduler__pb2.ListQueueResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExplainRun(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/alveary.scheduler.v1.QueueService/ExplainRun',
+            alveary_dot_scheduler_dot_v1_dot_scheduler__pb2.ExplainRunRequest.SerializeToString,
+            alveary_dot_scheduler_dot_v1_dot_scheduler__pb2.ExplainRunResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -87,11 +87,15 @@ class NodeServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> NodeServiceAsyncStub: ...
     ListNodes: _grpc.UnaryUnaryMultiCallable[_scheduler_pb2.ListNodesRequest, _scheduler_pb2.ListNodesResponse]
+    DrainNode: _grpc.UnaryUnaryMultiCallable[_scheduler_pb2.DrainNodeRequest, _scheduler_pb2.DrainNodeResponse]
+    """Nothing more is placed on it; what runs there runs to its end."""
 
 @_typing.type_check_only
 class NodeServiceAsyncStub(NodeServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     ListNodes: _aio.UnaryUnaryMultiCallable[_scheduler_pb2.ListNodesRequest, _scheduler_pb2.ListNodesResponse]  # type: ignore[assignment]
+    DrainNode: _aio.UnaryUnaryMultiCallable[_scheduler_pb2.DrainNodeRequest, _scheduler_pb2.DrainNodeResponse]  # type: ignore[assignment]
+    """Nothing more is placed on it; what runs there runs to its end."""
 
 class NodeServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -100,6 +104,14 @@ class NodeServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _scheduler_pb2.ListNodesRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_scheduler_pb2.ListNodesResponse, _abc.Awaitable[_scheduler_pb2.ListNodesResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def DrainNode(
+        self,
+        request: _scheduler_pb2.DrainNodeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_scheduler_pb2.DrainNodeResponse, _abc.Awaitable[_scheduler_pb2.DrainNodeResponse]]:
+        """Nothing more is placed on it; what runs there runs to its end."""
 
 def add_NodeServiceServicer_to_server(servicer: NodeServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 
@@ -110,12 +122,16 @@ class QueueServiceStub:
     def __new__(cls, channel: _aio.Channel) -> QueueServiceAsyncStub: ...
     ListQueue: _grpc.UnaryUnaryMultiCallable[_scheduler_pb2.ListQueueRequest, _scheduler_pb2.ListQueueResponse]
     """Who waits, in the order in which they would be placed, and why."""
+    ExplainRun: _grpc.UnaryUnaryMultiCallable[_scheduler_pb2.ExplainRunRequest, _scheduler_pb2.ExplainRunResponse]
+    """Why one run waits. NOT_FOUND when it does not."""
 
 @_typing.type_check_only
 class QueueServiceAsyncStub(QueueServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     ListQueue: _aio.UnaryUnaryMultiCallable[_scheduler_pb2.ListQueueRequest, _scheduler_pb2.ListQueueResponse]  # type: ignore[assignment]
     """Who waits, in the order in which they would be placed, and why."""
+    ExplainRun: _aio.UnaryUnaryMultiCallable[_scheduler_pb2.ExplainRunRequest, _scheduler_pb2.ExplainRunResponse]  # type: ignore[assignment]
+    """Why one run waits. NOT_FOUND when it does not."""
 
 class QueueServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -125,5 +141,13 @@ class QueueServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_scheduler_pb2.ListQueueResponse, _abc.Awaitable[_scheduler_pb2.ListQueueResponse]]:
         """Who waits, in the order in which they would be placed, and why."""
+
+    @_abc_1.abstractmethod
+    def ExplainRun(
+        self,
+        request: _scheduler_pb2.ExplainRunRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_scheduler_pb2.ExplainRunResponse, _abc.Awaitable[_scheduler_pb2.ExplainRunResponse]]:
+        """Why one run waits. NOT_FOUND when it does not."""
 
 def add_QueueServiceServicer_to_server(servicer: QueueServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

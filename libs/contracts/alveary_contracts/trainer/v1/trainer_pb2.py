@@ -24,13 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n alveary/trainer/v1/trainer.proto\x12\x12\x61lveary.trainer.v1\"\x10\n\x0eGetNodeRequest\"w\n\x0fGetNodeResponse\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x0e\n\x06target\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\t\x12\x31\n\x08\x61ttempts\x18\x04 \x03(\x0b\x32\x1f.alveary.trainer.v1.AttemptInfo\"v\n\x0b\x41ttemptInfo\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x05\x12\r\n\x05phase\x18\x03 \x01(\t\x12\x0c\n\x04pids\x18\x04 \x03(\x05\x12\x13\n\x0b\x63pu_percent\x18\x05 \x01(\x01\x12\x14\n\x0cmemory_bytes\x18\x06 \x01(\x03\"\xa0\x02\n\x04\x42\x65\x61t\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x0e\n\x06target\x18\x03 \x01(\t\x12\x31\n\x08\x61ttempts\x18\x04 \x03(\x0b\x32\x1f.alveary.trainer.v1.AttemptInfo\x12\x13\n\x0b\x63pu_percent\x18\x05 \x01(\x01\x12\x19\n\x11memory_used_bytes\x18\x06 \x01(\x03\x12\x1a\n\x12memory_total_bytes\x18\x07 \x01(\x03\x12\x0c\n\x04\x63pus\x18\x08 \x01(\x01\x12\x0c\n\x04gpus\x18\t \x01(\x05\x12\x12\n\ngpu_models\x18\n \x03(\t\x12\x10\n\x08hostname\x18\x0b \x01(\t\x12\x13\n\x0bgpu_percent\x18\x0c \x03(\x01\x12\x0f\n\x07leaving\x18\r \x01(\x08\"8\n\nBeatAnswer\x12\r\n\x05known\x18\x01 \x01(\x08\x12\x0c\n\x04stop\x18\x02 \x03(\t\x12\r\n\x05leave\x18\x03 \x01(\x08\x32\x64\n\x0eTrainerService\x12R\n\x07GetNode\x12\".alveary.trainer.v1.GetNodeRequest\x1a#.alveary.trainer.v1.GetNodeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n alveary/trainer/v1/trainer.proto\x12\x12\x61lveary.trainer.v1\"\x10\n\x0eGetNodeRequest\"w\n\x0fGetNodeResponse\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x0e\n\x06target\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\t\x12\x31\n\x08\x61ttempts\x18\x04 \x03(\x0b\x32\x1f.alveary.trainer.v1.AttemptInfo\"v\n\x0b\x41ttemptInfo\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x05\x12\r\n\x05phase\x18\x03 \x01(\t\x12\x0c\n\x04pids\x18\x04 \x03(\x05\x12\x13\n\x0b\x63pu_percent\x18\x05 \x01(\x01\x12\x14\n\x0cmemory_bytes\x18\x06 \x01(\x03\"\x85\x03\n\x04\x42\x65\x61t\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x0e\n\x06target\x18\x03 \x01(\t\x12\x31\n\x08\x61ttempts\x18\x04 \x03(\x0b\x32\x1f.alveary.trainer.v1.AttemptInfo\x12\x13\n\x0b\x63pu_percent\x18\x05 \x01(\x01\x12\x19\n\x11memory_used_bytes\x18\x06 \x01(\x03\x12\x1a\n\x12memory_total_bytes\x18\x07 \x01(\x03\x12\x0c\n\x04\x63pus\x18\x08 \x01(\x01\x12\x0c\n\x04gpus\x18\t \x01(\x05\x12\x12\n\ngpu_models\x18\n \x03(\t\x12\x10\n\x08hostname\x18\x0b \x01(\t\x12\x13\n\x0bgpu_percent\x18\x0c \x03(\x01\x12\x0f\n\x07leaving\x18\r \x01(\x08\x12\x34\n\x06labels\x18\x0e \x03(\x0b\x32$.alveary.trainer.v1.Beat.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"8\n\nBeatAnswer\x12\r\n\x05known\x18\x01 \x01(\x08\x12\x0c\n\x04stop\x18\x02 \x03(\t\x12\r\n\x05leave\x18\x03 \x01(\x08\x32\x64\n\x0eTrainerService\x12R\n\x07GetNode\x12\".alveary.trainer.v1.GetNodeRequest\x1a#.alveary.trainer.v1.GetNodeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'alveary.trainer.v1.trainer_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_BEAT_LABELSENTRY']._loaded_options = None
+  _globals['_BEAT_LABELSENTRY']._serialized_options = b'8\001'
   _globals['_GETNODEREQUEST']._serialized_start=56
   _globals['_GETNODEREQUEST']._serialized_end=72
   _globals['_GETNODERESPONSE']._serialized_start=74
@@ -38,9 +40,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ATTEMPTINFO']._serialized_start=195
   _globals['_ATTEMPTINFO']._serialized_end=313
   _globals['_BEAT']._serialized_start=316
-  _globals['_BEAT']._serialized_end=604
-  _globals['_BEATANSWER']._serialized_start=606
-  _globals['_BEATANSWER']._serialized_end=662
-  _globals['_TRAINERSERVICE']._serialized_start=664
-  _globals['_TRAINERSERVICE']._serialized_end=764
+  _globals['_BEAT']._serialized_end=705
+  _globals['_BEAT_LABELSENTRY']._serialized_start=660
+  _globals['_BEAT_LABELSENTRY']._serialized_end=705
+  _globals['_BEATANSWER']._serialized_start=707
+  _globals['_BEATANSWER']._serialized_end=763
+  _globals['_TRAINERSERVICE']._serialized_start=765
+  _globals['_TRAINERSERVICE']._serialized_end=865
 # @@protoc_insertion_point(module_scope)
