@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from alveary.compute import AmlCompute as AmlCompute
     from alveary.compute import ComputeTarget as ComputeTarget
+    from alveary.compute import Quota as Quota
     from alveary.dataset import Dataset as Dataset
     from alveary.environment import Environment as Environment
     from alveary.errors import AlvearyError as AlvearyError
@@ -34,6 +35,7 @@ _HOME = {
     "AlvearyError": "errors",
     "AmlCompute": "compute",
     "ComputeTarget": "compute",
+    "Quota": "compute",
     "ComputeTargetException": "errors",
     "Dataset": "dataset",
     "DockerConfiguration": "estimator",

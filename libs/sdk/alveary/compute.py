@@ -5,7 +5,8 @@ from __future__ import annotations
 import builtins
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from alveary.errors import AlvearyError, ComputeTargetException
@@ -121,6 +122,34 @@ class ComputeTarget:
         return list(self.workspace._call(client.call(client.nodes.ListNodes, pb.ListNodesRequest(target=self.name))).nodes)
 
 
+@dataclass
+class Quota:
+    """What a user (empty: the workspace) may hold of a target, and what is his when others want more.
+
+    `guaranteed` and `maximum` have keys cpus, memory_gb and gpus; what is left out of a maximum is not limited.
+    """
+
+    user: str = ""
+    weight: float = 1.0
+    guaranteed: Mapping[str, float] | None = None
+    maximum: Mapping[str, float] | None = None
+
+    def _proto(self) -> ev.Quota:
+        found = ev.Quota(user=self.user, weight=self.weight)
+        for name, part in (("guaranteed", self.guaranteed), ("maximum", self.maximum)):
+            if part is None:
+                continue
+            if unknown := set(part) - {"cpus", "memory_gb", "gpus"}:
+                raise ComputeTargetException(f"{name}: {', '.join(sorted(unknown))}: use cpus, memory_gb and gpus", "INVALID_ARGUMENT")
+            amount = c.Resources(
+                cpus=part.get("cpus", 0), memory_bytes=int(part.get("memory_gb", 0) * 2**30), gpus=int(part.get("gpus", 0))
+            )
+            getattr(found, name).CopyFrom(amount)
+            if name == "maximum" and part.get("gpus") == 0:
+                found.forbid_gpus = True
+        return found
+
+
 class AmlCompute(ComputeTarget):
     """A target whose nodes come and go with the work."""
 
@@ -132,12 +161,14 @@ class AmlCompute(ComputeTarget):
         subnet_name: str | None = None, tags: Mapping[str, str] | None = None, description: str | None = None,
         remote_login_port_public_access: str = "NotSpecified", identity_type: str | None = None, identity_id: Any = None,
         location: str | None = None, enable_node_public_ip: bool | None = None, *, cpus: float = 0, memory_gb: float = 0,
-        gpus: int | None = None, network: str = "", multi_tenant: bool = False,
+        gpus: int | None = None, network: str = "", multi_tenant: bool = False, kind: str = "", placement_policy: str = "",
+        gpu_sharing: bool = False, quotas: Sequence[Quota] = (),
     ) -> ev.ComputeSpec:  # fmt: skip
         """What to create. A node has this machine's CPUs, memory and its share of the GPUs, unless cpus, memory_gb or gpus say less.
 
         `network` is that of containers: "none", "bridge" or a docker network's name; the default is "none" for a target
-        that is `multi_tenant`, else "bridge".
+        that is `multi_tenant`, else "bridge". `kind` is "local" or "nodes" (trainers that join by themselves). `gpu_sharing`
+        lets runs ask for a part of a GPU. Runs of a "lowpriority" target may have to make room for others.
 
         Raises:
             ComputeTargetException: something that only makes sense in Azure was asked for.
@@ -154,7 +185,8 @@ class AmlCompute(ComputeTarget):
         spec = ev.ComputeSpec(
             vm_size=vm_size, vm_priority=vm_priority, min_nodes=min_nodes, max_nodes=max_nodes or 0,
             idle_seconds_before_scaledown=idle_seconds_before_scaledown, tags=tags, description=description or "",
-            network=network, multi_tenant=multi_tenant,
+            network=network, multi_tenant=multi_tenant, kind=kind, placement_policy=placement_policy,
+            gpu_sharing=gpu_sharing, quotas=[q._proto() for q in quotas],
         )  # fmt: skip
         if cpus or memory_gb or gpus is not None:
             if gpus is None:

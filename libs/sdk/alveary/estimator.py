@@ -55,6 +55,18 @@ def _bytes(size: str | None) -> int:
     return int(found[1]) << {"": 0, "b": 0, "k": 10, "m": 20, "g": 30}[found[2]] if found else 0
 
 
+def _gpu_milli(gpus: float) -> int:
+    """Thousandths of a GPU of a fraction below one; 0 for a whole number.
+
+    Raises:
+        AlvearyError: neither.
+    """
+    milli = round(gpus * 1000)
+    if gpus < 0 or (milli > 1000 and milli % 1000) or (gpus and not milli):
+        raise AlvearyError(f"gpus={gpus:g}: a whole number, or a part of one GPU between 0.001 and 0.999", "INVALID_ARGUMENT")
+    return milli % 1000
+
+
 class ScriptRunConfig:
     """A script or command of a source directory, and what it needs."""
 
@@ -62,10 +74,15 @@ class ScriptRunConfig:
         self, source_directory: str, script: str | None = None, arguments: Sequence[Any] | None = None, run_config: Any = None,
         compute_target: Any = "local", environment: Environment | None = None, distributed_job_config: Any = None,
         resume_from: Any = None, max_run_duration_seconds: float | None = None, command: Sequence[str] | None = None,
-        docker_runtime_config: Any = None, *, cpus: float = 0, memory_gb: float = 0, gpus: int = 0, use_gpu: bool = False,
+        docker_runtime_config: Any = None, *, cpus: float = 0, memory_gb: float = 0, gpus: float = 0, use_gpu: bool = False,
         priority: int = 0, max_attempts: int = 0, inputs: Sequence[Any] = (), display_name: str = "",
         properties: Mapping[str, str] | None = None, grace_seconds: float = 0, parent_run_id: str = "", shm_size: str | None = None,
+        gpu_models: Sequence[str] = (), node_labels: Mapping[str, str] | None = None,
     ) -> None:  # fmt: skip
+        """`gpus` of each node; less than 1 (say 0.5) is a part of one, on targets with gpu_sharing. `gpu_models`: those that will do.
+
+        `priority` below 0 gives way to runs at 0 and above: the run is stopped and attempted again when there is room.
+        """
         if isinstance(docker_runtime_config, DockerConfiguration):
             shm_size = shm_size or docker_runtime_config.shm_size
         elif docker_runtime_config is not None:
@@ -79,7 +96,12 @@ class ScriptRunConfig:
         self.script, self.arguments, self.command = script, list(arguments or []), list(command or [])
         self.compute_target, self.environment = compute_target, environment or Environment("empty")
         self.distributed, self.max_run_duration_seconds = distributed_job_config, max_run_duration_seconds
-        self.resources = c.Resources(cpus=cpus, memory_bytes=int(memory_gb * 2**30), gpus=gpus, shm_bytes=_bytes(shm_size))
+        milli = _gpu_milli(gpus)
+        self.resources = c.Resources(
+            cpus=cpus, memory_bytes=int(memory_gb * 2**30), gpus=1 if milli else int(gpus), shm_bytes=_bytes(shm_size), gpu_milli=milli,
+            gpu_models=gpu_models,
+        )  # fmt: skip
+        self.node_labels = dict(node_labels or {})
         self.use_gpu, self.priority, self.max_attempts, self.display_name = use_gpu, priority, max_attempts, display_name
         self.inputs, self.properties, self.grace_seconds, self.parent_run_id = (
             list(inputs),
@@ -96,7 +118,7 @@ class ScriptRunConfig:
             resources=self.resources, max_run_duration_seconds=self.max_run_duration_seconds or 0, use_gpu=self.use_gpu,
             priority=self.priority, max_attempts=self.max_attempts, display_name=self.display_name, properties=self.properties,
             grace_seconds=self.grace_seconds, process_count_per_node=self.process_count_per_node, node_count=self.node_count,
-            parent_run_id=self.parent_run_id,
+            parent_run_id=self.parent_run_id, node_labels=self.node_labels,
         )  # fmt: skip
         self._distribute(spec)
         inputs = [_as_input(i) for i in self.inputs]

@@ -328,6 +328,24 @@ class Run:
         """Ask for its end."""
         self._call(self._workspace._client.cancel_run(self.id))
 
+    def why_queued(self) -> dict[str, Any]:
+        """Position in its target's queue (from 1), what it waits for, what would help, and when it begins at the latest.
+
+        `expected_start` is seconds since 1970, None where it cannot be foreseen (what runs has no max_run_duration).
+
+        Raises:
+            AlvearyError: NOT_FOUND when it does not wait for a place.
+        """
+        from alveary_contracts.scheduler.v1 import scheduler_pb2
+
+        client = self._workspace._client
+        found = self._call(client.call(client.queue.ExplainRun, scheduler_pb2.ExplainRunRequest(run_id=self.id)))
+        expected = found.expected_start.ToNanoseconds() / 1e9 if found.HasField("expected_start") else None
+        return {
+            "position": found.waiting.position, "priority": found.waiting.priority, "waits_for": found.waits_for,
+            "would_help": found.would_help, "expected_start": expected,
+        }  # fmt: skip
+
     # ---- metrics, files, logs -------------------------------------------------------------------------------------
 
     def get_metrics(self, name: str | None = None, recursive: bool = False, run_type: Any = None, populate: bool = False) -> dict[str, Any]:

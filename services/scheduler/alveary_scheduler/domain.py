@@ -15,7 +15,7 @@ from alveary_contracts.common.v1 import common_pb2 as c
 from alveary_contracts.events.v1 import events_pb2 as ev
 from alveary_core.events import Event
 from alveary_scheduler.packing import WHOLE, Machine, Shape
-from alveary_scheduler.pool import UNLIMITED, Amount, Place, Pool, Preempt, Quota, Request, Share
+from alveary_scheduler.pool import UNLIMITED, Amount, Place, Pool, Preempt, Quota, Request, Room, Share
 
 # Failures that may be the node's fault rather than the run's.
 _NODE_FAULTS = ("staging_failed", "launch_failed", "upload_failed")
@@ -362,11 +362,11 @@ def _plan_target(state: State, target: Target, starting: int, idle: int, now: fl
 
 
 def _fresh(state: State, target: Target) -> Machine:
-    """A node that is yet to come; its GPUs are those of the nodes that are there."""
+    """A node that is yet to come; its labels and GPUs are those of other nodes of this machine."""
     whole = target.spec.node_resources
-    cluster = state.pools[target.workspace, target.name].cluster
-    model = next((m.model for m in cluster.machines if m is not None), "")
-    return Machine("", round(whole.cpus * 1000), whole.memory_bytes, whole.gpus, model)
+    local = (pool for key, pool in state.pools.items() if state.targets[key].spec.kind == "local")
+    like = next((m for pool in local for m in pool.cluster.machines if m is not None), Machine("", 0, 0))
+    return Machine("", round(whole.cpus * 1000), whole.memory_bytes, whole.gpus, like.model, like.labels)
 
 
 def _wait(state: State, waiting: Waiting, growing: bool) -> Wait:
@@ -387,6 +387,10 @@ def _wait(state: State, waiting: Waiting, growing: bool) -> Wait:
             run, f"waits for {request}: the {there} nodes of {name} are in use by earlier runs, or kept for them; "
             "start another trainer for it, or wait", False,
         )  # fmt: skip
+    if not Room(_fresh(state, target)).times(request.shape) and not pool.possible(request):
+        return Wait(
+            run, f"waits for {request}: no node of {name} is like that, nor would a new one be; ask for less, or use another target", False
+        )
     if growing:
         return Wait(run, f"{name} is starting a node for it ({request})", True)
     return Wait(

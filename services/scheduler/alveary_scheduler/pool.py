@@ -819,10 +819,10 @@ class Pool:
         for request in self.waiting.values():
             if self._beyond(request) is None:
                 counts[request.kind] = counts.get(request.kind, 0) + 1
-        rooms = [_Room(machine) for _ in range(coming)]
+        rooms = [Room(machine) for _ in range(coming)]
         for kind in sorted(counts, key=_size, reverse=True):
             shape, count, _, spread, _ = kind
-            if not _Room(machine).times(shape):
+            if not Room(machine).times(shape):
                 continue
             left = counts[kind] * count
             per_room = counts[kind] if spread else left
@@ -831,7 +831,7 @@ class Pool:
                 if index == len(rooms):
                     if len(rooms) >= most:
                         break
-                    rooms.append(_Room(machine))
+                    rooms.append(Room(machine))
                 fitting = min(rooms[index].times(shape), left, per_room)
                 rooms[index].take(shape, fitting)
                 left -= fitting
@@ -839,7 +839,7 @@ class Pool:
         return len(rooms)
 
 
-class _Room:
+class Room:
     """A node that is yet to come."""
 
     def __init__(self, machine: Machine) -> None:
@@ -847,6 +847,7 @@ class _Room:
         self.machine = machine
 
     def times(self, shape: Shape) -> int:
+        """How often a shape fits what is left."""
         if (shape.models and self.machine.model not in shape.models) or not shape.labels <= self.machine.labels:
             return 0
         limits = [10**9]
@@ -856,6 +857,7 @@ class _Room:
         return max(min(limits), 0)
 
     def take(self, shape: Shape, count: int) -> None:
+        """Give shares away."""
         self.cpu -= count * shape.cpu_milli
         self.memory -= count * shape.memory
         self.gpu -= count * shape.gpu_total

@@ -19,14 +19,15 @@ def compute_list(as_json: AsJson = False) -> None:
 @compute_app.command("create")
 def compute_create(
     name: str, vm_size: str = "", min_nodes: int = 0, max_nodes: int = 4, idle_seconds: float = 1800, cpus: float = 0,
-    memory_gb: float = 0, gpus: int | None = None,
+    memory_gb: float = 0, gpus: int | None = None, kind: str = "", placement_policy: str = "", gpu_sharing: bool = False,
+    vm_priority: str = "dedicated",
 ) -> None:  # fmt: skip
     """Create a compute target."""
     from alveary.compute import AmlCompute, ComputeTarget
 
     spec = AmlCompute.provisioning_configuration(
         vm_size, min_nodes=min_nodes, max_nodes=max_nodes, idle_seconds_before_scaledown=idle_seconds, cpus=cpus,
-        memory_gb=memory_gb, gpus=gpus,
+        memory_gb=memory_gb, gpus=gpus, kind=kind, placement_policy=placement_policy, gpu_sharing=gpu_sharing, vm_priority=vm_priority,
     )  # fmt: skip
     print(ComputeTarget.create(open_workspace(), name, spec))
 
@@ -38,3 +39,33 @@ def compute_delete(name: str) -> None:
 
     ComputeTarget(open_workspace(), name).delete()
     print("deleted")
+
+
+@compute_app.command("nodes")
+def compute_nodes(target: str = "", as_json: AsJson = False) -> None:
+    """Nodes that have joined, and what is free on them."""
+    from alveary_contracts.scheduler.v1 import scheduler_pb2 as pb
+
+    workspace = open_workspace()
+    client = workspace._client
+    nodes = workspace._call(client.call(client.nodes.ListNodes, pb.ListNodesRequest(target=target))).nodes
+    rows = [
+        {
+            "node": n.id, "target": n.target, "state": n.state, "runs": str(len(n.run_ids)),
+            "cpus": f"{n.used.cpus:g}/{n.resources.cpus:g}", "gpus": f"{n.used.gpus + n.used.gpu_milli / 1000:g}/{n.resources.gpus}",
+            "labels": " ".join(f"{k}={v}" for k, v in sorted(n.labels.items())),
+        }
+        for n in nodes
+    ]  # fmt: skip
+    show(rows, ("node", "target", "state", "runs", "cpus", "gpus", "labels"), as_json)
+
+
+@compute_app.command("drain")
+def compute_drain(node: str, reason: str = "") -> None:
+    """Place nothing more on a node; what runs there runs to its end."""
+    from alveary_contracts.scheduler.v1 import scheduler_pb2 as pb
+
+    workspace = open_workspace()
+    client = workspace._client
+    workspace._call(client.call(client.nodes.DrainNode, pb.DrainNodeRequest(node=node, reason=reason)))
+    print("draining")

@@ -31,7 +31,9 @@ def run_submit(
     inputs: Annotated[list[str] | None, typer.Option("--input", help="[NAME=]DATASET[:VERSION]; repeatable.")] = None,
     as_command: Annotated[bool, typer.Option("--command", help="Run the argv as it is.")] = False,
     processes: Annotated[int, typer.Option(help="Processes on the node, with torchrun.")] = 1,
-    cpus: float = 0, memory_gb: float = 0, gpus: int = 0, priority: int = 0, max_seconds: float = 0,
+    cpus: float = 0, memory_gb: float = 0, gpus: float = 0, priority: int = 0, max_seconds: float = 0,
+    gpu_model: Annotated[list[str] | None, typer.Option("--gpu-model", help="A GPU model that will do; repeatable.")] = None,
+    node_label: Annotated[list[str] | None, typer.Option("--node-label", help="KEY=VALUE that a node must have; repeatable.")] = None,
     tag: Annotated[list[str] | None, typer.Option("--tag", help="KEY=VALUE; repeatable.")] = None,
     name: Annotated[str, typer.Option(help="Display name.")] = "",
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Show states and log until it is final.")] = False,
@@ -55,7 +57,7 @@ def run_submit(
     config = ScriptRunConfig(
         str(source), None if as_command else command[0], command[1:] if not as_command else [], compute_target=target,
         environment=environment, command=command if as_command else None, cpus=cpus, memory_gb=memory_gb, gpus=gpus,
-        use_gpu=gpus > 0, priority=priority, max_run_duration_seconds=max_seconds or None, inputs=chosen, display_name=name,
+        gpu_models=gpu_model or (), node_labels=pairs(node_label, "--node-label"), use_gpu=gpus > 0, priority=priority, max_run_duration_seconds=max_seconds or None, inputs=chosen, display_name=name,
         distributed_job_config=PyTorchConfiguration(process_count=processes) if processes > 1 else None,
     )  # fmt: skip
     run = Experiment(workspace, experiment).submit(config, tags=pairs(tag, "--tag"))
@@ -91,6 +93,17 @@ def run_list(
         for r in runs
     ]  # fmt: skip
     show(rows, ("id", "experiment", "name", "state", "target", "submitted", "reason"), as_json, [run_details(r) for r in runs])
+
+
+@run_app.command("why")
+def run_why(run_id: str, as_json: AsJson = False) -> None:
+    """Why a run is queued: its position, what it waits for, what would help, when it is expected to begin."""
+    why = open_workspace().get_run(run_id).why_queued()
+    if as_json:
+        print(json.dumps(why, indent=1))
+        return
+    for name, value in why.items():
+        print(f"{name.replace('_', ' '):<16} {'not foreseeable' if value is None else value}")
 
 
 @run_app.command("show")

@@ -113,6 +113,8 @@ class LocalNodes:
             "ALVEARY_NODE": node,
             "ALVEARY_GPU_OFFSET": str(index * gpus),
             "ALVEARY_GPU_COUNT": str(gpus),
+            "ALVEARY_NODE_CPUS": str(spec.node_resources.cpus),
+            "ALVEARY_NODE_MEMORY_BYTES": str(spec.node_resources.memory_bytes),
         }
         with (self._folder / f"{node}.log").open("ab") as log:
             child = subprocess.Popen(
