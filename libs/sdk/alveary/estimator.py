@@ -81,15 +81,16 @@ class ScriptRunConfig:
     ) -> None:  # fmt: skip
         """`gpus` of each node; less than 1 (say 0.5) is a part of one, on targets with gpu_sharing. `gpu_models`: those that will do.
 
+        `resume_from`: a run, or its id, whose newest checkpoints the script finds in `run.resume_path`.
         `priority` below 0 gives way to runs at 0 and above: the run is stopped and attempted again when there is room.
         """
         if isinstance(docker_runtime_config, DockerConfiguration):
             shm_size = shm_size or docker_runtime_config.shm_size
         elif docker_runtime_config is not None:
             raise AlvearyError("docker_runtime_config: use a DockerConfiguration", "INVALID_ARGUMENT")
-        for name, value in (("run_config", run_config), ("resume_from", resume_from)):
-            if value is not None:
-                raise AlvearyError(f"{name} is not offered by this version", "UNIMPLEMENTED")
+        if run_config is not None:
+            raise AlvearyError("run_config is not offered by this version", "UNIMPLEMENTED")
+        self.resume_from = str(getattr(resume_from, "id", resume_from or ""))
         if not Path(source_directory).is_dir():
             raise AlvearyError(f"source_directory {source_directory!r} is not a folder", "INVALID_ARGUMENT")
         self.source_directory = source_directory
@@ -119,6 +120,7 @@ class ScriptRunConfig:
             priority=self.priority, max_attempts=self.max_attempts, display_name=self.display_name, properties=self.properties,
             grace_seconds=self.grace_seconds, process_count_per_node=self.process_count_per_node, node_count=self.node_count,
             parent_run_id=self.parent_run_id, node_labels=self.node_labels,
+            resume_from=self.resume_from,
         )  # fmt: skip
         self._distribute(spec)
         inputs = [_as_input(i) for i in self.inputs]

@@ -100,6 +100,13 @@ class RunService(rpc.RunServiceServicer):
                 found.append(("spec.inputs", f"there is no dataset {which!r}: register it first"))
             else:
                 item.version, item.manifest_digest = row[0], row[1]
+        spec.resume_attempt = 0
+        if spec.resume_from:
+            earlier = self._view.get(workspace, spec.resume_from)
+            if earlier is None or not earlier.attempt:
+                found.append(("spec.resume_from", f"there is no run {spec.resume_from!r} that has begun: nothing to resume from"))
+            else:
+                spec.resume_attempt = earlier.attempt
         if spec.parent_run_id and self._view.get(workspace, spec.parent_run_id) is None:
             found.append(("spec.parent_run_id", f"there is no run {spec.parent_run_id!r}"))
         if found:

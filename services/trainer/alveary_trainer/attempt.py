@@ -27,6 +27,7 @@ from alveary_core.events import Key
 from alveary_core.objectstore import DigestMismatch
 from alveary_trainer.adapters.runtime import Limits, Outcome, Place, Say, Staged, StagingFailed, Tree, Usage, View, opened
 from alveary_trainer.adapters.shared_cache import remove_tree
+from alveary_trainer.checkpoints import Checkpoints, fetch
 from alveary_trainer.context_server import Ask, ContextServer
 from alveary_trainer.node import NodeContext
 from alveary_trainer.shipper import FolderTail, Lines, Shipper, log_chunk, metric_batch, pump
@@ -55,6 +56,9 @@ class Attempt:
         self._reports: asyncio.Queue[Message | None] = asyncio.Queue()
         self._uploaded: dict[str, c.FileEntry] = {}
         self._held = AsyncExitStack()
+        self._resume = self._code / ".alveary-resume"
+        folder = self._code / "outputs/checkpoints"
+        self._checkpoints = Checkpoints(node.store, self.run_id, self.number, folder, node.settings.checkpoints_kept)
 
     def end(self, why: str) -> None:
         """Ask for the end, once; "fenced" overrules everything."""
@@ -166,16 +170,26 @@ class Attempt:
             cache = node.models if item.model else node.datasets
             inputs[item.name] = await self._held.enter_async_context(cache.use(item.manifest_digest))
 
+        async def resume() -> None:
+            earlier = [(self.run_id, number) for number in range(self.number - 1, 0, -1)]
+            others = [(self.spec.resume_from, number) for number in range(self.spec.resume_attempt, 0, -1)]
+            found = await fetch(node.store, [*earlier, *others], self._root / "resume")
+            if found is not None:
+                self._note(f"resumes from {found[2]} files of run {found[0]}, attempt {found[1]}")
+
         try:
             async with asyncio.TaskGroup() as group:
                 staged = group.create_task(environment())
                 group.create_task(snapshot())
+                group.create_task(resume())
                 for item in self.spec.inputs:
                     group.create_task(dataset(item))
         except ExceptionGroup as error:
             raise error.exceptions[0] from error
         for name in ("outputs", "logs"):
             (self._code / name).mkdir(exist_ok=True)
+        if (self._root / "resume").is_dir():
+            await asyncio.to_thread(os.rename, self._root / "resume", self._resume)
         return staged.result()
 
     def _argv(self, staged: Staged, view: View) -> list[str]:
@@ -204,6 +218,8 @@ class Attempt:
             "ALVEARY_RUN_ID": self.run_id, "ALVEARY_ATTEMPT": str(self.number), "ALVEARY_SOCKET": view.socket,
             "ALVEARY_EXPERIMENT": self.spec.experiment, "ALVEARY_WORK_DIR": view.work,
         }  # fmt: skip
+        if self._resume.is_dir():
+            env["ALVEARY_RESUME_FROM"] = f"{view.work}/{self._resume.name}"
         return env | {f"ALVEARY_INPUT_{name.upper().replace('-', '_').replace('.', '_')}": path for name, path in view.inputs.items()}
 
     def _limits(self) -> Limits:
@@ -230,13 +246,16 @@ class Attempt:
                 for fd, name in ((tree.stdout, "stdout"), (tree.stderr, "stderr"))
             ]
             folder = FolderTail(self._code / "logs", self._logs, self.number, runtime.readable_below(place))
-            tasks = [asyncio.create_task(w) for w in (folder.run(), self._measure(), self._enforce(tree), self._limit())]
+            tasks = [asyncio.create_task(w) for w in (folder.run(), self._measure(), self._enforce(tree), self._limit(), self._keep(place))]
             outcome = await tree.wait()
             await asyncio.gather(*pumps)
             tasks[0].cancel()
             await asyncio.gather(tasks[0], return_exceptions=True)
             await folder.finish()
             await server.finish()
+            tasks[-1].cancel()
+            await asyncio.gather(tasks[-1], return_exceptions=True)
+            await self._sync(place, last=True)
             return self._status(outcome)
         finally:
             for task in tasks:
@@ -254,6 +273,21 @@ class Attempt:
         while True:  # until wait() sees the end and cancels this
             tree.kill()
             await asyncio.sleep(0.2)
+
+    async def _keep(self, place: Place) -> None:
+        """Copy checkpoints away, once a second."""
+        while True:
+            await asyncio.sleep(1.0)
+            await self._sync(place)
+
+    async def _sync(self, place: Place, *, last: bool = False) -> None:
+        if self._end == "fenced":
+            return
+        try:
+            await self._checkpoints.sync(self._node.runtime.readable_below(place), last=last)
+        except (AlvearyError, OSError) as error:
+            # The run goes on; the next second tries again, and the end stores all outputs or fails.
+            self._note(f"its checkpoints could not be copied: {error}")
 
     async def _limit(self) -> None:
         if self.spec.max_run_duration_seconds:

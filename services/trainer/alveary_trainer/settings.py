@@ -32,6 +32,8 @@ class TrainerSettings(CoreSettings):
     node_memory_bytes: int = 0
     # What runs may ask of a node, as JSON: {"zone": "a"}.
     node_labels: dict[str, str] = {}
+    # How many of the newest entries of a run's ./outputs/checkpoints are kept for its next attempt.
+    checkpoints_kept: int = 3
     # Where environments, snapshots and datasets are kept; empty: state_dir/cache.
     cache_dir: Path | None = None
     # Environments beyond this are evicted, least recently used first.

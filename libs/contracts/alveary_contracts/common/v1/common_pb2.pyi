@@ -435,6 +435,8 @@ class RunSpec(_message.Message):
     GRACE_SECONDS_FIELD_NUMBER: _builtins.int
     MODULE_FIELD_NUMBER: _builtins.int
     NODE_LABELS_FIELD_NUMBER: _builtins.int
+    RESUME_FROM_FIELD_NUMBER: _builtins.int
+    RESUME_ATTEMPT_FIELD_NUMBER: _builtins.int
     experiment: _builtins.str
     """Default "default"."""
     snapshot: _builtins.str
@@ -466,6 +468,10 @@ class RunSpec(_message.Message):
     """Seconds between SIGTERM and SIGKILL on cancel; default 10, at most 300."""
     module: _builtins.str
     """A module of the alveary package to run (`python -m`). Only the platform itself may set it."""
+    resume_from: _builtins.str
+    """A run of the workspace whose newest checkpoints the first attempt finds; later attempts find their own."""
+    resume_attempt: _builtins.int
+    """Filled in by the platform: the newest attempt of that run."""
     @_builtins.property
     def command(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Or an argv; "python" as its first word is the environment's python. Exactly one of entry_script, command and
@@ -516,10 +522,12 @@ class RunSpec(_message.Message):
         grace_seconds: _builtins.float = ...,
         module: _builtins.str = ...,
         node_labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        resume_from: _builtins.str = ...,
+        resume_attempt: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["environment", b"environment", "resources", b"resources"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "command", b"command", "compute_target", b"compute_target", "display_name", b"display_name", "entry_script", b"entry_script", "environment", b"environment", "experiment", b"experiment", "grace_seconds", b"grace_seconds", "inputs", b"inputs", "launcher", b"launcher", "max_attempts", b"max_attempts", "max_run_duration_seconds", b"max_run_duration_seconds", "module", b"module", "node_count", b"node_count", "node_labels", b"node_labels", "parent_run_id", b"parent_run_id", "priority", b"priority", "process_count_per_node", b"process_count_per_node", "properties", b"properties", "resources", b"resources", "snapshot", b"snapshot", "tags", b"tags", "use_gpu", b"use_gpu"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "command", b"command", "compute_target", b"compute_target", "display_name", b"display_name", "entry_script", b"entry_script", "environment", b"environment", "experiment", b"experiment", "grace_seconds", b"grace_seconds", "inputs", b"inputs", "launcher", b"launcher", "max_attempts", b"max_attempts", "max_run_duration_seconds", b"max_run_duration_seconds", "module", b"module", "node_count", b"node_count", "node_labels", b"node_labels", "parent_run_id", b"parent_run_id", "priority", b"priority", "process_count_per_node", b"process_count_per_node", "properties", b"properties", "resources", b"resources", "resume_attempt", b"resume_attempt", "resume_from", b"resume_from", "snapshot", b"snapshot", "tags", b"tags", "use_gpu", b"use_gpu"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
