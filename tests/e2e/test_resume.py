@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from support import Embedded, embedded, finished, lines, submit, until
 
-from alveary import Environment, Experiment, Run, ScriptRunConfig, Workspace
+from alveary import Environment, Experiment, RetryPolicy, Run, ScriptRunConfig, Workspace
 from alveary.errors import AlvearyError
 
 EXAMPLE = Path(__file__).parents[2] / "examples/resume"
@@ -82,3 +82,26 @@ def test_a_preempted_run_goes_on_from_what_it_saved_in_its_grace(stack: Embedded
     finished(submit(workspace, source, "print()", compute_target="one-at-a-time"))
     finished(run)
     assert lines(run)[-1] == "found 42"
+
+
+def test_a_policy_says_which_failures_are_attempted_again(workspace: Workspace, source: Path) -> None:
+    code = (
+        "import os, sys; print(os.environ['ALVEARY_ATTEMPT']); sys.exit(int(sys.argv[1]) if int(os.environ['ALVEARY_ATTEMPT']) < 3 else 0)"
+    )
+    policy = RetryPolicy(on=["exited"], exit_codes=[75], backoff_seconds=0.5)
+    run = submit(workspace, source, code, 75, retry=policy)
+    details = finished(run)
+    assert details["attempt"] == 3 and lines(run) == ["1", "2", "3"]
+    told = [e.data for e in workspace.events.subscribe("run.retrying", from_sequence=1, timeout=2) if e.subject == run.id]
+    assert [t["delaySeconds"] for t in told] == [0.5, 1] and "exit code 75; again in 0.5 s" in told[0]["reason"]
+    other = submit(workspace, source, code, 1, retry=policy)
+    assert finished(other, "Failed")["attempt"] == 1
+    spent = submit(workspace, source, code, 75, retry=policy, max_attempts=2)
+    assert finished(spent, "Failed")["attempt"] == 2
+    with pytest.raises(AlvearyError, match="always attempted again"):
+        submit(workspace, source, code, retry=RetryPolicy(on=["trainer_lost"]))
+    slow = submit(workspace, source, code, 75, retry=RetryPolicy(backoff_seconds=600))
+    until(lambda: "again in 600 s" in slow.get_details()["reason"], "it waits")
+    assert "retry policy" in slow.why_queued()["would_help"]
+    slow.cancel()
+    finished(slow, "Canceled")

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from alveary.estimator import MpiConfiguration as MpiConfiguration
     from alveary.estimator import PyTorch as PyTorch
     from alveary.estimator import PyTorchConfiguration as PyTorchConfiguration
+    from alveary.estimator import RetryPolicy as RetryPolicy
     from alveary.estimator import ScriptRunConfig as ScriptRunConfig
     from alveary.experiment import Experiment as Experiment
     from alveary.model import Model as Model
@@ -36,6 +37,7 @@ _HOME = {
     "AmlCompute": "compute",
     "ComputeTarget": "compute",
     "Quota": "compute",
+    "RetryPolicy": "estimator",
     "ComputeTargetException": "errors",
     "Dataset": "dataset",
     "DockerConfiguration": "estimator",

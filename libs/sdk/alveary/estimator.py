@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,19 @@ def _gpu_milli(gpus: float) -> int:
     return milli % 1000
 
 
+@dataclass
+class RetryPolicy:
+    """Which failures are attempted again, up to `max_attempts`; a lost node always is.
+
+    `on`: "exited", "signal", "out_of_memory", "timeout", "staging_failed", "launch_failed", "upload_failed". `exit_codes`:
+    of "exited", only these (empty: all but 0). `backoff_seconds` before the second attempt; doubles with each.
+    """
+
+    on: Sequence[str] = ("exited",)
+    exit_codes: Sequence[int] = ()
+    backoff_seconds: float = 10.0
+
+
 class ScriptRunConfig:
     """A script or command of a source directory, and what it needs."""
 
@@ -78,6 +92,7 @@ class ScriptRunConfig:
         priority: int = 0, max_attempts: int = 0, inputs: Sequence[Any] = (), display_name: str = "",
         properties: Mapping[str, str] | None = None, grace_seconds: float = 0, parent_run_id: str = "", shm_size: str | None = None,
         gpu_models: Sequence[str] = (), node_labels: Mapping[str, str] | None = None,
+        retry: RetryPolicy | None = None,
     ) -> None:  # fmt: skip
         """`gpus` of each node; less than 1 (say 0.5) is a part of one, on targets with gpu_sharing. `gpu_models`: those that will do.
 
@@ -102,7 +117,7 @@ class ScriptRunConfig:
             cpus=cpus, memory_bytes=int(memory_gb * 2**30), gpus=1 if milli else int(gpus), shm_bytes=_bytes(shm_size), gpu_milli=milli,
             gpu_models=gpu_models,
         )  # fmt: skip
-        self.node_labels = dict(node_labels or {})
+        self.node_labels, self.retry = dict(node_labels or {}), retry
         self.use_gpu, self.priority, self.max_attempts, self.display_name = use_gpu, priority, max_attempts, display_name
         self.inputs, self.properties, self.grace_seconds, self.parent_run_id = (
             list(inputs),
@@ -122,6 +137,9 @@ class ScriptRunConfig:
             parent_run_id=self.parent_run_id, node_labels=self.node_labels,
             resume_from=self.resume_from,
         )  # fmt: skip
+        if self.retry is not None:
+            policy = self.retry
+            spec.retry.CopyFrom(c.RetryPolicy(on=policy.on, exit_codes=policy.exit_codes, backoff_seconds=policy.backoff_seconds))
         self._distribute(spec)
         inputs = [_as_input(i) for i in self.inputs]
         for argument in self.arguments:

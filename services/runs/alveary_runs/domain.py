@@ -27,6 +27,9 @@ _PROGRESS = {
 Events = Sequence[Message]
 
 
+_LONGEST_BACKOFF = 3600.0
+
+
 class Rejected(Exception):
     """The command makes no sense for the run as it is; the text says why."""
 
@@ -151,8 +154,25 @@ def finished(run: Run, attempt: int, event: ev.AttemptFinished) -> Events:
                 submitted_by=run.submitted_by, image_digest=run.image_digest, preempted=True,
             )
         ]  # fmt: skip
+    if (again := _retried(run, attempt, event.exit)) is not None:
+        return [again]
     kind = ev.RunCompleted if event.exit.reason == "exited" and event.exit.exit_code == 0 else ev.RunFailed
     return [kind(attempt=attempt, exit=event.exit, manifest_digest=event.manifest_digest, properties=run.properties)]
+
+
+def _retried(run: Run, attempt: int, status: c.ExitStatus) -> ev.RunRetrying | None:
+    """The next attempt, where the run's policy asks for one."""
+    policy, used = run.spec.retry, attempt - run.preemptions
+    if status.reason == "exited" and (status.exit_code == 0 or (policy.exit_codes and status.exit_code not in policy.exit_codes)):
+        return None
+    if status.reason not in policy.on or used >= run.spec.max_attempts:
+        return None
+    delay = min(policy.backoff_seconds * 2.0 ** (used - 1), _LONGEST_BACKOFF)
+    when = f"; again in {delay:g} s" if delay else ""
+    return ev.RunRetrying(
+        attempt=attempt + 1, reason=f"attempt {used} of {run.spec.max_attempts}: {status.message or status.reason}{when}", spec=run.spec,
+        submitted_by=run.submitted_by, image_digest=run.image_digest, delay_seconds=delay,
+    )  # fmt: skip
 
 
 def revoked(run: Run, attempt: int, reason: str) -> Events:

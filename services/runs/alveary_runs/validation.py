@@ -10,6 +10,7 @@ from alveary_contracts.events.v1 import events_pb2 as ev
 from alveary_contracts.names import name_problem, path_problem
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_RETRIED = ("exited", "signal", "out_of_memory", "timeout", "staging_failed", "launch_failed", "upload_failed")
 _PYTHON = re.compile(r"3\.\d{1,2}(\.\d{1,2})?")
 
 
@@ -74,6 +75,13 @@ def problems(
             say("inputs", f"two inputs are called {item.name!r}")
     if not 0 <= spec.max_run_duration_seconds <= 21 * 86400:
         say("max_run_duration_seconds", f"{spec.max_run_duration_seconds:g}: 0 (no limit) to 21 days of seconds")
+    for reason in spec.retry.on:
+        if reason not in _RETRIED:
+            say("retry.on", f"{reason[:40]!r}: use {', '.join(_RETRIED)}; a lost node is always attempted again")
+    if not 0 <= spec.retry.backoff_seconds <= 3600:
+        say("retry.backoff_seconds", f"{spec.retry.backoff_seconds:g}: 0 to 3600")
+    if spec.retry.exit_codes and "exited" not in spec.retry.on:
+        say("retry.exit_codes", "exit codes matter only where 'exited' is in retry.on")
     if not 1 <= spec.max_attempts <= 10:
         say("max_attempts", f"{spec.max_attempts}: 1 to 10")
     if not -1000 <= spec.priority <= 1000:

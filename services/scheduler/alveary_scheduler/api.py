@@ -213,6 +213,11 @@ class QueueService(rpc.QueueServiceServicer):
         if pool is None:
             return pb.ExplainRunResponse(waiting=_waiting(waiting, 0), would_help=waiting.reason)
         now = time.time()
+        if (until := self._scheduler.state.held.get(request.run_id)) is not None:
+            text = f"its next attempt may begin in {max(until - now, 0):.0f} s, as its retry policy says"
+            answer = pb.ExplainRunResponse(waiting=_waiting(waiting, 0), waits_for=str(waiting.request), would_help=text)
+            answer.expected_start.FromNanoseconds(int(until * 1e9))
+            return answer
         standing = pool.standing(request.run_id, now)
         answer = pb.ExplainRunResponse(
             waiting=_waiting(waiting, standing.position), waits_for=str(waiting.request), would_help=waiting.reason or standing.would_help

@@ -119,6 +119,8 @@ class State:
     # Runs in the queue that nobody has told why; where each run was in it at first.
     silent: dict[str, None] = field(default_factory=dict)
     arrivals: dict[str, int] = field(default_factory=dict)
+    # Runs whose next attempt may not begin before a time.
+    held: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -171,7 +173,7 @@ def evolve(state: State, event: Event) -> None:
             _enqueue(state, event, message.spec, message.submitted_by, message.attempts_used + 1)
         case ev.RunRetrying():
             _unplace(state, key.id, event.time)
-            _enqueue(state, event, message.spec, message.submitted_by, message.attempt)
+            _enqueue(state, event, message.spec, message.submitted_by, message.attempt, message.delay_seconds)
         case ev.RunCancelRequested():
             _dequeue(state, key.id)
             if key.id not in state.placed:
@@ -229,7 +231,7 @@ def _create(state: State, target: Target) -> None:
     state.pools[key] = pool
     # Runs that waited while the target was gone.
     for waiting in state.queue.values():
-        if (waiting.workspace, waiting.target) == key:
+        if (waiting.workspace, waiting.target) == key and waiting.run not in state.held:
             pool.submit(waiting.request)
 
 
@@ -240,7 +242,7 @@ def _leave(state: State, node: str) -> None:
         pool.remove(node)
 
 
-def _enqueue(state: State, event: Event, spec: c.RunSpec, user: str, attempt: int) -> None:
+def _enqueue(state: State, event: Event, spec: c.RunSpec, user: str, attempt: int, delay: float = 0.0) -> None:
     run, workspace = event.key.id, event.key.workspace
     if run in state.canceled:
         return
@@ -253,6 +255,9 @@ def _enqueue(state: State, event: Event, spec: c.RunSpec, user: str, attempt: in
     )  # fmt: skip
     _dequeue(state, run)
     state.queue[run] = Waiting(workspace, spec.compute_target, request)
+    if delay:
+        state.held[run] = event.time + delay
+        return
     state.silent[run] = None
     if (pool := state.pools.get((workspace, spec.compute_target))) is not None:
         pool.submit(request)
@@ -261,6 +266,7 @@ def _enqueue(state: State, event: Event, spec: c.RunSpec, user: str, attempt: in
 def _dequeue(state: State, run: str) -> None:
     waiting = state.queue.pop(run, None)
     state.silent.pop(run, None)
+    state.held.pop(run, None)
     if waiting is not None and (pool := state.pools.get((waiting.workspace, waiting.target))) is not None:
         pool.withdraw(run)
 
@@ -316,6 +322,12 @@ def plan(state: State, starting: Mapping[tuple[str, str], int], idle: Mapping[tu
     `starting` is how many nodes of a target are on their way, `idle` how many have been idle for as long as the
     target allows.
     """
+    for run in [run for run, until in state.held.items() if until <= now]:
+        del state.held[run]
+        waiting = state.queue[run]
+        state.silent[run] = None
+        if (pool := state.pools.get((waiting.workspace, waiting.target))) is not None:
+            pool.submit(waiting.request)
     decisions: list[Decision] = []
     growing: dict[tuple[str, str], bool] = {}
     placed: set[str] = set()
@@ -325,7 +337,7 @@ def plan(state: State, starting: Mapping[tuple[str, str], int], idle: Mapping[tu
         decisions += found
     heads = itertools.chain(itertools.islice(state.silent, _TOLD), itertools.islice(state.queue, _RETOLD))
     for run in dict.fromkeys(heads):
-        if run in placed:
+        if run in placed or run in state.held:
             continue
         waiting = state.queue[run]
         wait = _wait(state, waiting, growing.get((waiting.workspace, waiting.target), False))

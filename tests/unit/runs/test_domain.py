@@ -186,3 +186,41 @@ def test_properties_can_be_added_never_changed() -> None:
     assert domain.tag(run, ev.RunTagged(properties={"b": "2"}))
     with pytest.raises(domain.Rejected, match="never changed"):
         domain.tag(run, ev.RunTagged(properties={"a": "2"}))
+
+
+def test_failures_that_the_policy_names_are_attempted_again_with_growing_pauses_and_the_rest_is_not() -> None:
+    policy = c.RetryPolicy(on=["exited", "out_of_memory"], exit_codes=[75], backoff_seconds=100)
+    run = fold(domain.Run(), [ev.RunSubmitted(spec=c.RunSpec(max_attempts=4, retry=policy), image_digest=DIGEST)])
+    run = fold(run, domain.prepared(run, DIGEST, cached=True))
+
+    def ends(run: domain.Run, attempt: int, **status: object) -> list[object]:
+        run = fold(run, domain.starting(run, attempt, ["n"]))
+        return list(domain.finished(run, attempt, ev.AttemptFinished(exit=c.ExitStatus(**status))))  # type: ignore[arg-type]
+
+    delays = []
+    for attempt in range(1, 4):
+        (again,) = ends(run, attempt, reason="exited", exit_code=75)
+        assert isinstance(again, ev.RunRetrying) and again.attempt == attempt + 1
+        delays.append(again.delay_seconds)
+        assert isinstance(ends(run, attempt, reason="exited", exit_code=1)[0], ev.RunFailed)
+        assert isinstance(ends(run, attempt, reason="exited", exit_code=0)[0], ev.RunCompleted)
+        assert isinstance(ends(run, attempt, reason="timeout")[0], ev.RunFailed)
+        assert isinstance(ends(run, attempt, reason="out_of_memory")[0], ev.RunRetrying)
+        run = fold(run, [again])
+    assert delays == [100, 200, 400]
+    assert isinstance(ends(run, 4, reason="exited", exit_code=75)[0], ev.RunFailed)
+
+
+def test_making_room_costs_no_attempt() -> None:
+    run = fold(domain.Run(), [ev.RunSubmitted(spec=c.RunSpec(max_attempts=1), image_digest=DIGEST)])
+    run = fold(run, domain.prepared(run, DIGEST, cached=True))
+    for attempt in (1, 2):
+        run = fold(run, domain.starting(run, attempt, ["n"]))
+        (again,) = domain.finished(run, attempt, ev.AttemptFinished(exit=c.ExitStatus(reason="preempted")))
+        assert isinstance(again, ev.RunRetrying) and again.preempted and again.attempt == attempt + 1
+        run = fold(run, [again])
+    run = fold(run, domain.starting(run, 3, ["n"]))
+    assert isinstance(domain.revoked(run, 3, "lost")[-1], ev.RunFailed), "a lost node does cost one"
+    canceled = fold(run, domain.cancel(run, "me", ""))
+    (end,) = domain.finished(canceled, 3, ev.AttemptFinished(exit=c.ExitStatus(reason="preempted")))
+    assert isinstance(end, ev.RunCanceled)

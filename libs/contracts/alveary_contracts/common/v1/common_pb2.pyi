@@ -437,6 +437,7 @@ class RunSpec(_message.Message):
     NODE_LABELS_FIELD_NUMBER: _builtins.int
     RESUME_FROM_FIELD_NUMBER: _builtins.int
     RESUME_ATTEMPT_FIELD_NUMBER: _builtins.int
+    RETRY_FIELD_NUMBER: _builtins.int
     experiment: _builtins.str
     """Default "default"."""
     snapshot: _builtins.str
@@ -453,9 +454,7 @@ class RunSpec(_message.Message):
     max_run_duration_seconds: _builtins.float
     """Wall clock of one attempt in seconds; 0: no limit."""
     max_attempts: _builtins.int
-    """How often the run may be attempted when its node is lost; default 3, at most 10. A script that exits non-zero
-    is never retried.
-    """
+    """How often the run may be attempted when its node is lost, or for what `retry` names; default 3, at most 10."""
     priority: _builtins.int
     """The tier: higher goes first; default 0, -1000 to 1000. Runs below 0, and all runs of targets with vm_priority
     "lowpriority", give way to higher tiers.
@@ -496,6 +495,8 @@ class RunSpec(_message.Message):
     def node_labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Labels that a node must have."""
 
+    @_builtins.property
+    def retry(self) -> Global___RetryPolicy: ...
     def __init__(
         self,
         *,
@@ -524,14 +525,51 @@ class RunSpec(_message.Message):
         node_labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         resume_from: _builtins.str = ...,
         resume_attempt: _builtins.int = ...,
+        retry: Global___RetryPolicy | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["environment", b"environment", "resources", b"resources"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["environment", b"environment", "resources", b"resources", "retry", b"retry"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "command", b"command", "compute_target", b"compute_target", "display_name", b"display_name", "entry_script", b"entry_script", "environment", b"environment", "experiment", b"experiment", "grace_seconds", b"grace_seconds", "inputs", b"inputs", "launcher", b"launcher", "max_attempts", b"max_attempts", "max_run_duration_seconds", b"max_run_duration_seconds", "module", b"module", "node_count", b"node_count", "node_labels", b"node_labels", "parent_run_id", b"parent_run_id", "priority", b"priority", "process_count_per_node", b"process_count_per_node", "properties", b"properties", "resources", b"resources", "resume_attempt", b"resume_attempt", "resume_from", b"resume_from", "snapshot", b"snapshot", "tags", b"tags", "use_gpu", b"use_gpu"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "command", b"command", "compute_target", b"compute_target", "display_name", b"display_name", "entry_script", b"entry_script", "environment", b"environment", "experiment", b"experiment", "grace_seconds", b"grace_seconds", "inputs", b"inputs", "launcher", b"launcher", "max_attempts", b"max_attempts", "max_run_duration_seconds", b"max_run_duration_seconds", "module", b"module", "node_count", b"node_count", "node_labels", b"node_labels", "parent_run_id", b"parent_run_id", "priority", b"priority", "process_count_per_node", b"process_count_per_node", "properties", b"properties", "resources", b"resources", "resume_attempt", b"resume_attempt", "resume_from", b"resume_from", "retry", b"retry", "snapshot", b"snapshot", "tags", b"tags", "use_gpu", b"use_gpu"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RunSpec: _TypeAlias = RunSpec  # noqa: Y015
+
+@_typing.final
+class RetryPolicy(_message.Message):
+    """Which failures are attempted again, beside a lost node, which always is; `max_attempts` says how often."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ON_FIELD_NUMBER: _builtins.int
+    EXIT_CODES_FIELD_NUMBER: _builtins.int
+    BACKOFF_SECONDS_FIELD_NUMBER: _builtins.int
+    backoff_seconds: _builtins.float
+    """Before the second attempt, seconds; doubles with each, to at most an hour. 0: at once."""
+    @_builtins.property
+    def on(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Reasons of ExitStatus: "exited", "signal", "out_of_memory", "timeout", "staging_failed", "launch_failed",
+        "upload_failed".
+        """
+
+    @_builtins.property
+    def exit_codes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Of "exited": only these exit codes; empty: all but 0."""
+
+    def __init__(
+        self,
+        *,
+        on: _abc.Iterable[_builtins.str] | None = ...,
+        exit_codes: _abc.Iterable[_builtins.int] | None = ...,
+        backoff_seconds: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backoff_seconds", b"backoff_seconds", "exit_codes", b"exit_codes", "on", b"on"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RetryPolicy: _TypeAlias = RetryPolicy  # noqa: Y015
 
 @_typing.final
 class ExitStatus(_message.Message):

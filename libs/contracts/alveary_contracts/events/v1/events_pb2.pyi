@@ -454,6 +454,7 @@ class RunRetrying(_message.Message):
     SUBMITTED_BY_FIELD_NUMBER: _builtins.int
     IMAGE_DIGEST_FIELD_NUMBER: _builtins.int
     PREEMPTED_FIELD_NUMBER: _builtins.int
+    DELAY_SECONDS_FIELD_NUMBER: _builtins.int
     attempt: _builtins.int
     """The attempt that comes next."""
     reason: _builtins.str
@@ -461,6 +462,8 @@ class RunRetrying(_message.Message):
     image_digest: _builtins.str
     preempted: _builtins.bool
     """The attempt before was not at fault: it does not count against max_attempts."""
+    delay_seconds: _builtins.float
+    """From this event on, before the attempt may be placed."""
     @_builtins.property
     def spec(self) -> _common_pb2.RunSpec: ...
     def __init__(
@@ -472,10 +475,11 @@ class RunRetrying(_message.Message):
         submitted_by: _builtins.str = ...,
         image_digest: _builtins.str = ...,
         preempted: _builtins.bool = ...,
+        delay_seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "image_digest", b"image_digest", "preempted", b"preempted", "reason", b"reason", "spec", b"spec", "submitted_by", b"submitted_by"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "delay_seconds", b"delay_seconds", "image_digest", b"image_digest", "preempted", b"preempted", "reason", b"reason", "spec", b"spec", "submitted_by", b"submitted_by"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
