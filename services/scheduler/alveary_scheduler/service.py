@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import socket
 import time
@@ -126,6 +127,9 @@ class Scheduler:
     async def run(self) -> None:
         """Decide whenever something changed, and once a second."""
         await self.view.caught_up.wait()
+        # A long queue is many objects that live long: the collector need not walk them again and again.
+        gc.collect()
+        gc.freeze()
         while True:
             await self._revoke_stale()
             await self._release_canceled()
@@ -141,7 +145,7 @@ class Scheduler:
         """Gauges of what is live."""
         state = self.state
         for workspace, name in state.targets:
-            waiting = sum((w.workspace, w.target) == (workspace, name) for w in state.queue.values())
+            waiting = len(state.pools[workspace, name].waiting)
             nodes = sum((n.workspace, n.target) == (workspace, name) for n in state.nodes.values())
             telemetry.WAITING.labels(workspace, name).set(waiting)
             telemetry.NODES.labels(workspace, name).set(nodes)
@@ -335,6 +339,8 @@ class Scheduler:
                 if now - seen > limit:
                     reason = f"no beat for {now - seen:.0f} s"
                     await self.append(Key(node.workspace, "node", node.id), ev.NodeLost(incarnation=node.incarnation, reason=reason))
+                    # One of ours: it would neither work nor make room for one that does. Of "nodes" it does nothing.
+                    self._local.kill(node.id)
                     self._wake.set()
             for key in [k for k, t in self.state.targets.items() if t.spec.kind == "local"]:
                 self._local.keep_alive(key, self.state.targets[key].spec, self._leaving)

@@ -95,13 +95,26 @@ class LocalNodes:
                 self._pauses[node] = (time.monotonic() + pause, pause)
                 self._start(key, spec, node)
 
-    def _alive(self, node: str) -> bool:
+    def kill(self, node: str) -> None:
+        """End a node that lives and says nothing; `keep_alive` starts it anew."""
+        process = self._process(node)
+        if process is not None:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
+    def _process(self, node: str) -> psutil.Process | None:
         try:
             known = json.loads((self._folder / f"{node}.json").read_text())
             process = psutil.Process(known["pid"])
-            same = abs(process.create_time() - known["created"]) < 2
-            return same and process.status() != psutil.STATUS_ZOMBIE
+            return process if abs(process.create_time() - known["created"]) < 2 else None
         except (FileNotFoundError, psutil.NoSuchProcess, ValueError, KeyError):
+            return None
+
+    def _alive(self, node: str) -> bool:
+        process = self._process(node)
+        try:
+            return process is not None and process.status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
             return False
 
     def _start(self, key: TargetKey, spec: ev.ComputeSpec, node: str) -> None:
