@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from support import Embedded, embedded, finished, lines, submit, until
 
-from alveary import Environment, Experiment, RetryPolicy, Run, ScriptRunConfig, Workspace
+from alveary import Environment, Experiment, PyTorchConfiguration, RetryPolicy, Run, ScriptRunConfig, Workspace
 from alveary.errors import AlvearyError
 
 EXAMPLE = Path(__file__).parents[2] / "examples/resume"
@@ -105,3 +105,19 @@ def test_a_policy_says_which_failures_are_attempted_again(workspace: Workspace, 
     assert "retry policy" in slow.why_queued()["would_help"]
     slow.cancel()
     finished(slow, "Canceled")
+
+
+def test_the_example_of_data_parallel_training_learns_what_one_process_learns(workspace: Workspace) -> None:
+    told = []
+    for processes in (1, 2):
+        config = ScriptRunConfig(
+            str(EXAMPLE.parent / "ddp"), "train.py", environment=HERE, distributed_job_config=PyTorchConfiguration(process_count=processes)
+        )
+        run = Experiment(workspace, "ddp").submit(config)
+        finished(run)
+        (said,) = (line for line in lines(run) if "weights alike" in line)
+        told.append(said)
+        assert "outputs/model.pt" in run.get_file_names() and len(run.get_metrics()["loss"]) == 60
+    assert told[0].startswith("1 ranks") and told[1].startswith("2 ranks") and told[1].endswith("alike: True")
+    losses = [float(said.split("loss ")[1].split(",")[0]) for said in told]
+    assert abs(losses[0] - losses[1]) < 1e-4

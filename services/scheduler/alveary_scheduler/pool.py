@@ -816,9 +816,14 @@ class Pool:
         At least `coming`, at most `most`. First fit, the most nodes first, then the largest.
         """
         counts: dict[Kind, int] = {}
-        for request in self.waiting.values():
-            if self._beyond(request) is None:
-                counts[request.kind] = counts.get(request.kind, 0) + 1
+        if self.quotas:
+            for request in self.waiting.values():
+                if self._beyond(request) is None:
+                    counts[request.kind] = counts.get(request.kind, 0) + 1
+        else:
+            for kinds in self._kinds.values():
+                for kind, number in kinds.items():
+                    counts[kind] = counts.get(kind, 0) + number
         rooms = [Room(machine) for _ in range(coming)]
         for kind in sorted(counts, key=_size, reverse=True):
             shape, count, _, spread, _ = kind
