@@ -11,7 +11,9 @@ import json
 import sys
 import tarfile
 import tempfile
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Sequence
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +73,7 @@ def work(order: dict[str, Any]) -> dict[str, Any]:
             )
         )  # fmt: skip
     # The stage that installed is as large as the image, and of no more use.
-    api.prune_images({"dangling": True, "label": [f"{name}={value}" for name, value in order["stage"].items()]})
+    prune(api, {"dangling": True, "label": [f"{name}={value}" for name, value in order["stage"].items()]})
     if order.get("extract"):
         extract(api, tag, order["extract"]["path"], Path(order["extract"]["to"]))
         api.remove_image(tag, force=True)
@@ -87,6 +89,21 @@ def work(order: dict[str, Any]) -> dict[str, Any]:
         image = f"{repository}@{facts['Digest']}"
     config = found["Config"]
     return {"image": image, "size": size, "env": config.get("Env") or [], "user": config.get("User") or ""}
+
+
+def prune(api: docker.APIClient, filters: dict[str, Any], pauses: Sequence[float] = (0.2, 1, 3)) -> None:
+    """Remove what a build left behind. The daemon prunes once at a time and refuses a second call meanwhile."""
+    for pause in (*pauses, None):
+        try:
+            api.prune_images(filters)
+            return
+        except docker.errors.APIError as error:
+            if error.status_code != HTTPStatus.CONFLICT:
+                raise
+        if pause is not None:
+            time.sleep(pause)
+    # The image is built and good; what is left over has a label by which the next build's prune finds it.
+    print("the daemon is busy pruning: the stage that installed is left to the next build", flush=True)
 
 
 def extract(api: docker.APIClient, image: str, path: str, to: Path) -> None:
