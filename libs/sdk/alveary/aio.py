@@ -254,16 +254,19 @@ class Client:
         return await self.call(self.logs.Read, request)  # type: ignore[no-any-return]
 
     async def search_logs(
-        self, run_id: str, text: str, *, ignore_case: bool = False, after: int = 0, limit: int = 0, streams: Sequence[str] = ()
-    ) -> logs_pb2.SearchResponse:
+        self, run_id: str, text: str, *, ignore_case: bool = False, after: int = 0, limit: int = 0, streams: Sequence[str] = (),
+        rank: int | None = None,
+    ) -> logs_pb2.SearchResponse:  # fmt: skip
         """Log lines that hold `text`, the first `limit` (1,000) behind the cursor `after`."""
-        request = logs_pb2.SearchRequest(run_id=run_id, text=text, ignore_case=ignore_case, after=after, limit=limit, streams=streams)
+        request = logs_pb2.SearchRequest(
+            run_id=run_id, text=text, ignore_case=ignore_case, after=after, limit=limit, streams=streams, rank=rank
+        )
         return await self.call(self.logs.Search, request)  # type: ignore[no-any-return]
 
     async def show(
         self, run_id: str, line: Callable[[str, str], None], state: Callable[[str, str], None], streams: Sequence[str] = ()
     ) -> None:
-        """States and log lines as they come, until the run is final and its log complete."""
+        """States and log lines of rank 0 as they come, until the run is final and its log complete."""
 
         async def states() -> None:
             last = ("", "")
@@ -275,7 +278,7 @@ class Client:
 
         async def lines() -> None:
             rest: dict[tuple[str, int], bytes] = {}
-            async for one in self.tail(run_id, streams=streams):
+            async for one in self.tail(run_id, streams=streams, rank=0):
                 key = (one.line.stream, one.line.rank)
                 data = rest.pop(key, b"") + one.line.data
                 if one.line.partial:
@@ -291,7 +294,7 @@ class Client:
         try:
             async for one in self.tail(run_id, follow=False):
                 name = one.line.stream.replace("..", "_").strip("/")
-                if name in ("stdout", "stderr"):
+                if name in ("stdout", "stderr", "launcher-stdout", "launcher-stderr") or (name.startswith("logs/") and one.line.rank):
                     name = f"{name}_{one.line.rank}"
                 path = folder / (name if "." in name else f"{name}.txt")
                 if path not in files:

@@ -18,17 +18,30 @@ PYTORCH_PACKAGES = ("torch", "torchvision", "onnx", "onnxruntime", "onnxscript")
 
 
 class MpiConfiguration:
-    """Distributed training over MPI."""
+    """Distributed training with Open MPI's mpirun, as Horovod wants it: `process_count_per_node` on each of `node_count` nodes.
 
-    def __init__(self, process_count_per_node: int = 1, node_count: int = 1) -> None:
+    `node_count` 0 and `process_count_per_node` 0: what the estimator says.
+    """
+
+    def __init__(self, process_count_per_node: int = 0, node_count: int = 0) -> None:
         self.process_count_per_node, self.node_count = process_count_per_node, node_count
 
 
 class PyTorchConfiguration:
-    """Distributed training with torchrun: `process_count` processes in all, over `node_count` nodes."""
+    """Distributed training with torchrun: `process_count` processes in all, spread evenly over `node_count` nodes.
 
-    def __init__(self, communication_backend: str = "Nccl", process_count: int | None = None, node_count: int = 1) -> None:
+    `min_node_count`: an attempt may begin with as few nodes, each with its share of `process_count` all the same.
+    `max_restarts`: how often all workers are started anew after one of them failed.
+    """
+
+    def __init__(
+        self, communication_backend: str = "Nccl", process_count: int | None = None, node_count: int = 1, *, min_node_count: int = 0,
+        max_restarts: int = 0,
+    ) -> None:  # fmt: skip
+        if process_count is not None and (node_count < 1 or process_count % node_count):
+            raise AlvearyError(f"process_count={process_count}: not the same number on each of {node_count} nodes", "INVALID_ARGUMENT")
         self.communication_backend, self.process_count, self.node_count = communication_backend, process_count, node_count
+        self.min_node_count, self.max_restarts = min_node_count, max_restarts
 
 
 class DockerConfiguration:
@@ -92,10 +105,12 @@ class ScriptRunConfig:
         priority: int = 0, max_attempts: int = 0, inputs: Sequence[Any] = (), display_name: str = "",
         properties: Mapping[str, str] | None = None, grace_seconds: float = 0, parent_run_id: str = "", shm_size: str | None = None,
         gpu_models: Sequence[str] = (), node_labels: Mapping[str, str] | None = None,
-        retry: RetryPolicy | None = None,
+        retry: RetryPolicy | None = None, node_count: int = 1,
     ) -> None:  # fmt: skip
         """`gpus` of each node; less than 1 (say 0.5) is a part of one, on targets with gpu_sharing. `gpu_models`: those that will do.
 
+        `node_count` without a `distributed_job_config`: the program is started once on each node, which finds MASTER_ADDR,
+        MASTER_PORT, NODE_RANK and NODE_COUNT set.
         `resume_from`: a run, or its id, whose newest checkpoints the script finds in `run.resume_path`.
         `priority` below 0 gives way to runs at 0 and above: the run is stopped and attempted again when there is room.
         """
@@ -125,7 +140,7 @@ class ScriptRunConfig:
             grace_seconds,
             parent_run_id,
         )
-        self.process_count_per_node, self.node_count = 1, 1
+        self.process_count_per_node, self.node_count = 1, node_count
 
     def _spec(self) -> c.RunSpec:
         target = getattr(self.compute_target, "name", self.compute_target)
@@ -155,16 +170,16 @@ class ScriptRunConfig:
 
     def _distribute(self, spec: c.RunSpec) -> None:
         match self.distributed:
-            case MpiConfiguration():
-                raise AlvearyError(
-                    "MpiConfiguration needs an MPI launcher, which this version does not have: use PyTorchConfiguration(), which runs torchrun",
-                    "UNIMPLEMENTED",
-                )
+            case MpiConfiguration() as mpi:
+                spec.launcher = c.LAUNCHER_MPI
+                spec.node_count = max(spec.node_count, mpi.node_count)
+                spec.process_count_per_node = mpi.process_count_per_node or spec.process_count_per_node
             case PyTorchConfiguration() as torch:
                 spec.launcher = c.LAUNCHER_TORCHRUN
                 spec.node_count = max(spec.node_count, torch.node_count)
                 if torch.process_count:
                     spec.process_count_per_node = torch.process_count // torch.node_count
+                spec.min_node_count, spec.max_restarts = torch.min_node_count, torch.max_restarts
             case None:
                 if spec.process_count_per_node > 1:
                     spec.launcher = c.LAUNCHER_TORCHRUN
@@ -213,9 +228,9 @@ class Estimator(ScriptRunConfig):
             if value is not None:
                 raise AlvearyError(f"{name} is not offered: {instead}", "UNIMPLEMENTED")
         if distributed_backend not in (None, "mpi", "gloo", "nccl"):
-            raise AlvearyError(f"distributed_backend {distributed_backend!r}: 'gloo' or 'nccl'", "INVALID_ARGUMENT")
+            raise AlvearyError(f"distributed_backend {distributed_backend!r}: 'gloo', 'nccl' or 'mpi'", "INVALID_ARGUMENT")
         if distributed_backend == "mpi":
-            distributed_training = MpiConfiguration()
+            distributed_training = distributed_training or MpiConfiguration()
         elif distributed_backend and distributed_training is None:
             distributed_training = PyTorchConfiguration(distributed_backend)
         if environment_definition is None:

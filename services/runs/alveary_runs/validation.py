@@ -11,6 +11,8 @@ from alveary_contracts.names import name_problem, path_problem
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _RETRIED = ("exited", "signal", "out_of_memory", "timeout", "staging_failed", "launch_failed", "upload_failed")
+# Of a run; a share's number is a part of a socket's path.
+MAX_NODE_COUNT = 1024
 _PYTHON = re.compile(r"3\.\d{1,2}(\.\d{1,2})?")
 
 
@@ -120,12 +122,29 @@ def _compute(spec: c.RunSpec, target: ev.ComputeSpec | None, targets: list[str],
         say("compute_target", f"there is no compute target {spec.compute_target!r}; there are: {known}")
         return
     node = target.node_resources
-    if spec.node_count != 1:
-        say("node_count", f"{spec.node_count}: this version runs on one node; use process_count_per_node for more processes")
+    if not 1 <= spec.node_count <= MAX_NODE_COUNT:
+        say("node_count", f"{spec.node_count}: 1 to {MAX_NODE_COUNT}")
+    elif (spec.min_node_count or spec.node_count) > target.max_nodes:
+        say(
+            "node_count",
+            f"{spec.min_node_count or spec.node_count} nodes were asked for; {spec.compute_target!r} has at most {target.max_nodes}",
+        )
+    if not 0 <= spec.min_node_count <= spec.node_count:
+        say("min_node_count", f"{spec.min_node_count}: 0 (all of them) to node_count, which is {spec.node_count}")
+    if not 0 <= spec.max_restarts <= 100:
+        say("max_restarts", f"{spec.max_restarts}: 0 to 100")
+    if spec.max_restarts and spec.launcher != c.LAUNCHER_TORCHRUN:
+        say(
+            "max_restarts",
+            "only torchrun restarts workers (distributed_training=PyTorchConfiguration()); `retry` makes new attempts of any run",
+        )
     if not 1 <= spec.process_count_per_node <= 1024:
         say("process_count_per_node", f"{spec.process_count_per_node}: 1 to 1024")
-    if spec.process_count_per_node > 1 and spec.launcher != c.LAUNCHER_TORCHRUN:
-        say("process_count_per_node", "more than one process needs the torchrun launcher (distributed_training=PyTorchConfiguration())")
+    if spec.process_count_per_node > 1 and spec.launcher not in (c.LAUNCHER_TORCHRUN, c.LAUNCHER_MPI):
+        say(
+            "process_count_per_node",
+            "more than one process needs torchrun or mpirun (distributed_training=PyTorchConfiguration() or MpiConfiguration())",
+        )
     if spec.use_gpu and not node.gpus:
         say(
             "use_gpu",

@@ -75,7 +75,7 @@ class ComputeService(rpc.ComputeServiceServicer):
         desired = self._scheduler.desired((target.workspace, target.name))
         return pb.Target(
             name=target.name, spec=target.spec, current_nodes=len(nodes), desired_nodes=desired,
-            running=sum(p.node in nodes for p in state.placed.values()),
+            running=sum(any(name in nodes for name, _ in p.nodes) for p in state.placed.values()),
             waiting=sum((w.workspace, w.target) == (target.workspace, target.name) for w in state.queue.values()),
             state="Succeeded" if desired == len(nodes) else "Resizing",
         )  # fmt: skip
@@ -155,10 +155,10 @@ class NodeService(rpc.NodeServiceServicer):
         for node in sorted(state.nodes.values(), key=lambda n: n.id):
             if node.workspace != who.workspace or request.target not in ("", node.target):
                 continue
-            held = [p for p in state.placed.values() if p.node == node.id]
+            held = [p for p in state.placed.values() if p.on(node.id)]
             pulse = self._scheduler.pulses.get(node.id)
             one = pb.Node(
-                id=node.id, target=node.target, resources=node.total, run_ids=[p.run for p in held], used=_used(held),
+                id=node.id, target=node.target, resources=node.total, run_ids=[p.run for p in held], used=_used(held, node.id),
                 state=self._state(node), labels=node.labels,
             )  # fmt: skip
             if pulse is not None:
@@ -236,8 +236,8 @@ def _waiting(waiting: domain.Waiting, position: int) -> pb.Waiting:
     return pb.Waiting(run_id=waiting.run, position=position, reason=waiting.reason, priority=waiting.request.tier, target=waiting.target)
 
 
-def _used(held: list[domain.Placed]) -> c.Resources:
-    shapes = [p.request.shape for p in held]
+def _used(held: list[domain.Placed], node: str) -> c.Resources:
+    shapes = [p.request.shape for p in held for _ in range(p.on(node))]
     milli = sum(s.gpu_total for s in shapes)
     return c.Resources(
         cpus=sum(s.cpu_milli for s in shapes) / 1000,

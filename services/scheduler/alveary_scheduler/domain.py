@@ -85,14 +85,15 @@ class Waiting:
 
 @dataclass(frozen=True)
 class Placed:
-    """An attempt that holds a part of a node."""
+    """An attempt that holds its shares: parts of nodes, each in the life it had then."""
 
     workspace: str
     target: str
-    node: str
-    incarnation: str
+    # (node, incarnation), in the order of the shares.
+    nodes: tuple[tuple[str, str], ...]
     request: Request
-    gpu_indexes: tuple[int, ...]
+    # Of each share.
+    gpus: tuple[tuple[int, ...], ...] = ()
 
     @property
     def run(self) -> str:
@@ -103,6 +104,10 @@ class Placed:
     def attempt(self) -> int:
         """Which one."""
         return self.request.attempt
+
+    def on(self, node: str) -> int:
+        """How many of its shares a node has."""
+        return sum(name == node for name, _ in self.nodes)
 
 
 @dataclass
@@ -251,7 +256,8 @@ def _enqueue(state: State, event: Event, spec: c.RunSpec, user: str, attempt: in
     gives_way = spec.priority < 0 or (target is not None and (target.spec.vm_priority == "lowpriority" or any(q.HasField("guaranteed") for q in target.spec.quotas)))  # fmt: skip
     request = Request(
         run, workspace, user, shape_of(spec.resources, spec.node_labels), state.arrivals.get(run, event.sequence), event.time,
-        spec.node_count or 1, tier=spec.priority, duration=spec.max_run_duration_seconds, preemptible=gives_way, attempt=attempt,
+        spec.node_count or 1, spec.min_node_count, tier=spec.priority, duration=spec.max_run_duration_seconds, preemptible=gives_way,
+        attempt=attempt,
     )  # fmt: skip
     _dequeue(state, run)
     state.queue[run] = Waiting(workspace, spec.compute_target, request)
@@ -280,16 +286,23 @@ def _place(state: State, event: Event, made: ev.PlacementMade) -> None:
         spec = made.spec
         request = Request(
             run, workspace, made.submitted_by, shape_of(spec.resources, spec.node_labels), event.sequence, event.time,
-            spec.node_count or 1, tier=spec.priority, duration=spec.max_run_duration_seconds, attempt=made.attempt,
+            spec.node_count or 1, spec.min_node_count, tier=spec.priority, duration=spec.max_run_duration_seconds,
+            attempt=made.attempt,
         )  # fmt: skip
     _unplace(state, run, event.time)
     _dequeue(state, run)
-    share = made.nodes[0]
-    state.placed[run] = Placed(workspace, made.target, share.node, share.incarnation, request, tuple(share.gpu_indexes))
-    pool, node = state.pools.get((workspace, made.target)), state.nodes.get(share.node)
+    placed = state.placed[run] = Placed(
+        workspace, made.target, tuple((s.node, s.incarnation) for s in made.nodes), request, tuple(tuple(s.gpu_indexes) for s in made.nodes)
+    )
+    pool = state.pools.get((workspace, made.target))
     # A node that was lost meanwhile, or lives another life, has nothing to give: the placement is about to be revoked.
-    if pool is not None and node is not None and node.incarnation == share.incarnation and share.node in pool.cluster.rows:
+    if pool is not None and not lost_nodes(state, placed) and all(s.node in pool.cluster.rows for s in made.nodes):
         pool.place(request, [Share(one.node, tuple(one.gpu_indexes)) for one in made.nodes], event.time)
+
+
+def lost_nodes(state: State, placed: Placed) -> list[str]:
+    """Nodes of an attempt that are gone, or live another life than the one it was placed on."""
+    return [name for name, life in placed.nodes if (node := state.nodes.get(name)) is None or node.incarnation != life]
 
 
 def _unplace(state: State, run: str, now: float) -> None:
@@ -299,15 +312,20 @@ def _unplace(state: State, run: str, now: float) -> None:
 
 
 def _judge(state: State, event: Event) -> None:
-    """Whether a run's end speaks against its node."""
+    """Whether a run's end speaks against its node, or for its nodes."""
     held = state.placed.get(event.key.id)
-    if held is None or (pool := state.pools.get((held.workspace, held.target))) is None or held.node not in pool.cluster.rows:
+    if held is None or (pool := state.pools.get((held.workspace, held.target))) is None:
         return
     message = event.message
-    if isinstance(message, ev.RunFailed) and message.exit.reason in _NODE_FAULTS:
-        pool.blame(held.node, event.key.id, event.time)
-    else:
-        pool.absolve(held.node)
+    failed = isinstance(message, ev.RunFailed) and message.exit.reason in _NODE_FAULTS
+    names = {name for name, _ in held.nodes} & pool.cluster.rows.keys()
+    if failed and isinstance(message, ev.RunFailed):
+        culprit = message.exit.node or held.nodes[0][0]
+        if culprit in names:
+            pool.blame(culprit, event.key.id, event.time)
+        return
+    for name in sorted(names):
+        pool.absolve(name)
 
 
 def _reason(state: State, run: str, reason: str, *, provisioning: bool) -> None:

@@ -57,7 +57,7 @@ class Scheduler:
         # Placements that are in the log, or about to be, and perhaps not yet in the state.
         self._placing: set[tuple[str, int]] = set()
         # Since when a node's beats have not named an attempt that is placed on it.
-        self._missing: dict[tuple[str, int], float] = {}
+        self._missing: dict[tuple[str, int, str], float] = {}
         self._joining: dict[str, asyncio.Lock] = {}
         self._booted = time.monotonic()
         self._me = f"{socket.gethostname()}, pid {os.getpid()}, {new_id()}".encode()
@@ -131,8 +131,11 @@ class Scheduler:
         gc.collect()
         gc.freeze()
         while True:
-            await self._revoke_stale()
             await self._release_canceled()
+            # A lost node of a run frees the run's other nodes, where its processes still run until they hear of it: nothing
+            # is decided until that is said, and nothing else happens between the last look and the decisions.
+            while await self._revoke_stale():
+                pass
             for decision in domain.plan(self.state, self._starting(), self._idle(), time.time()):
                 await self._do(decision)
             self._count()
@@ -173,39 +176,40 @@ class Scheduler:
                 await self._scale(decision)
 
     async def _place(self, decision: Place) -> None:
-        (where,) = decision.shares
-        waiting, node = self.state.queue.get(decision.run), self.state.nodes.get(where.node)
-        if waiting is None or node is None or where.node in self._leaving:
+        waiting = self.state.queue.get(decision.run)
+        nodes = [self.state.nodes.get(share.node) for share in decision.shares]
+        if waiting is None or any(n is None or n.id in self._leaving for n in nodes):
             return
         asked = self.view.specs[decision.run].message
         assert isinstance(asked, (ev.RunPrepared, ev.RunRetrying))
         target = self.state.targets[waiting.workspace, waiting.target]
-        share = ev.NodeShare(
-            node=node.id, incarnation=node.incarnation, gpu_indexes=where.gpus, first_rank=0,
-            rank_count=asked.spec.process_count_per_node,
-        )  # fmt: skip
+        each = 1 if asked.spec.launcher == c.LAUNCHER_PLAIN else asked.spec.process_count_per_node
+        shares = [
+            ev.NodeShare(node=node.id, incarnation=node.incarnation, gpu_indexes=share.gpus, first_rank=i * each, rank_count=each)
+            for i, (node, share) in enumerate(zip(nodes, decision.shares, strict=True)) if node is not None
+        ]  # fmt: skip
         made = ev.PlacementMade(
-            attempt=waiting.attempt, target=waiting.target, nodes=[share], spec=asked.spec, image_digest=asked.image_digest,
+            attempt=waiting.attempt, target=waiting.target, nodes=shares, spec=asked.spec, image_digest=asked.image_digest,
             lease_seconds=self._settings.lease_seconds, submitted_by=asked.submitted_by,
             network=target.spec.network,
         )  # fmt: skip
-        # The trainer may hear of it, and beat with it, before this process has folded its own event.
+        # The trainers may hear of it, and beat with it, before this process has folded its own event.
         self._placing.add((waiting.run, waiting.attempt))
         try:
             await self.append(Key(waiting.workspace, "placement", waiting.run), made)
         finally:
             self._placing.discard((waiting.run, waiting.attempt))
-        self.pulses.setdefault(node.id, Pulse(time.monotonic())).idle_since = 0.0
+        for share in decision.shares:
+            self.pulses.setdefault(share.node, Pulse(time.monotonic())).idle_since = 0.0
 
-    async def _revoke_stale(self) -> None:
-        """Placements whose node is gone, or lives another life than the one they were made on."""
-        for placed in list(self.state.placed.values()):
-            node = self.state.nodes.get(placed.node)
-            if node is not None and node.incarnation == placed.incarnation:
-                continue
-            why = "its trainer was restarted" if node else "its node stopped beating"
-            reason = f"node {placed.node} is lost: {why}"
+    async def _revoke_stale(self) -> int:
+        """Take back placements of which a node is gone, or lives another life than then; returns how many."""
+        stale = [(placed, lost) for placed in self.state.placed.values() if (lost := domain.lost_nodes(self.state, placed))]
+        for placed, lost in stale:
+            why = "its trainer was restarted" if lost[0] in self.state.nodes else "its node stopped beating"
+            reason = f"node {lost[0]} is lost: {why}"
             await self.append(Key(placed.workspace, "placement", placed.run), ev.PlacementRevoked(attempt=placed.attempt, reason=reason))
+        return len(stale)
 
     async def _release_canceled(self) -> None:
         """Runs that were cancelled before they had a place: say that they will never get one."""
@@ -226,7 +230,7 @@ class Scheduler:
 
     def _idle(self) -> dict[tuple[str, str], int]:
         now = time.monotonic()
-        busy = {p.node for p in self.state.placed.values()}
+        busy = {name for p in self.state.placed.values() for name, _ in p.nodes}
         found: dict[tuple[str, str], int] = {}
         for node in self.state.nodes.values():
             pulse = self.pulses.setdefault(node.id, Pulse(now))
@@ -249,7 +253,7 @@ class Scheduler:
             await self.append(Key(*_target_key(key)), ev.TargetScaling(desired_nodes=decision.nodes, reason=decision.reason))
             self._local.grow(key, target.spec, decision.nodes)
             return
-        busy = {p.node for p in self.state.placed.values()}
+        busy = {name for p in self.state.placed.values() for name, _ in p.nodes}
         idle = [
             n.id for n in self.state.nodes.values() if (n.workspace, n.target) == key and n.id not in busy and n.id not in self._leaving
         ]
@@ -300,9 +304,7 @@ class Scheduler:
         for attempt in beat.attempts:
             held = self.state.placed.get(attempt.run_id)
             placing = (attempt.run_id, attempt.attempt) in self._placing
-            if not placing and (
-                held is None or (held.node, held.incarnation, held.attempt) != (beat.node, beat.incarnation, attempt.attempt)
-            ):
+            if not placing and (held is None or held.attempt != attempt.attempt or (beat.node, beat.incarnation) not in held.nodes):
                 stop.append(f"{attempt.run_id}-{attempt.attempt}")
         await self._revoke_missing(beat)
         return tr.BeatAnswer(known=True, stop=stop, leave=beat.node in self._leaving)
@@ -315,16 +317,16 @@ class Scheduler:
         """
         now = time.monotonic()
         named = {(a.run_id, a.attempt) for a in beat.attempts}
-        held = [p for p in self.state.placed.values() if (p.node, p.incarnation) == (beat.node, beat.incarnation)]
+        held = [p for p in self.state.placed.values() if (beat.node, beat.incarnation) in p.nodes]
         for placed in held:
-            key = (placed.run, placed.attempt)
-            if key in named:
+            key = (placed.run, placed.attempt, beat.node)
+            if key[:2] in named:
                 self._missing.pop(key, None)
             elif now - self._missing.setdefault(key, now) > self._settings.lease_seconds:
                 reason = f"node {beat.node} no longer runs it"
                 revoked = ev.PlacementRevoked(attempt=placed.attempt, reason=reason)
                 await self.append(Key(placed.workspace, "placement", placed.run), revoked)
-        live = {(p.run, p.attempt) for p in self.state.placed.values()}
+        live = {(p.run, p.attempt, name) for p in self.state.placed.values() for name, _ in p.nodes}
         self._missing = {k: v for k, v in self._missing.items() if k in live}
 
     async def watch_nodes(self) -> None:

@@ -21,13 +21,16 @@ from alveary_core.objectstore import ObjectStore
 from alveary_core.service import Service, until
 from alveary_trainer.adapters.environments import Environments
 from alveary_trainer.adapters.gpus import gpu_models
-from alveary_trainer.adapters.process import ProcessRuntime, become_subreaper
+from alveary_trainer.adapters.process import ProcessRuntime, address_towards, become_subreaper
 from alveary_trainer.adapters.runtime import Runtime
 from alveary_trainer.adapters.shared_cache import remove_tree
 from alveary_trainer.agent import Agent, TrainerService
 from alveary_trainer.node import NodeContext
 from alveary_trainer.settings import TrainerSettings
 from alveary_trainer.staging import ContentCache
+
+# mpirun splits its launch agent at spaces, and paths may have some: it finds this one on the PATH.
+_RSH = '#!/bin/sh\nexec "$ALVEARY_PYTHON" -I -S "$ALVEARY_LIB/alveary_mpi_agent.py" "$@"\n'
 
 
 def library(cache: Path) -> Path:
@@ -43,14 +46,20 @@ def library(cache: Path) -> Path:
     digest = hashlib.sha256()
     for file in files:
         digest.update(str(file.relative_to(source)).encode() + b"\0" + file.read_bytes())
-    shim = Path(__file__).parent / "adapters" / "shim.py"
-    digest.update(shim.read_bytes())
+    ours = Path(__file__).parent / "adapters"
+    scripts = {"alveary_shim.py": ours / "shim.py", "alveary_rank.py": ours / "rank.py", "alveary_mpi_agent.py": ours / "mpi_agent.py"}
+    for script in scripts.values():
+        digest.update(script.read_bytes())
+    digest.update(_RSH.encode())
     final = cache / "runtime" / digest.hexdigest()[:16]
     if not final.exists():
         part = final.with_name(f".{final.name}.{os.getpid()}")
         shutil.rmtree(part, ignore_errors=True)
         shutil.copytree(source, part / "alveary", ignore=shutil.ignore_patterns("__pycache__"))
-        shutil.copy(shim, part / "alveary_shim.py")
+        for name, script in scripts.items():
+            shutil.copy(script, part / name)
+        (part / "alveary-rsh").write_text(_RSH)
+        (part / "alveary-rsh").chmod(0o755)
         try:
             part.rename(final)
         except OSError:  # another trainer of this machine was faster
@@ -62,8 +71,8 @@ def sockets(settings: TrainerSettings, runs_dir: Path) -> Path:
     """A short folder that belongs to this node alone: what an earlier life left in it goes."""
     base = settings.sockets_dir or Path(tempfile.gettempdir(), f"alveary-{os.getuid()}")
     folder = base / hashlib.sha256(str(runs_dir.resolve()).encode()).hexdigest()[:12]
-    # <run>-<attempt>/run.sock goes below it, and a socket's path may have 107 bytes (unix(7)).
-    if len(str(folder)) > 107 - len(f"/{new_id()}-10/run.sock"):
+    # <run>-<attempt>.<share>/ranks.sock goes below it, and a socket's path may have 107 bytes (unix(7)).
+    if len(str(folder)) > 107 - len(f"/{new_id()}-10.1023/ranks.sock"):
         raise RuntimeError(f"{folder} is too long a path for sockets: set ALVEARY_SOCKETS_DIR to a shorter one")
     base.mkdir(mode=0o711, parents=True, exist_ok=True)
     if base.stat().st_uid not in (os.getuid(), 0):
@@ -112,7 +121,8 @@ def runtime_of(settings: TrainerSettings, cache: Path, store: ObjectStore, runs_
         from alveary_trainer.adapters.containers import DockerRuntime  # needs a package that a process node may lack
 
         return DockerRuntime(settings, cache, store, runs_dir)
-    return ProcessRuntime(Environments(cache / "environments", settings.environments_bytes, store))
+    address = settings.address or address_towards(settings.nats_url)
+    return ProcessRuntime(Environments(cache / "environments", settings.environments_bytes, store), address)
 
 
 async def main() -> None:

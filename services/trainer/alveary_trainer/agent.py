@@ -18,7 +18,7 @@ from alveary_contracts.names import token
 from alveary_contracts.trainer.v1 import trainer_pb2 as pb
 from alveary_contracts.trainer.v1 import trainer_pb2_grpc as rpc
 from alveary_core import auth, telemetry
-from alveary_core.events import decode
+from alveary_core.events import Key, decode
 from alveary_trainer.adapters.gpus import gpu_models, gpu_utilisation
 from alveary_trainer.attempt import Attempt
 from alveary_trainer.node import NodeContext
@@ -53,9 +53,9 @@ class Agent:
                 telemetry.start_trace(event.traceparent)
                 match event.message:
                     case ev.PlacementMade() as made:
-                        share = made.nodes[0]
-                        if (share.node, share.incarnation) == (self._settings.node, self._context.incarnation):
-                            self._take(Attempt(self._context, event.key, made))
+                        for index, share in enumerate(made.nodes):
+                            if (share.node, share.incarnation) == (self._settings.node, self._context.incarnation):
+                                self._take(event.key, made, index)
                     case ev.PlacementRevoked() as revoked:
                         self._end(f"{event.key.id}-{revoked.attempt}", "fenced")
                     case ev.PlacementPreempting() as preempting:
@@ -72,15 +72,17 @@ class Agent:
                             if attempt.run_id == event.key.id:
                                 attempt.end("canceled")
 
-    def _take(self, attempt: Attempt) -> None:
-        name = f"{attempt.run_id}-{attempt.number}"
+    def _take(self, key: Key, made: ev.PlacementMade, index: int) -> None:
+        name = f"{key.id}-{made.attempt}" + (f".{index}" if index else "")
         if name in self.attempts:
             return
-        self.attempts[name] = attempt
+        # Their places may be this attempt's now, and they take a moment to be gone.
+        leaving = [t for t in self._tasks if (a := self.attempts.get(t.get_name())) is not None and a.ended_from_outside]
+        attempt = self.attempts[name] = Attempt(self._context, key, made, index, leaving)
         telemetry.ATTEMPTS.set(len(self.attempts))
         if attempt.run_id in self._canceled:
             attempt.end("canceled")
-        if name in self._preempted:
+        if f"{attempt.run_id}-{attempt.number}" in self._preempted:
             attempt.end("preempted")
         task = asyncio.create_task(attempt.run(), name=name)
         self._tasks.add(task)
@@ -96,8 +98,9 @@ class Agent:
             self.done.set()  # start afresh: the new incarnation lets the scheduler revoke what was here
 
     def _end(self, name: str, why: str) -> None:
-        if name in self.attempts:
-            self.attempts[name].end(why)
+        for attempt in list(self.attempts.values()):
+            if f"{attempt.run_id}-{attempt.number}" == name:
+                attempt.end(why)
 
     def beat_message(self, leaving: bool = False) -> pb.Beat:
         """What this node says of itself now."""

@@ -1,17 +1,23 @@
-"""One attempt of a run on this node: stage, launch, supervise, store, report."""
+"""One attempt of a run on this node: stage, launch, supervise, store, report.
+
+Of a run on several nodes each has an `Attempt`, its share of the placement; the first one leads and writes the events.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import os
 import shutil
 import signal
 import time
 from collections import deque
+from collections.abc import Awaitable, Sequence
 from contextlib import AsyncExitStack
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from google.protobuf.message import Message
 
@@ -20,36 +26,66 @@ from alveary_contracts.digests import manifest_json
 from alveary_contracts.events.v1 import events_pb2 as ev
 from alveary_contracts.logs.v1 import logs_pb2
 from alveary_contracts.names import path_problem, token
+from alveary_contracts.trainer.v1 import trainer_pb2 as pb
 from alveary_core import telemetry
 from alveary_core.errors import AlvearyError
 from alveary_core.eventlog import Conflict
 from alveary_core.events import Key
 from alveary_core.objectstore import DigestMismatch
-from alveary_trainer.adapters.runtime import Limits, Outcome, Place, Say, Staged, StagingFailed, Tree, Usage, View, opened
+from alveary_trainer import launch
+from alveary_trainer.adapters.runtime import Host, Limits, Outcome, Place, Say, Staged, StagingFailed, Tree, Usage, View, opened
 from alveary_trainer.adapters.shared_cache import remove_tree
 from alveary_trainer.checkpoints import Checkpoints, fetch
 from alveary_trainer.context_server import Ask, ContextServer
+from alveary_trainer.crew import Leader, Member, subject
+from alveary_trainer.gang import ASKED, ENDED, PEER, READY, RUNNING, STORED, File, Gang, name_files
 from alveary_trainer.node import NodeContext
+from alveary_trainer.ranks import Rank, Ranks
 from alveary_trainer.shipper import FolderTail, Lines, Shipper, log_chunk, metric_batch, pump
+
+T = TypeVar("T")
+# What is said of an end that was asked for.
+_WORDS = {
+    "canceled": "canceled",
+    "preempted": "a run that comes first needs its place",
+    "timeout": "it ran longer than max_run_duration_seconds = {:g}",
+    PEER: "another node of the run failed",
+}
+_STORING = (AlvearyError, DigestMismatch, OSError)
+# Instead of names: the leader could not decide them.
+_NO_NAMES = "none"
+_ALONE = Host("localhost", "", 0)
+# How long what was taken back on this node may take to be gone, seconds; it was killed.
+_GONE = 30.0
+
+
+class Fenced(Exception):
+    """The attempt's place was taken from it: it says and stores nothing more."""
 
 
 class Attempt:
-    """An attempt from placement to report."""
+    """A node's share of an attempt, from placement to report."""
 
-    def __init__(self, node: NodeContext, key: Key, placement: ev.PlacementMade) -> None:
+    def __init__(
+        self, node: NodeContext, key: Key, placement: ev.PlacementMade, index: int = 0, after: Sequence[asyncio.Task[None]] = ()
+    ) -> None:
+        """`index` into the placement's nodes. `after`: what must be gone from this node before anything is launched."""
         self._node, self.run_id, self.workspace = node, key.id, key.workspace
         self._placement, self.spec, self.number = placement, placement.spec, placement.attempt
+        self.index, self._count, self._after = index, len(placement.nodes), after
         self.phase = "staging"
         self.usage = Usage()
         self._key = Key(key.workspace, "attempt", f"{key.id}-{self.number}")
         self._sequence = 0
-        self._root = node.runs_dir / f"{key.id}-{self.number}"
+        self._share = placement.nodes[index]
+        self.name = f"{key.id}-{self.number}" + (f".{index}" if index else "")
+        self._root = node.runs_dir / self.name
         self._code = self._root / "work"
         self._place: Place | None = None
         self._tree: Tree | None = None
-        # Why it must end before its time: "canceled", "timeout", "preempted", "out_of_memory", or "fenced" (then it says nothing).
-        self._end: str = ""
-        self._ending = asyncio.Event()
+        # Why it must end before its time: one of gang.ASKED, "peer", "out_of_memory", or "fenced" (then it says nothing).
+        self._end, self._why = "", ""
+        self._ending, self._fenced = asyncio.Event(), asyncio.Event()
         self._tail: deque[str] = deque(maxlen=20)
         self._logs = Shipper(node.log.js, f"alveary-logs.{token(key.workspace)}.{token(key.id)}", log_chunk)
         self._metrics = Shipper(node.log.js, f"alveary-metrics.{token(key.workspace)}.{token(key.id)}", metric_batch)
@@ -57,58 +93,151 @@ class Attempt:
         self._uploaded: dict[str, c.FileEntry] = {}
         self._held = AsyncExitStack()
         self._resume = self._code / ".alveary-resume"
+        self._ranks: Ranks | None = None
         folder = self._code / "outputs/checkpoints"
-        self._checkpoints = Checkpoints(node.store, self.run_id, self.number, folder, node.settings.checkpoints_kept)
+        self._checkpoints = Checkpoints(node.store, self.run_id, self.number, folder, node.settings.checkpoints_kept, index)
+        connection, where = node.log.connection, subject(key.workspace, key.id, self.number)
+        self._gang: Gang | None = None
+        self._crew: Leader | Member
+        if index == 0:
+            self._gang = Gang(self._count, self.spec.launcher)
+            self._crew = Leader(connection, where, self._gang, self._share.node, self._share.incarnation, self._on_order)
+        else:
+            self._crew = Member(connection, where, index, self._share.node, self._share.incarnation, self._on_order)
 
-    def end(self, why: str) -> None:
+    @property
+    def ended_from_outside(self) -> bool:
+        """Its place was taken from it."""
+        return self._fenced.is_set()
+
+    def end(self, why: str, message: str = "") -> None:
         """Ask for the end, once; "fenced" overrules everything."""
-        if not self._end or why == "fenced":
-            self._end = why
-            self._ending.set()
-            if why == "fenced" and self._tree:
+        if self._end and why != "fenced":
+            return
+        self._end, self._why = why, message
+        self._ending.set()
+        if why == "fenced":
+            self._fenced.set()
+            if self._tree:
                 self._tree.kill()
+        elif self._gang is not None and isinstance(self._crew, Leader) and why in ASKED:
+            self._gang.end(why, message or _WORDS[why].format(self.spec.max_run_duration_seconds))
+            self._crew.decide()
+
+    def _on_order(self, order: pb.GangOrder) -> None:
+        if order.phase == ENDED:
+            self.end(order.why, order.message)
+
+    async def _unless(self, event: asyncio.Event, work: Awaitable[T]) -> T | None:
+        """The result of `work`; None where `event` came first."""
+        doing, waiting = asyncio.ensure_future(work), asyncio.create_task(event.wait())
+        try:
+            await asyncio.wait({doing, waiting}, return_when=asyncio.FIRST_COMPLETED)
+            return doing.result() if doing.done() else None
+        finally:
+            for task in (doing, waiting):
+                task.cancel()
+            await asyncio.gather(doing, waiting, return_exceptions=True)
+
+    async def _unfenced(self, work: Awaitable[T]) -> T:
+        """The result of `work`.
+
+        Raises:
+            Fenced: the attempt lost its place first.
+        """
+        done = await self._unless(self._fenced, work)
+        if self._fenced.is_set():
+            raise Fenced
+        return done  # type: ignore[return-value]
 
     async def run(self) -> None:
         """All of it; returns when nothing is left of it on this node."""
         reporter = asyncio.create_task(self._report())
-        self._say("accepted", ev.AttemptAccepted(node=self._placement.nodes[0].node, incarnation=self._node.incarnation))
-        manifest_digest, files = "", c.Manifest()
+        self._say("accepted", ev.AttemptAccepted(node=self._share.node, incarnation=self._node.incarnation))
         try:
+            await self._crew.start()
             try:
                 status = await self._stage_and_run()
             except (StagingFailed, DigestMismatch, AlvearyError) as error:
                 status = c.ExitStatus(reason="staging_failed", message=str(error))
             if self._end != "fenced":
-                self.phase = "finalizing"
-                self._say("finalizing", ev.AttemptFinalizing(exit=status))
-                try:
-                    manifest_digest, files = await self._store()
-                except (AlvearyError, OSError) as error:
-                    status = c.ExitStatus(reason="upload_failed", message=f"its outputs could not be stored: {error}")
-                await self._logs.flush()
-                await self._metrics.flush()
-                status.last_lines[:] = self._tail
-                self._say(
-                    "finished",
-                    ev.AttemptFinished(
-                        exit=status, manifest_digest=manifest_digest, output_files=len(files.files),
-                        output_bytes=sum(f.size for f in files.files),
-                    ),
-                )  # fmt: skip
+                await self._conclude(status)
                 self._reports.put_nowait(None)
-                await reporter
+                await self._unfenced(reporter)
+        except Fenced:
+            telemetry.logger().info("attempt.fenced", run=self.run_id, attempt=self.number, share=self.index)
         finally:
             reporter.cancel()
             if self._tree:
                 self._tree.kill()
+            await self._crew.close()
             await self._logs.close()
             await self._metrics.close()
             await self._held.aclose()
             await asyncio.to_thread(remove_tree, self._root)
 
+    async def _conclude(self, status: c.ExitStatus) -> None:
+        """From the end of this node's processes to the report on the whole attempt."""
+        self.phase = "finalizing"
+        crew, gang = self._crew, self._gang
+        # A failure before there were ranks: what the program said, if anything.
+        if not status.last_lines:
+            status.last_lines[:] = self._tail
+        first = self._ranks.first_failure() if self._ranks is not None else None
+        listing = ""
+        if self._count > 1:
+            try:
+                listing = await self._unfenced(self._list_files())
+            except _STORING as failure:
+                status = c.ExitStatus(reason="upload_failed", message=f"its outputs could not be stored: {failure}")
+        crew.tell(
+            phase=ENDED, exit=status, failed_at=first.ended_at if first else 0.0, listing=listing,
+            ranks=sorted(self._ranks.ranks) if self._ranks is not None else [],
+        )  # fmt: skip
+        error = ""
+        if isinstance(crew, Leader) and gang is not None:
+            await self._unfenced(crew.all_at(ENDED, self._note))
+            self._say("finalizing", ev.AttemptFinalizing(exit=gang.verdict()))
+            try:
+                gang.names = await self._unfenced(self._name_files(gang))
+            except _STORING as failure:
+                error, gang.names = f"its outputs could not be stored: {failure}", _NO_NAMES
+            crew.decide()
+        order = await self._unfenced(crew.until(STORED))
+        files: dict[str, c.FileEntry] = {}
+        if order.names != _NO_NAMES:
+            try:
+                files = await self._unfenced(self._store(await self._names(order)))
+            except _STORING as failure:
+                error = f"its outputs could not be stored: {failure}"
+        await self._unfenced(self._logs.flush())
+        await self._unfenced(self._metrics.flush())
+        crew.tell(phase=STORED, error=error)
+        if isinstance(crew, Member):
+            await self._unfenced(crew.heard())
+            return
+        assert gang is not None
+        await self._unfenced(crew.all_at(STORED, self._note))
+        manifest_digest, manifest = "", c.Manifest()
+        status = gang.verdict()
+        if status.reason != "upload_failed":
+            try:
+                manifest_digest, manifest = await self._unfenced(self._make_whole(gang, files))
+            except _STORING as failure:
+                status = c.ExitStatus(reason="upload_failed", message=f"its outputs could not be stored: {failure}")
+        self._say(
+            "finished",
+            ev.AttemptFinished(
+                exit=status, manifest_digest=manifest_digest, output_files=len(manifest.files),
+                output_bytes=sum(f.size for f in manifest.files),
+            ),
+        )  # fmt: skip
+
     # ---- reports --------------------------------------------------------------------------------------------------
 
     def _say(self, phase: str, event: Message) -> None:
+        if self.index:  # the first share speaks for all
+            return
         telemetry.logger().info("attempt", run=self.run_id, attempt=self.number, phase=phase)
         self._reports.put_nowait(event)
 
@@ -131,7 +260,8 @@ class Attempt:
                     await asyncio.sleep(0.5)
 
     def _note(self, text: str) -> None:
-        line = logs_pb2.LogLine(stream="system", attempt=self.number, data=text.encode())
+        where = f"{self._share.node}: " if self._count > 1 else ""
+        line = logs_pb2.LogLine(stream="system", attempt=self.number, data=f"{where}{text}".encode())
         line.time.GetCurrentTime()
         self._logs.add(line)
 
@@ -143,15 +273,47 @@ class Attempt:
 
         self._code.mkdir(parents=True)
         inputs: dict[str, Path] = {}
-        staging = asyncio.create_task(self._stage(inputs, say))
-        ending = asyncio.create_task(self._ending.wait())
-        await asyncio.wait({staging, ending}, return_when=asyncio.FIRST_COMPLETED)
-        ending.cancel()
-        if not staging.done():
-            staging.cancel()
-            await asyncio.gather(staging, return_exceptions=True)
+        staged = await self._unless(self._ending, self._stage(inputs, say))
+        if staged is None:
             return self._status(Outcome())
-        return await self._supervise(staging.result(), inputs)
+        team = await self._unless(self._ending, self._meet())
+        if team is not None and self._after:
+            await self._unless(self._ending, asyncio.wait(self._after, timeout=_GONE))
+        command: Sequence[str] = ()
+        if team is not None and self.spec.launcher == c.LAUNCHER_MPI and self.index:
+            order = await self._unless(self._ending, self._crew.until(RUNNING, command=True))
+            command = order.command if order is not None else ()
+        if team is None or self._ending.is_set():
+            return self._status(Outcome())
+        return await self._supervise(staged, inputs, team, command)
+
+    @property
+    def _gang_name(self) -> str:
+        return f"{self.run_id}-{self.number}" if self._count > 1 else ""
+
+    async def _meet(self) -> launch.Team:
+        """Wait for the other shares; returns where all of them are.
+
+        Raises:
+            StagingFailed: they cannot reach each other.
+        """
+        host = _ALONE
+        if self._count > 1 or launch.has_ranks(self.spec):
+            host = await self._node.runtime.host(self._gang_name, self.index, self._placement.network or "bridge")
+        self._crew.tell(phase=READY, host=host.name, realm=host.realm)
+        if isinstance(self._crew, Leader):
+            gang = self._crew.gang
+            await self._crew.all_at(READY, self._note)
+            if len(gang.realms()) > 1:
+                raise StagingFailed(
+                    "the nodes of this run cannot reach each other: they are on different machines, and have addresses that hold on one "
+                    "alone. Trainers in virtual environments: set ALVEARY_ADDRESS. Containers: create an overlay network, and the "
+                    "target with network=<its name>"
+                )
+            gang.port = host.port or 1
+            self._crew.decide()
+        order = await self._crew.until(RUNNING)
+        return launch.Team(self.index, list(order.hosts), order.port, host)
 
     async def _stage(self, inputs: dict[str, Path], say: Say) -> Staged:
         """Everything that the run needs, held on this node until the attempt is over."""
@@ -192,63 +354,69 @@ class Attempt:
             await asyncio.to_thread(os.rename, self._root / "resume", self._resume)
         return staged.result()
 
-    def _argv(self, staged: Staged, view: View) -> list[str]:
-        spec, python = self.spec, staged.python
-        arguments = list(spec.arguments)
-        for name, folder in view.inputs.items():
-            arguments = [a.replace(f"{{inputs.{name}}}", folder) for a in arguments]
-        if spec.command:
-            first, *rest = spec.command
-            if first in ("python", "python3"):
-                return [python, "-u", *rest, *arguments]
-            return [self._node.runtime.command(first, staged), *rest, *arguments]
-        program = ["-m", spec.module] if spec.module else [spec.entry_script]
+    def _argv(self, staged: Staged, view: View, team: launch.Team, command: Sequence[str]) -> tuple[list[str], list[str]]:
+        """The program of each rank, and what is launched here."""
+        spec, runtime = self.spec, self._node.runtime
+        own = launch.program(spec, staged.python, view.inputs)
+        if spec.command and own[0] == spec.command[0]:
+            own[0] = runtime.command(own[0], staged)
         if spec.launcher == c.LAUNCHER_TORCHRUN:
-            run = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={spec.process_count_per_node}"]
-            return [python, "-u", *run, *(["--module", spec.module] if spec.module else program), *arguments]
-        return [python, "-u", *program, *arguments]
+            return own, launch.torchrun(spec, staged.python, view.lib, team, f"{self.run_id}-{self.number}")
+        if spec.launcher == c.LAUNCHER_MPI:
+            return own, launch.mpi_daemon(command) if self.index else launch.mpirun(spec, runtime.command("mpirun", staged), team)
+        return own, own
 
-    def _environment(self, view: View) -> dict[str, str]:
-        env = dict(view.inherited) | dict(self.spec.environment.environment_variables)
-        if "PATH" in view.inherited:
-            env["PATH"] = view.inherited["PATH"]
-        # The module that talks to the trainer is in every environment: standard library alone, first on the path.
-        env |= {
-            "PYTHONPATH": ":".join(filter(None, [view.lib, env.get("PYTHONPATH")])), "PYTHONUNBUFFERED": "1", "TMPDIR": view.tmp,
-            "ALVEARY_RUN_ID": self.run_id, "ALVEARY_ATTEMPT": str(self.number), "ALVEARY_SOCKET": view.socket,
-            "ALVEARY_EXPERIMENT": self.spec.experiment, "ALVEARY_WORK_DIR": view.work,
-        }  # fmt: skip
-        if self._resume.is_dir():
-            env["ALVEARY_RESUME_FROM"] = f"{view.work}/{self._resume.name}"
-        return env | {f"ALVEARY_INPUT_{name.upper().replace('-', '_').replace('.', '_')}": path for name, path in view.inputs.items()}
+    def _limits(self, team: launch.Team) -> Limits:
+        gpus = tuple(self._node.settings.gpu_offset + i for i in self._share.gpu_indexes)
+        return Limits(self.spec.resources, gpus, self._placement.network or "bridge", self._gang_name, team.host.name)
 
-    def _limits(self) -> Limits:
-        share = self._placement.nodes[0]
-        gpus = tuple(self._node.settings.gpu_offset + i for i in share.gpu_indexes)
-        return Limits(self.spec.resources, gpus, self._placement.network or "bridge")
+    async def _launch_there(self, host: str, command: str) -> int:
+        """What mpirun wants of its launch agent: run a command on another node, until it has ended."""
+        assert isinstance(self._crew, Leader)
+        gang, index = self._crew.gang, launch.mpi_index(host)
+        if not 0 < index < self._count or index in gang.commands:
+            raise ValueError(f"{host} is no other node of this run, or has its command already")
+        gang.commands[index] = [command]
+        self._crew.decide()
+        while (report := gang.reports[index]).phase < ENDED:
+            await self._crew.moved()
+        return report.exit.exit_code if report.exit.HasField("exit_code") else 1
 
-    async def _supervise(self, staged: Staged, inputs: dict[str, Path]) -> c.ExitStatus:
+    async def _supervise(self, staged: Staged, inputs: dict[str, Path], team: launch.Team, command: Sequence[str]) -> c.ExitStatus:
         runtime = self._node.runtime
         (self._root / "tmp").mkdir()
-        sockets = self._node.sockets_dir / f"{self.run_id}-{self.number}"
+        sockets = self._node.sockets_dir / self.name
         sockets.mkdir(mode=0o700)
-        place = self._place = Place(f"{self.run_id}-{self.number}", self._root, sockets / "run.sock", self._node.runtime_dir, inputs)
+        place = self._place = Place(self.name, self._root, sockets / "run.sock", self._node.runtime_dir, inputs)
         server = ContextServer(place.socket, self.run_id, self._metrics, self._asks(place))
         await server.start()
         tasks: list[asyncio.Task[None]] = []
+        ranks = Ranks(sockets, self._logs, self.number, self._launch_there if isinstance(self._crew, Leader) else None)
+        self._ranks = ranks if launch.has_ranks(self.spec) or self._count > 1 else None
         try:
             view = runtime.view(place, staged)
-            tree = self._tree = await runtime.launch(place, staged, self._argv(staged, view), self._environment(view), self._limits())
+            own, argv = self._argv(staged, view, team, command)
+            if launch.has_ranks(self.spec):
+                ranks.start(own, view.work)
+            env = launch.variables(self.spec, view, staged.python, self.run_id, self.number, team)
+            if self._resume.is_dir():
+                env["ALVEARY_RESUME_FROM"] = f"{view.work}/{self._resume.name}"
+            tree = self._tree = await runtime.launch(place, staged, argv, env, self._limits(team))
             self.phase = "running"
-            self._say("started", ev.AttemptStarted(process_count=self.spec.process_count_per_node))
+            self._crew.tell(phase=RUNNING)
+            launcher = "launcher-" if launch.has_ranks(self.spec) else ""
+            first = self.index * launch.ranks_per_node(self.spec)
             pumps = [
-                asyncio.create_task(pump(fd, Lines(self._logs, name, 0, self.number, self._tail), self._logs))
+                asyncio.create_task(pump(fd, Lines(self._logs, f"{launcher}{name}", first, self.number, self._tail), self._logs))
                 for fd, name in ((tree.stdout, "stdout"), (tree.stderr, "stderr"))
             ]
-            folder = FolderTail(self._code / "logs", self._logs, self.number, runtime.readable_below(place))
-            tasks = [asyncio.create_task(w) for w in (folder.run(), self._measure(), self._enforce(tree), self._limit(), self._keep(place))]
+            folder = FolderTail(self._code / "logs", self._logs, self.number, runtime.readable_below(place), first)
+            work = (folder.run(), self._measure(), self._enforce(tree), self._limit(), self._started(), self._keep(place))
+            tasks = [asyncio.create_task(w) for w in work]
             outcome = await tree.wait()
+            ended_at = time.time()
             await asyncio.gather(*pumps)
+            await ranks.finish()
             tasks[0].cancel()
             await asyncio.gather(tasks[0], return_exceptions=True)
             await folder.finish()
@@ -256,18 +424,29 @@ class Attempt:
             tasks[-1].cancel()
             await asyncio.gather(tasks[-1], return_exceptions=True)
             await self._sync(place, last=True)
+            if self._count > 1 and not launch.has_ranks(self.spec):
+                stopped = self._end in (PEER, *ASKED)
+                ranks.ranks[self.index] = Rank(self.index, 0, self._tail, outcome.exit_code, outcome.signal, stopped, ended_at)
             return self._status(outcome)
         finally:
             for task in tasks:
                 task.cancel()
             await server.finish(0.1)
+            await ranks.finish(0.1)
             shutil.rmtree(sockets, ignore_errors=True)
+
+    async def _started(self) -> None:
+        """Say that it runs once it does on every node."""
+        if isinstance(self._crew, Leader):
+            if not self._crew.gang.all_at(RUNNING):
+                await self._crew.all_at(RUNNING, self._note)
+            self._say("started", ev.AttemptStarted(process_count=self._count * launch.ranks_per_node(self.spec)))
 
     async def _enforce(self, tree: Tree) -> None:
         """When the end is asked for: SIGTERM, the grace, SIGKILL."""
         await self._ending.wait()
-        if self._end in ("canceled", "timeout", "preempted"):
-            self._note(f"{self._end}: SIGTERM, then SIGKILL after {self.spec.grace_seconds:g} s")
+        if self._end in (PEER, *ASKED):
+            self._note(f"{self._why or self._end}: SIGTERM, then SIGKILL after {self.spec.grace_seconds:g} s")
             tree.terminate()
             await asyncio.sleep(self.spec.grace_seconds)
         while True:  # until wait() sees the end and cancels this
@@ -290,7 +469,7 @@ class Attempt:
             self._note(f"its checkpoints could not be copied: {error}")
 
     async def _limit(self) -> None:
-        if self.spec.max_run_duration_seconds:
+        if self.spec.max_run_duration_seconds and self.index == 0:
             await asyncio.sleep(self.spec.max_run_duration_seconds)
             self.end("timeout")
 
@@ -309,14 +488,12 @@ class Attempt:
             status.exit_code = outcome.exit_code
         if outcome.signal is not None:
             status.signal = outcome.signal
-        if self._end in ("canceled", "timeout", "preempted", "out_of_memory"):
+        if self._end == "out_of_memory":
             status.reason = self._end
-            status.message = {
-                "canceled": "canceled",
-                "preempted": "a run that comes first needs its place",
-                "timeout": f"it ran longer than max_run_duration_seconds = {self.spec.max_run_duration_seconds:g}",
-                "out_of_memory": f"it used more than the {self.spec.resources.memory_bytes / 2**20:.0f} MiB of memory it asked for",
-            }[self._end]
+            status.message = f"it used more than the {self.spec.resources.memory_bytes / 2**20:.0f} MiB of memory it asked for"
+        elif self._end in (PEER, *ASKED):
+            status.reason = self._end
+            status.message = self._why or _WORDS[self._end].format(self.spec.max_run_duration_seconds)
         elif outcome.signal == signal.SIGKILL and outcome.out_of_memory:
             limit = self.spec.resources.memory_bytes
             what = f"it needed more than its {limit / 2**20:.0f} MiB" if limit else "the node ran out of memory"
@@ -329,17 +506,48 @@ class Attempt:
             status.message = "" if outcome.exit_code == 0 else f"it ended with exit code {outcome.exit_code}"
         else:
             status.reason, status.message = "launch_failed", "its supervisor was killed"
+        if self._ranks is not None:
+            self._blame(status, self._ranks)
         return status
+
+    def _blame(self, status: c.ExitStatus, ranks: Ranks) -> None:
+        """How each rank ended, and of a failure: whose it was."""
+        status.ranks.extend(ranks.exits(self._share.node))
+        first = ranks.first_failure()
+        failed = status.reason == "signal" or (status.reason == "exited" and status.exit_code != 0)
+        mpi_daemon = self.spec.launcher == c.LAUNCHER_MPI and self.index
+        if first is not None and (failed or mpi_daemon):
+            status.ClearField("exit_code")
+            status.ClearField("signal")
+            status.reason = "exited" if first.exit_code is not None else "signal"
+            if first.exit_code is not None:
+                status.exit_code = first.exit_code
+            if first.signal is not None:
+                status.signal = first.signal
+            status.rank, status.node = first.number, self._share.node
+            where = f" on node {self._share.node}" if self._count > 1 else ""
+            again = f", after {first.restarts} restarts" if first.restarts else ""
+            status.message = f"rank {first.number}{where} {first.words()}{again}"
+            status.last_lines[:] = first.tail
+        elif not failed and ranks.ranks:
+            status.last_lines[:] = ranks.ranks[min(ranks.ranks)].tail
 
     # ---- storing --------------------------------------------------------------------------------------------------
 
-    async def _put(self, path: Path, name: str) -> c.FileEntry:
+    async def _put(self, path: Path, name: str, final: str = "") -> c.FileEntry:
+        """Store a file under its final name; where that is not known yet, any share but the first has a place of its own."""
         below = self._node.runtime.readable_below(self._place) if self._place else self._root
         with opened(path, below) as readable:
-            entry = await self._node.store.put_file("runs", f"{self.run_id}/{self.number}/{name}", readable)
+            entry = await self._node.store.put_file("runs", self._object(final) if final else self._aside(name), readable)
         entry.path = name
         self._uploaded[name] = entry
         return entry
+
+    def _object(self, name: str) -> str:
+        return f"{self.run_id}/{self.number}/{name}"
+
+    def _aside(self, name: str) -> str:
+        return self._object(f".gang/{self.index}/{name}" if self.index else name)
 
     def _stored_files(self) -> list[Path]:
         """Files of ./outputs and ./logs; what leads outside the run's folders is left out, and said."""
@@ -355,20 +563,25 @@ class Attempt:
                         self._note(f"not stored: {path.relative_to(self._code)}: {error}")
         return found
 
-    async def _store(self) -> tuple[str, c.Manifest]:
-        """./outputs and ./logs, then the manifest that makes them whole; returns its digest."""
-        code = self._code
+    async def _store(self, names: dict[str, str] | None) -> dict[str, c.FileEntry]:
+        """./outputs and ./logs, under the names that were decided (None: their own); returns what is stored, by its own path."""
+        code, store = self._code, self._node.store
         files = await asyncio.to_thread(self._stored_files)
+        if names is not None:
+            files = [f for f in files if names.get(f.relative_to(code).as_posix())]
         total = sum(f.stat().st_size for f in files)
         if files:
             self._note(f"storing {len(files)} files, {total / 1e6:.1f} MB")
         done, said = 0, time.monotonic()
         slots = asyncio.Semaphore(8)
+        before = dict(self._uploaded)
+        stored: dict[str, c.FileEntry] = {}
 
         async def one(path: Path) -> None:
             nonlocal done, said
             async with slots:
-                entry = await self._put(path, path.relative_to(code).as_posix())
+                own = path.relative_to(code).as_posix()
+                stored[own] = entry = await self._put(path, own, names[own] if names is not None else own)
             done += entry.size
             if time.monotonic() - said > 2:
                 said = time.monotonic()
@@ -380,11 +593,79 @@ class Attempt:
                     group.create_task(one(path))
         except ExceptionGroup as error:
             raise error.exceptions[0] from error
-        manifest = c.Manifest(files=sorted(self._uploaded.values(), key=lambda f: f.path))
+        # What the script stored itself, under names that are no files of ./outputs and ./logs.
+        if names is not None:
+            for own in before.keys() - stored.keys():
+                if names.get(own) and self._object(names[own]) != self._aside(own):
+                    await store.copy("runs", self._object(names[own]), "runs", self._aside(own))
+        return before | stored
+
+    async def _list_files(self) -> str:
+        """Say in the object store which files this share has; returns the digest of what it said."""
+        code = self._code
+
+        def look() -> list[File]:
+            below = self._node.runtime.readable_below(self._place) if self._place else self._root
+            found = {n: File(n, e.size, e.sha256, e.executable) for n, e in self._uploaded.items()}
+            for path in self._stored_files():
+                own = path.relative_to(code).as_posix()
+                with opened(path, below) as readable, readable.open("rb") as content:
+                    info = os.fstat(content.fileno())
+                    digest = hashlib.file_digest(content, "sha256").hexdigest()
+                    found[own] = File(own, info.st_size, digest, bool(info.st_mode & 0o100))
+            return [f for _, f in sorted(found.items())]
+
+        return await self._say_aside(f"{self.index}.json", [asdict(f) for f in await asyncio.to_thread(look)])
+
+    async def _say_aside(self, name: str, what: object) -> str:
+        data = json.dumps(what).encode()
+        await self._node.store.put("runs", self._object(f".gang/{name}"), data)
+        return hashlib.sha256(data).hexdigest()
+
+    async def _read_aside(self, name: str, digest: str) -> Any:
+        data = await self._node.store.get("runs", self._object(f".gang/{name}"))
+        if hashlib.sha256(data).hexdigest() != digest:
+            raise DigestMismatch(f"runs/{self.run_id}/{self.number}/.gang/{name} is not what was written there")
+        return json.loads(data)
+
+    async def _listings(self, gang: Gang) -> dict[int, list[File]]:
+        found = {}
+        for index, report in sorted(gang.reports.items()):
+            found[index] = [File(**f) for f in await self._read_aside(f"{index}.json", report.listing)] if report.listing else []
+        return found
+
+    async def _name_files(self, gang: Gang) -> str:
+        """Decide under which names all shares store their files: the one with rank 0 keeps its own."""
+        if self._count == 1:
+            return "own"
+        order = sorted(gang.reports, key=lambda i: (min(gang.reports[i].ranks, default=10**9), i))
+        names = name_files(await self._listings(gang), order)
+        return await self._say_aside("names.json", names)
+
+    async def _names(self, order: pb.GangOrder) -> dict[str, str] | None:
+        if self._count == 1:
+            return None
+        found: dict[str, str] = (await self._read_aside("names.json", order.names))[str(self.index)]
+        return found
+
+    async def _make_whole(self, gang: Gang, mine: dict[str, c.FileEntry]) -> tuple[str, c.Manifest]:
+        """The manifest that makes what all shares stored the run's; returns its digest."""
+        entries: dict[str, c.FileEntry] = {}
+        if self._count == 1:
+            entries = mine
+        else:
+            names = await self._names(self._crew.order)
+            assert names is not None
+            every: dict[str, dict[str, str]] = await self._read_aside("names.json", self._crew.order.names)
+            for index, files in (await self._listings(gang)).items():
+                for file in files:
+                    if name := every[str(index)].get(file.path):
+                        entries[name] = c.FileEntry(path=name, size=file.size, sha256=file.sha256, executable=file.executable)
+        manifest = c.Manifest(files=sorted(entries.values(), key=lambda f: f.path))
         data = manifest_json(manifest)
-        if self._end == "fenced":
-            return "", c.Manifest()
-        await self._node.store.put("runs", f"{self.run_id}/{self.number}/manifest.json", data)
+        await self._node.store.put("runs", self._object("manifest.json"), data)
+        if self._count > 1:
+            await self._node.store.delete("runs", await self._node.store.keys("runs", self._object(".gang/")))
         return hashlib.sha256(data).hexdigest(), manifest
 
     # ---- what the script may ask ----------------------------------------------------------------------------------

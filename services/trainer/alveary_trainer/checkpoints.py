@@ -1,7 +1,9 @@
 """Checkpoints of an attempt: copied away as they appear, found again by the attempts that follow.
 
 Under runs/<run>/checkpoints/: <attempt>/<sha256> are files, <attempt>.json names those that belong together and is
-replaced in one go. Each attempt writes its own, so that one which was fenced cannot touch what a later one wrote.
+replaced in one go. Each attempt writes its own, so that one which was fenced cannot touch what a later one wrote. Of a
+run on several nodes each has its own, <attempt>.<share>; all nodes of the next attempt find what all of them wrote, so
+that checkpoints in shards (torch.distributed.checkpoint) are whole.
 """
 
 from __future__ import annotations
@@ -31,10 +33,13 @@ def _digest(path: Path) -> str:
 class Checkpoints:
     """What one attempt writes into its folder."""
 
-    def __init__(self, store: ObjectStore, run_id: str, attempt: int, folder: Path, keep: int) -> None:
-        """`keep`: how many of the newest entries of the folder (files, or folders with all that is in them) are kept."""
+    def __init__(self, store: ObjectStore, run_id: str, attempt: int, folder: Path, keep: int, share: int = 0) -> None:
+        """`keep`: how many of the newest entries of the folder (files, or folders with all that is in them) are kept.
+
+        `share`: which of the run's nodes this is.
+        """
         self._store, self._folder, self._keep = store, folder, keep
-        self._prefix = f"{run_id}/checkpoints/{attempt}"
+        self._prefix = f"{run_id}/checkpoints/{attempt}" + (f".{share}" if share else "")
         self._seen: dict[str, _Stamp] = {}
         self._sent: dict[str, tuple[_Stamp, str, int]] = {}
         self._named: dict[str, str] = {}
@@ -47,7 +52,8 @@ class Checkpoints:
             for name in names:
                 path = Path(root, name)
                 relative = path.relative_to(self._folder).as_posix()
-                if name.startswith(".") or path_problem(relative):
+                # torch.distributed.checkpoint calls the index of its shards .metadata, and renames it into place.
+                if (name.startswith(".") and name != ".metadata") or path_problem(relative):
                     continue
                 try:
                     found = path.lstat()
@@ -118,20 +124,39 @@ async def fetch(store: ObjectStore, sources: Sequence[tuple[str, int]], into: Pa
     for run_id, attempt in sources:
         prefix = f"{run_id}/checkpoints/{attempt}"
         for left in reversed(range(_TRIES)):
-            try:
-                files = json.loads(await store.get(BUCKET, f"{prefix}.json"))["files"]
-            except NotFound:
+            found = await _named(store, prefix)
+            if not found:
                 break
             try:
-                for file in files:
-                    if problem := path_problem(file["path"]):
+                for relative, key, digest in found:
+                    if problem := path_problem(relative):
                         raise StagingFailed(f"checkpoints of run {run_id}: {problem}")
-                    path = into / file["path"]
+                    path = into / relative
                     path.parent.mkdir(parents=True, exist_ok=True)
-                    await store.get_file(BUCKET, f"{prefix}/{file['sha256']}", path, file["sha256"])
-                return run_id, attempt, len(files)
+                    await store.get_file(BUCKET, key, path, digest)
+                return run_id, attempt, len(found)
             except NotFound as error:  # the attempt still lives, and named newer ones meanwhile
                 if not left:
                     raise StagingFailed(f"checkpoints of run {run_id}, attempt {attempt}: {error}") from error
                 await asyncio.sleep(1.0)
     return None
+
+
+async def _named(store: ObjectStore, prefix: str) -> list[tuple[str, str, str]]:
+    """(path, object, digest) of what all shares of an attempt named; of one path, what the first of them did."""
+    shares = {}
+    for key in await store.keys(BUCKET, f"{prefix}."):
+        name = key.removeprefix(f"{prefix}.")
+        if name == "json":
+            shares[0] = key
+        elif name.endswith(".json") and name.removesuffix(".json").isdigit():
+            shares[int(name.removesuffix(".json"))] = key
+    found: dict[str, tuple[str, str, str]] = {}
+    for _, key in sorted(shares.items()):
+        try:
+            listing = json.loads(await store.get(BUCKET, key))
+        except NotFound:
+            continue
+        for file in listing["files"]:
+            found.setdefault(file["path"], (file["path"], f"{key.removesuffix('.json')}/{file['sha256']}", file["sha256"]))
+    return list(found.values())

@@ -34,6 +34,8 @@ class TrainerSettings(CoreSettings):
     node_labels: dict[str, str] = {}
     # How many of the newest entries of a run's ./outputs/checkpoints are kept for its next attempt.
     checkpoints_kept: int = 3
+    # By which other nodes reach this one, for runs on several nodes; empty: where connections to the message bus leave from.
+    address: str = ""
     # Where environments, snapshots and datasets are kept; empty: state_dir/cache.
     cache_dir: Path | None = None
     # Environments beyond this are evicted, least recently used first.

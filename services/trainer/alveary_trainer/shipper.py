@@ -176,8 +176,8 @@ class FolderTail:
 
     MAX_FILES = 200
 
-    def __init__(self, folder: Path, shipper: Shipper, attempt: int, below: Path) -> None:
-        self._folder, self._shipper, self._attempt, self._below = folder, shipper, attempt, below
+    def __init__(self, folder: Path, shipper: Shipper, attempt: int, below: Path, rank: int = 0) -> None:
+        self._folder, self._shipper, self._attempt, self._below, self._rank = folder, shipper, attempt, below, rank
         self._known: dict[Path, tuple[int, Lines]] = {}
 
     async def run(self) -> None:
@@ -195,7 +195,7 @@ class FolderTail:
                 if len(self._known) >= self.MAX_FILES:
                     continue  # they are stored at the end all the same
                 name = f"logs/{path.relative_to(self._folder)}"
-                self._known[path] = (0, Lines(self._shipper, name, 0, self._attempt))
+                self._known[path] = (0, Lines(self._shipper, name, self._rank, self._attempt))
             position, lines = self._known[path]
             try:
                 with opened(path, self._below) as readable, readable.open("rb") as file:

@@ -6,7 +6,7 @@ from alveary_core.errors import InvalidArgument
 from alveary_runs import query
 from alveary_runs.validation import problems, with_defaults
 
-CPU = ev.ComputeSpec(node_resources=c.Resources(cpus=2, memory_bytes=4 << 30))
+CPU = ev.ComputeSpec(max_nodes=4, node_resources=c.Resources(cpus=2, memory_bytes=4 << 30))
 BASE = {"entry_script": "train.py", "snapshot": "0" * 64, "compute_target": "t"}
 
 
@@ -22,7 +22,10 @@ BASE = {"entry_script": "train.py", "snapshot": "0" * 64, "compute_target": "t"}
         ({"resources": c.Resources(cpus=64)}, "resources.cpus", "has 2"),
         ({"resources": c.Resources(memory_bytes=1 << 50)}, "resources.memory_bytes", "GiB"),
         ({"resources": c.Resources(gpus=1)}, "resources.gpus", "has 0"),
-        ({"node_count": 2}, "node_count", "one node"),
+        ({"node_count": 5}, "node_count", "at most 4"),
+        ({"node_count": 5, "min_node_count": 6}, "min_node_count", "which is 5"),
+        ({"node_count": 2000}, "node_count", "1024"),
+        ({"max_restarts": 1}, "max_restarts", "only torchrun"),
         ({"process_count_per_node": 2}, "process_count_per_node", "torchrun"),
         ({"experiment": "a b"}, "experiment", "letters"),
         ({"max_run_duration_seconds": -1}, "max_run_duration_seconds", "21 days"),

@@ -31,10 +31,11 @@ class World:
         event = Event("", Key("w", aggregate, ident), name_of(message)[1], message, next(self.sequence), self.now)
         domain.evolve(self.state, event)
 
-    def submit(self, cpus: float, gpus: int = 0, priority: int = 0) -> str:
+    def submit(self, cpus: float, gpus: int = 0, priority: int = 0, nodes: int = 1, least: int = 0) -> str:
         run = f"r{next(self.names):04}"
         resources = c.Resources(cpus=cpus, gpus=gpus, memory_bytes=1 << 30)
-        self.say("run", run, ev.RunPrepared(spec=c.RunSpec(compute_target="t", resources=resources, priority=priority)))
+        spec = c.RunSpec(compute_target="t", resources=resources, priority=priority, node_count=nodes, min_node_count=least)
+        self.say("run", run, ev.RunPrepared(spec=spec))
         return run
 
     def join(self) -> None:
@@ -48,11 +49,11 @@ class World:
         for decision in decisions:
             if isinstance(decision, Place):
                 waiting = self.state.queue[decision.run]
-                (where,) = decision.shares
-                node = self.state.nodes[where.node]
-                share = ev.NodeShare(node=node.id, incarnation=node.incarnation, gpu_indexes=where.gpus)
-                spec = c.RunSpec(resources=domain.resources_of(waiting.request.shape))
-                self.say("placement", decision.run, ev.PlacementMade(attempt=waiting.attempt, target="t", nodes=[share], spec=spec))
+                shares = [
+                    ev.NodeShare(node=s.node, incarnation=self.state.nodes[s.node].incarnation, gpu_indexes=s.gpus) for s in decision.shares
+                ]
+                spec = c.RunSpec(resources=domain.resources_of(waiting.request.shape), node_count=waiting.request.count)
+                self.say("placement", decision.run, ev.PlacementMade(attempt=waiting.attempt, target="t", nodes=shares, spec=spec))
             elif isinstance(decision, Preempt):
                 self.say("placement", decision.run, ev.PlacementPreempting(attempt=decision.attempt, beneficiary=decision.beneficiary))
             elif isinstance(decision, domain.Wait):
@@ -68,9 +69,15 @@ class SchedulerMachine(RuleBasedStateMachine):
         super().__init__()
         self.world = World()
 
-    @rule(cpus=st.sampled_from([0.5, 1.0, 4.0]), gpus=st.integers(0, 2), priority=st.integers(-1, 1))
-    def submit(self, cpus: float, gpus: int, priority: int) -> None:
-        self.world.submit(cpus, gpus, priority)
+    @rule(
+        cpus=st.sampled_from([0.5, 1.0, 4.0]),
+        gpus=st.integers(0, 2),
+        priority=st.integers(-1, 1),
+        nodes=st.integers(1, 3),
+        less=st.integers(0, 2),
+    )
+    def submit(self, cpus: float, gpus: int, priority: int, nodes: int, less: int) -> None:
+        self.world.submit(cpus, gpus, priority, nodes, max(nodes - less, 1))
 
     @rule()
     def join(self) -> None:
@@ -90,7 +97,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         leaving = sorted(run for run, held in state.pools[T].running.items() if held.leaving)
         if leaving:
             held = state.placed[leaving[index % len(leaving)]]
-            spec = c.RunSpec(compute_target="t", resources=domain.resources_of(held.request.shape), priority=held.request.tier)
+            spec = c.RunSpec(
+                compute_target="t", resources=domain.resources_of(held.request.shape), priority=held.request.tier,
+                node_count=held.request.count, min_node_count=held.request.least,
+            )  # fmt: skip
             self.world.say("run", held.run, ev.RunRetrying(attempt=held.attempt + 1, spec=spec, preempted=True))
 
     @rule(seconds=st.sampled_from([1.0, 10_000.0]))
@@ -110,7 +120,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             return
         node = self.world.state.nodes[nodes[index % len(nodes)]]
         self.world.say("node", node.id, ev.NodeLost(incarnation=node.incarnation))
-        for placed in [p for p in self.world.state.placed.values() if p.node == node.id]:
+        for placed in [p for p in self.world.state.placed.values() if p.on(node.id)]:
             self.world.say("placement", placed.run, ev.PlacementRevoked(attempt=placed.attempt))
 
     @rule(starting=st.integers(0, 2), idle=st.integers(0, 3))
@@ -129,11 +139,17 @@ class SchedulerMachine(RuleBasedStateMachine):
     def never_overcommitted(self) -> None:
         state = self.world.state
         for node in state.nodes.values():
-            held = [p for p in state.placed.values() if p.node == node.id]
+            held = [p for p in state.placed.values() for _ in range(p.on(node.id))]
             assert sum(p.request.shape.cpu_milli for p in held) <= node.total.cpus * 1000
             assert sum(p.request.shape.memory for p in held) <= node.total.memory_bytes
-            indexes = [i for p in held for i in p.gpu_indexes]
+            indexes = [i for p in state.placed.values() for (n, _), g in zip(p.nodes, p.gpus, strict=True) if n == node.id for i in g]
             assert len(indexes) == len(set(indexes)) and all(0 <= i < node.total.gpus for i in indexes)
+
+    @invariant()
+    def all_of_a_gang_or_nothing(self) -> None:
+        for placed in self.world.state.placed.values():
+            request, names = placed.request, [n for n, _ in placed.nodes]
+            assert (request.least or request.count) <= len(names) <= request.count and len(set(names)) == len(names)
 
     @invariant()
     def nobody_is_in_two_places(self) -> None:
@@ -198,7 +214,7 @@ def test_a_node_that_comes_back_to_life_is_empty_and_its_old_runs_hold_nothing()
     world.join()
     run = world.submit(4.0)
     world.act()
-    node = world.state.placed[run].node
+    ((node, _),) = world.state.placed[run].nodes
     world.say("node", node, ev.NodeJoined(target="t", incarnation="another", resources=NODE))
     assert world.state.pools[T].running == {} and run in world.state.placed
     world.say("placement", run, ev.PlacementRevoked(attempt=1))

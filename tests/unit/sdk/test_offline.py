@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from alveary import AlvearyError, MpiConfiguration, PyTorch, Run
+from alveary import AlvearyError, MpiConfiguration, PyTorch, PyTorchConfiguration, Run
 from alveary.config import load
 from alveary.environment import requirements_of
 from alveary.source import manifest_of
+from alveary_contracts.common.v1 import common_pb2 as c
 
 
 def test_outside_a_run_the_context_prints(capsys: pytest.CaptureFixture[str]) -> None:
@@ -39,13 +40,24 @@ def test_the_first_ignore_file_decides(tmp_path: Path) -> None:
     assert "c.txt" in manifest_of(tmp_path, False)[1]
 
 
+def test_distributed_training_is_what_either_place_says(tmp_path: Path) -> None:
+    mpi = PyTorch(
+        str(tmp_path), entry_script="a.py", distributed_training=MpiConfiguration(), node_count=2, process_count_per_node=3
+    )._spec()
+    assert (mpi.launcher, mpi.node_count, mpi.process_count_per_node) == (c.LAUNCHER_MPI, 2, 3)
+    config = PyTorchConfiguration(process_count=4, node_count=2, min_node_count=1, max_restarts=5)
+    spec = PyTorch(str(tmp_path), entry_script="a.py", distributed_training=config)._spec()
+    assert (spec.launcher, spec.node_count, spec.process_count_per_node) == (c.LAUNCHER_TORCHRUN, 2, 2)
+    assert (spec.min_node_count, spec.max_restarts) == (1, 5)
+    with pytest.raises(AlvearyError, match="not the same number"):
+        PyTorchConfiguration(process_count=3, node_count=2)
+
+
 def test_what_only_makes_sense_in_azure_is_refused_with_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(AlvearyError, match="vm_size is not offered: create a compute target"):
         PyTorch(str(tmp_path), vm_size="STANDARD_NC6")
     with pytest.raises(AlvearyError, match="shm_size"):
         PyTorch(str(tmp_path), entry_script="a.py", shm_size="lots")
-    with pytest.raises(AlvearyError, match="PyTorchConfiguration"):
-        PyTorch(str(tmp_path), entry_script="a.py", distributed_training=MpiConfiguration())._spec()
     with pytest.raises(AlvearyError, match="is not a folder"):
         PyTorch(str(tmp_path / "none"))
 

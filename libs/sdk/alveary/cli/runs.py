@@ -14,6 +14,9 @@ import typer
 from alveary.cli.common import CANCELED, FAILED, AsJson, ago, download, open_workspace, pairs, plain, show
 from alveary.errors import AlvearyError
 
+# Streams that are shown where none is named.
+SHOWN = ("stdout", "stderr", "system", "prepare", "launcher-stdout", "launcher-stderr")
+
 run_app = typer.Typer(no_args_is_help=True, help="Submit, look at and end runs.")
 
 
@@ -30,7 +33,11 @@ def run_submit(
     env: Annotated[list[str] | None, typer.Option("--env", help="KEY=VALUE; repeatable.")] = None,
     inputs: Annotated[list[str] | None, typer.Option("--input", help="[NAME=]DATASET[:VERSION]; repeatable.")] = None,
     as_command: Annotated[bool, typer.Option("--command", help="Run the argv as it is.")] = False,
-    processes: Annotated[int, typer.Option(help="Processes on the node, with torchrun.")] = 1,
+    processes: Annotated[int, typer.Option(help="Processes on each node.")] = 1,
+    nodes: Annotated[int, typer.Option(help="Nodes; all or none.")] = 1,
+    min_nodes: Annotated[int, typer.Option(help="Begin with as few as these, with torchrun; 0: all.")] = 0,
+    launcher: Annotated[str, typer.Option(help="torchrun, mpi or plain; default: torchrun where there is more than one process.")] = "",
+    max_restarts: Annotated[int, typer.Option(help="How often torchrun starts failed workers anew.")] = 0,
     cpus: float = 0, memory_gb: float = 0, gpus: float = 0, priority: int = 0, max_seconds: float = 0,
     gpu_model: Annotated[list[str] | None, typer.Option("--gpu-model", help="A GPU model that will do; repeatable.")] = None,
     node_label: Annotated[list[str] | None, typer.Option("--node-label", help="KEY=VALUE that a node must have; repeatable.")] = None,
@@ -42,7 +49,7 @@ def run_submit(
     """Submit a run of a source directory; prints its id."""
     from alveary.dataset import Dataset
     from alveary.environment import Environment, requirements_of
-    from alveary.estimator import PYTORCH_PACKAGES, PyTorchConfiguration, ScriptRunConfig
+    from alveary.estimator import PYTORCH_PACKAGES, MpiConfiguration, PyTorchConfiguration, ScriptRunConfig
     from alveary.experiment import Experiment
 
     workspace = open_workspace()
@@ -54,11 +61,21 @@ def run_submit(
         reference = rest if sign else text
         dataset, _, version = reference.partition(":")
         chosen.append(Dataset.get_by_name(workspace, dataset, version or "latest").as_mount(label if sign else dataset))
+    launcher = launcher or ("torchrun" if processes > 1 or nodes > 1 else "plain")
+    if launcher not in ("torchrun", "mpi", "plain"):
+        raise typer.BadParameter(f"--launcher {launcher}: torchrun, mpi or plain")
+    distributed: Any = None
+    if launcher == "torchrun":
+        distributed = PyTorchConfiguration(
+            process_count=processes * nodes, node_count=nodes, min_node_count=min_nodes, max_restarts=max_restarts
+        )
+    elif launcher == "mpi":
+        distributed = MpiConfiguration(processes, nodes)
     config = ScriptRunConfig(
         str(source), None if as_command else command[0], command[1:] if not as_command else [], compute_target=target,
         environment=environment, command=command if as_command else None, cpus=cpus, memory_gb=memory_gb, gpus=gpus,
         gpu_models=gpu_model or (), node_labels=pairs(node_label, "--node-label"), use_gpu=gpus > 0, priority=priority, max_run_duration_seconds=max_seconds or None, inputs=chosen, display_name=name,
-        distributed_job_config=PyTorchConfiguration(process_count=processes) if processes > 1 else None,
+        distributed_job_config=distributed, node_count=nodes,
     )  # fmt: skip
     run = Experiment(workspace, experiment).submit(config, tags=pairs(tag, "--tag"))
     if as_json and not follow:
@@ -145,7 +162,9 @@ def run_cancel(run_id: str) -> None:
 @run_app.command("logs")
 def run_logs(
     run_id: str, follow: Annotated[bool, typer.Option("--follow", "-f")] = False,
-    stream: Annotated[list[str] | None, typer.Option(help="stdout, stderr, prepare, system, logs/*; repeatable.")] = None,
+    stream: Annotated[list[str] | None, typer.Option(help="stdout, stderr, prepare, system, launcher-stdout, launcher-stderr, logs/*; repeatable.")] = None,
+    rank: Annotated[int, typer.Option(help="Lines of this rank.")] = 0,
+    all_ranks: Annotated[bool, typer.Option("--all-ranks", help="Lines of all ranks, each marked with its own.")] = False,
     after: Annotated[int, typer.Option(help="Cursor of the last line seen.")] = 0,
     grep: Annotated[str, typer.Option(help="Only lines that hold this text; not with --follow.")] = "",
     ignore_case: Annotated[bool, typer.Option("--ignore-case", "-i", help="With --grep.")] = False,
@@ -157,20 +176,21 @@ def run_logs(
 
     if (follow and (grep or newest)) or (grep and newest):
         raise typer.BadParameter("--follow, --grep and --newest exclude each other")
-    streams = stream or ("stdout", "stderr", "system", "prepare")
+    streams = stream or SHOWN
+    only = None if all_ranks else rank
 
     async def lines() -> AsyncIterator[Any]:
         if newest:
-            for one in (await workspace._client.read_logs(run_id, after, newest, True, streams)).lines:
+            for one in (await workspace._client.read_logs(run_id, after, newest, True, streams, only)).lines:
                 yield one
             return
         if not grep:
-            async for one in workspace._client.tail(run_id, after, follow, streams):
+            async for one in workspace._client.tail(run_id, after, follow, streams, only):
                 yield one
             return
         start = after
         while True:
-            page = await workspace._client.search_logs(run_id, grep, ignore_case=ignore_case, after=start, streams=streams)
+            page = await workspace._client.search_logs(run_id, grep, ignore_case=ignore_case, after=start, streams=streams, rank=only)
             for one in page.lines:
                 yield one
             if not page.next:
@@ -178,17 +198,18 @@ def run_logs(
             start = page.next
 
     async def tail() -> None:
-        rest: dict[str, bytes] = {}
+        rest: dict[tuple[str, int], bytes] = {}
         async for one in lines():
             line = one.line
             if as_json:
                 print(json.dumps({"cursor": one.cursor, **plain(line), "data": line.data.decode(errors="replace")}), flush=True)
                 continue
-            data = rest.pop(line.stream, b"") + line.data
+            data = rest.pop((line.stream, line.rank), b"") + line.data
             if line.partial:
-                rest[line.stream] = data
+                rest[line.stream, line.rank] = data
                 continue
             mark = "" if line.stream in ("stdout", "stderr") else f"[{line.stream}] "
+            mark = f"[{line.rank}] {mark}" if all_ranks else mark
             sys.stdout.buffer.write(mark.encode() + data + b"\n")
             sys.stdout.buffer.flush()
 

@@ -31,11 +31,14 @@ from alveary_contracts.digests import lock_key
 from alveary_core import telemetry
 from alveary_core.errors import NotFound
 from alveary_core.objectstore import ObjectStore
-from alveary_trainer.adapters.runtime import Limits, Outcome, Place, Say, Staged, StagingFailed, Usage, View
+from alveary_trainer.adapters.runtime import Host, Limits, Outcome, Place, Say, Staged, StagingFailed, Usage, View
 from alveary_trainer.settings import TrainerSettings
 
 T = TypeVar("T")
 NODE_LABEL, RUN_LABEL, IMAGE_LABEL = "org.alveary.node", "org.alveary.run", "org.alveary.environment"
+# Of the network that the containers of one run on several nodes have to themselves.
+GANG_LABEL = "org.alveary.gang"
+_GANG_PORT = 29500
 # Containers of different runs do not see each other on it, as they would on docker's own bridge.
 NETWORK = "alveary-runs"
 _WORK, _TMP, _LIB, _IO, _SOCKETS, _INPUTS = (
@@ -171,6 +174,35 @@ class DockerRuntime:
         """Whatever the image's PATH has."""
         return first
 
+    # ---- runs on several nodes ------------------------------------------------------------------------------------
+
+    async def host(self, gang: str, index: int, network: str) -> Host:
+        """See Runtime. A name on the network that the containers share: docker's resolver knows it."""
+        if not gang:
+            return Host("localhost", "", _GANG_PORT)
+        if network == "none":
+            raise StagingFailed("the containers of this target have no network, and a run on several nodes needs one")
+        realm = ""
+        if network == "bridge":
+            # A network of the run's own, on one daemon; trainers of another daemon would not find it.
+            realm = str((await self._do(self._api.info))["ID"])
+            if index == 0:
+                await self._do(lambda: self._gang_network(gang))
+        return Host(f"{gang.lower()}-{index:04d}", realm, _GANG_PORT)
+
+    def _gang_network(self, gang: str) -> None:
+        try:
+            self._api.create_network(gang_network(gang), driver="bridge", check_duplicate=True, labels={GANG_LABEL: gang})
+        except _REFUSED as error:
+            raise StagingFailed(f"the network of this run's containers cannot be made: {error}") from error
+
+    def _leave_gang(self, gang: str) -> None:
+        """Remove the network, unless others of the run are still on it: the last one does it."""
+        with contextlib.suppress(docker.errors.NotFound):
+            if not self._api.inspect_network(gang_network(gang)).get("Containers"):
+                with contextlib.suppress(docker.errors.APIError):  # somebody came meanwhile
+                    self._api.remove_network(gang_network(gang))
+
     # ---- containers -----------------------------------------------------------------------------------------------
 
     async def launch(self, place: Place, staged: Staged, argv: Sequence[str], env: Mapping[str, str], limits: Limits) -> ContainerTree:
@@ -192,18 +224,26 @@ class DockerRuntime:
             for descriptor in (*ends.values(), *readers.values()):
                 os.close(descriptor)
             await self._do(lambda: self._remove(self._name(place)))
+            if limits.gang and limits.network == "bridge":
+                await self._do(lambda: self._leave_gang(limits.gang))
             if isinstance(error, _REFUSED):
                 text = error.explanation if isinstance(error, docker.errors.APIError) and error.explanation else str(error)
                 raise StagingFailed(f"the container cannot be started: {text}") from error
             raise
-        return ContainerTree(self, container, folder, readers, list(ends.values()))
+        return ContainerTree(self, container, folder, readers, list(ends.values()), limits.gang if limits.network == "bridge" else "")
 
     def _name(self, place: Place) -> str:
         return f"alveary-{place.name.lower()}-{self._owner[:6]}"
 
     def _start(self, place: Place, staged: Staged, limits: Limits, folder: Path) -> str:
         api, resources = self._api, limits.resources
-        network = self._shared_network() if limits.network == "bridge" else limits.network
+        if limits.network == "bridge":
+            network = gang_network(limits.gang) if limits.gang else self._shared_network()
+        else:
+            network = limits.network
+        aliases = None
+        if limits.gang:
+            aliases = api.create_networking_config({network: api.create_endpoint_config(aliases=[limits.host])})
         binds = {
             str(place.work): {"bind": _WORK, "mode": "rw"}, str(place.tmp): {"bind": _TMP, "mode": "rw"},
             str(folder): {"bind": _IO, "mode": "rw"}, str(place.socket.parent): {"bind": _SOCKETS, "mode": "rw"},
@@ -221,7 +261,7 @@ class DockerRuntime:
         created = api.create_container(
             staged.image, entrypoint=shim, command=[], name=self._name(place), user=f"{self._uid}:{self._gid}", working_dir=_WORK,
             host_config=host, labels={NODE_LABEL: self._owner, RUN_LABEL: place.name}, stdin_open=False, tty=False,
-            networking_config=None, hostname="alveary",
+            networking_config=aliases, hostname="alveary",
         )  # fmt: skip
         api.start(created["Id"])
         return str(created["Id"])
@@ -255,6 +295,10 @@ class DockerRuntime:
                     ended = self._api.inspect_container(found["Id"])["State"]["FinishedAt"]
                     if time.time() - datetime.fromisoformat(ended[:19] + "+00:00").timestamp() > _FORGOTTEN:
                         self._remove(found["Id"])
+            for network in self._api.networks(filters={"label": GANG_LABEL}):
+                made = datetime.fromisoformat(network["Created"][:19] + "+00:00").timestamp()
+                if time.time() - made > _FORGOTTEN:
+                    self._leave_gang(network["Labels"][GANG_LABEL])
 
         await self._do(work)
 
@@ -262,8 +306,10 @@ class DockerRuntime:
 class ContainerTree:
     """One running container."""
 
-    def __init__(self, runtime: DockerRuntime, container: str, folder: Path, readers: dict[str, int], ends: list[int]) -> None:
-        self._runtime, self._container, self._folder, self._ends = runtime, container, folder, ends
+    def __init__(
+        self, runtime: DockerRuntime, container: str, folder: Path, readers: dict[str, int], ends: list[int], gang: str
+    ) -> None:  # fmt: skip
+        self._runtime, self._container, self._folder, self._ends, self._gang = runtime, container, folder, ends, gang
         self.stdout, self.stderr = readers["stdout"], readers["stderr"]
         self._killing: asyncio.Future[None] | None = None
         self._first_kill = 0.0
@@ -277,6 +323,8 @@ class ContainerTree:
             for end in self._ends:  # now the readers come to their end
                 os.close(end)
             await self._runtime._do(lambda: self._runtime._remove(self._container))
+            if self._gang:
+                await self._runtime._do(lambda: self._runtime._leave_gang(self._gang))
         report: dict[str, int] = {}
         with contextlib.suppress(FileNotFoundError):  # the shim was killed, or could not begin
             for line in (self._folder / "report.json").read_text().splitlines():
@@ -331,6 +379,11 @@ class ContainerTree:
             usage.cpu_percent = max(spent - self._last[1], 0.0) / (now - self._last[0]) * 100
         self._last = (now, spent)
         return usage
+
+
+def gang_network(gang: str) -> str:
+    """The name of the network that a run on several nodes has to itself."""
+    return f"alveary-gang-{gang.lower()}"
 
 
 def _give(folders: Sequence[Path], uid: int, gid: int) -> None:

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import psutil
 
 from alveary_contracts.common.v1 import common_pb2 as c
 from alveary_trainer.adapters.environments import Environments
-from alveary_trainer.adapters.runtime import Limits, Outcome, Place, Say, Staged, StagingFailed, Usage, View
+from alveary_trainer.adapters.runtime import Host, Limits, Outcome, Place, Say, Staged, StagingFailed, Usage, View
 
 _SHIM = Path(__file__).with_name("shim.py")
 # What a training process inherits of the trainer's environment; everything else is the run's own.
@@ -30,8 +33,9 @@ class ProcessRuntime:
 
     kind = "process"
 
-    def __init__(self, environments: Environments) -> None:
-        self._environments = environments
+    def __init__(self, environments: Environments, address: str = "127.0.0.1") -> None:
+        """`address`: by which other nodes reach this one."""
+        self._environments, self._address = environments, address
 
     @asynccontextmanager
     async def stage(self, workspace: str, digest: str, environment: c.Environment, say: Say) -> AsyncIterator[Staged]:
@@ -60,6 +64,18 @@ class ProcessRuntime:
         if found is None:
             raise StagingFailed(f"command {first!r} is neither in the environment nor on this node")
         return found
+
+    async def host(self, gang: str, index: int, network: str) -> Host:
+        """See Runtime. The processes share the network of their node."""
+        interface, subnet = interface_of(self._address)
+        # A loopback address is good for the nodes of one machine.
+        realm = Path("/proc/sys/kernel/random/boot_id").read_text().strip() if self._address.startswith("127.") else ""
+        with socket.socket() as probe:
+            try:
+                probe.bind((self._address, 0))
+            except OSError as error:
+                raise StagingFailed(f"this node has no address {self._address}: set ALVEARY_ADDRESS ({error})") from error
+            return Host(self._address, realm, probe.getsockname()[1], interface, subnet)
 
     async def launch(self, place: Place, staged: Staged, argv: Sequence[str], env: Mapping[str, str], limits: Limits) -> ProcessTree:
         """See Runtime."""
@@ -145,6 +161,28 @@ class ProcessTree:
         self._cpu = alive
         usage.pids = tuple(alive)
         return usage
+
+
+def address_towards(url: str) -> str:
+    """The address of this machine that connections to a server leave from.
+
+    Raises:
+        OSError: there is no way to it.
+    """
+    parts = urlsplit(url if "//" in url else f"//{url}")
+    family, kind, protocol, _, where = socket.getaddrinfo(parts.hostname or "127.0.0.1", parts.port or 4222, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.connect(where)
+        return str(probe.getsockname()[0])
+
+
+def interface_of(address: str) -> tuple[str, str]:
+    """Name and subnet (CIDR) of the interface that has an address; empty: none has."""
+    for name, addresses in psutil.net_if_addrs().items():
+        for one in addresses:
+            if one.address.partition("%")[0] == address and one.netmask:
+                return name, str(ipaddress.ip_network(f"{address}/{one.netmask}", strict=False)) if one.family == socket.AF_INET else ""
+    return "", ""
 
 
 def become_subreaper() -> None:

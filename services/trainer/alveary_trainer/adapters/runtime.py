@@ -90,6 +90,23 @@ class Limits:
     resources: c.Resources
     gpus: tuple[int, ...]
     network: str
+    # Of a run on several nodes: what its parts have in common, and under which name they reach this one.
+    gang: str = ""
+    host: str = ""
+
+
+@dataclass(frozen=True)
+class Host:
+    """How the other nodes of a run reach the processes of this one."""
+
+    name: str
+    # Where the name holds; "" is everywhere.
+    realm: str
+    # A port that is free there.
+    port: int
+    # The network interface with that address, and its subnet, where the processes have more than one.
+    interface: str = ""
+    subnet: str = ""
 
 
 class Tree(Protocol):
@@ -149,6 +166,14 @@ class Runtime(Protocol):
 
         Raises:
             StagingFailed: it can be seen already that there is none.
+        """
+        ...
+
+    async def host(self, gang: str, index: int, network: str) -> Host:
+        """Where the processes of share `index` of a run on several nodes will be; `network` as in PlacementMade.
+
+        Raises:
+            StagingFailed: they cannot be reached from other nodes.
         """
         ...
 

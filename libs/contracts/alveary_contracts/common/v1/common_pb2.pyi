@@ -81,7 +81,9 @@ class _LauncherEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Launcher.Val
     """Plain."""
     LAUNCHER_PLAIN: _Launcher.ValueType  # 1
     LAUNCHER_TORCHRUN: _Launcher.ValueType  # 2
-    """torchrun with process_count_per_node workers."""
+    """torchrun with process_count_per_node workers on each node; c10d rendezvous between nodes."""
+    LAUNCHER_MPI: _Launcher.ValueType  # 3
+    """Open MPI's mpirun on the first node; its daemons on the others are started by their trainers."""
 
 class Launcher(_Launcher, metaclass=_LauncherEnumTypeWrapper): ...
 
@@ -89,7 +91,9 @@ LAUNCHER_UNSPECIFIED: Launcher.ValueType  # 0
 """Plain."""
 LAUNCHER_PLAIN: Launcher.ValueType  # 1
 LAUNCHER_TORCHRUN: Launcher.ValueType  # 2
-"""torchrun with process_count_per_node workers."""
+"""torchrun with process_count_per_node workers on each node; c10d rendezvous between nodes."""
+LAUNCHER_MPI: Launcher.ValueType  # 3
+"""Open MPI's mpirun on the first node; its daemons on the others are started by their trainers."""
 Global___Launcher: _TypeAlias = Launcher  # noqa: Y015
 
 @_typing.final
@@ -438,6 +442,8 @@ class RunSpec(_message.Message):
     RESUME_FROM_FIELD_NUMBER: _builtins.int
     RESUME_ATTEMPT_FIELD_NUMBER: _builtins.int
     RETRY_FIELD_NUMBER: _builtins.int
+    MIN_NODE_COUNT_FIELD_NUMBER: _builtins.int
+    MAX_RESTARTS_FIELD_NUMBER: _builtins.int
     experiment: _builtins.str
     """Default "default"."""
     snapshot: _builtins.str
@@ -448,9 +454,11 @@ class RunSpec(_message.Message):
     """Name of a compute target."""
     launcher: Global___Launcher.ValueType
     process_count_per_node: _builtins.int
-    """1 to 1024; default 1. More than one needs LAUNCHER_TORCHRUN."""
+    """1 to 1024; default 1. More than one needs LAUNCHER_TORCHRUN or LAUNCHER_MPI."""
     node_count: _builtins.int
-    """Default 1. More than one is refused until multi-node launchers exist."""
+    """Default 1, at most 1024. All nodes begin together, and a run that loses one begins its next attempt. With
+    LAUNCHER_PLAIN the program is started once on each; MASTER_ADDR, MASTER_PORT, NODE_RANK and NODE_COUNT are set.
+    """
     max_run_duration_seconds: _builtins.float
     """Wall clock of one attempt in seconds; 0: no limit."""
     max_attempts: _builtins.int
@@ -471,6 +479,10 @@ class RunSpec(_message.Message):
     """A run of the workspace whose newest checkpoints the first attempt finds; later attempts find their own."""
     resume_attempt: _builtins.int
     """Filled in by the platform: the newest attempt of that run."""
+    min_node_count: _builtins.int
+    """Elastic: an attempt may begin with as few nodes as this. 0: node_count."""
+    max_restarts: _builtins.int
+    """How often torchrun starts all workers anew after one failed, within an attempt; 0 to 100. LAUNCHER_TORCHRUN."""
     @_builtins.property
     def command(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Or an argv; "python" as its first word is the environment's python. Exactly one of entry_script, command and
@@ -526,10 +538,12 @@ class RunSpec(_message.Message):
         resume_from: _builtins.str = ...,
         resume_attempt: _builtins.int = ...,
         retry: Global___RetryPolicy | None = ...,
+        min_node_count: _builtins.int = ...,
+        max_restarts: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["environment", b"environment", "resources", b"resources", "retry", b"retry"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "command", b"command", "compute_target", b"compute_target", "display_name", b"display_name", "entry_script", b"entry_script", "environment", b"environment", "experiment", b"experiment", "grace_seconds", b"grace_seconds", "inputs", b"inputs", "launcher", b"launcher", "max_attempts", b"max_attempts", "max_run_duration_seconds", b"max_run_duration_seconds", "module", b"module", "node_count", b"node_count", "node_labels", b"node_labels", "parent_run_id", b"parent_run_id", "priority", b"priority", "process_count_per_node", b"process_count_per_node", "properties", b"properties", "resources", b"resources", "resume_attempt", b"resume_attempt", "resume_from", b"resume_from", "retry", b"retry", "snapshot", b"snapshot", "tags", b"tags", "use_gpu", b"use_gpu"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "command", b"command", "compute_target", b"compute_target", "display_name", b"display_name", "entry_script", b"entry_script", "environment", b"environment", "experiment", b"experiment", "grace_seconds", b"grace_seconds", "inputs", b"inputs", "launcher", b"launcher", "max_attempts", b"max_attempts", "max_restarts", b"max_restarts", "max_run_duration_seconds", b"max_run_duration_seconds", "min_node_count", b"min_node_count", "module", b"module", "node_count", b"node_count", "node_labels", b"node_labels", "parent_run_id", b"parent_run_id", "priority", b"priority", "process_count_per_node", b"process_count_per_node", "properties", b"properties", "resources", b"resources", "resume_attempt", b"resume_attempt", "resume_from", b"resume_from", "retry", b"retry", "snapshot", b"snapshot", "tags", b"tags", "use_gpu", b"use_gpu"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -582,6 +596,9 @@ class ExitStatus(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
     LAST_LINES_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
+    NODE_FIELD_NUMBER: _builtins.int
+    RANKS_FIELD_NUMBER: _builtins.int
     exit_code: _builtins.int
     signal: _builtins.int
     """Signal number that ended it, where one did."""
@@ -591,9 +608,16 @@ class ExitStatus(_message.Message):
     """
     message: _builtins.str
     """A sentence for the user."""
+    rank: _builtins.int
+    """The rank that failed first, and its node. Unset: none did, or it was not one rank's doing."""
+    node: _builtins.str
     @_builtins.property
     def last_lines(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """The last lines of its output, at most 20."""
+        """The last lines of its output, at most 20; of the failing rank, where one is named."""
+
+    @_builtins.property
+    def ranks(self) -> _containers.RepeatedCompositeFieldContainer[Global___RankExit]:
+        """How each rank ended, by rank; of runs with more than one process. At most 1024: those that failed go first."""
 
     def __init__(
         self,
@@ -603,10 +627,62 @@ class ExitStatus(_message.Message):
         reason: _builtins.str = ...,
         message: _builtins.str = ...,
         last_lines: _abc.Iterable[_builtins.str] | None = ...,
+        rank: _builtins.int | None = ...,
+        node: _builtins.str = ...,
+        ranks: _abc.Iterable[Global___RankExit] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "_rank", b"_rank", "_signal", b"_signal", "exit_code", b"exit_code", "rank", b"rank", "signal", b"signal"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "_rank", b"_rank", "_signal", b"_signal", "exit_code", b"exit_code", "last_lines", b"last_lines", "message", b"message", "node", b"node", "rank", b"rank", "ranks", b"ranks", "reason", b"reason", "signal", b"signal"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__exit_code: _TypeAlias = _typing.Literal["exit_code"]  # noqa: Y015
+    _WhichOneofArgType__exit_code: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code"]  # noqa: Y015
+    _WhichOneofReturnType__rank: _TypeAlias = _typing.Literal["rank"]  # noqa: Y015
+    _WhichOneofArgType__rank: _TypeAlias = _typing.Literal["_rank", b"_rank"]  # noqa: Y015
+    _WhichOneofReturnType__signal: _TypeAlias = _typing.Literal["signal"]  # noqa: Y015
+    _WhichOneofArgType__signal: _TypeAlias = _typing.Literal["_signal", b"_signal"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__exit_code) -> _WhichOneofReturnType__exit_code | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__rank) -> _WhichOneofReturnType__rank | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__signal) -> _WhichOneofReturnType__signal | None: ...
+
+Global___ExitStatus: _TypeAlias = ExitStatus  # noqa: Y015
+
+@_typing.final
+class RankExit(_message.Message):
+    """How one process of a distributed run ended."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RANK_FIELD_NUMBER: _builtins.int
+    NODE_FIELD_NUMBER: _builtins.int
+    EXIT_CODE_FIELD_NUMBER: _builtins.int
+    SIGNAL_FIELD_NUMBER: _builtins.int
+    RESTARTS_FIELD_NUMBER: _builtins.int
+    STOPPED_FIELD_NUMBER: _builtins.int
+    rank: _builtins.int
+    node: _builtins.str
+    exit_code: _builtins.int
+    signal: _builtins.int
+    restarts: _builtins.int
+    """How often the launcher had started it anew."""
+    stopped: _builtins.bool
+    """Its launcher ended it, as a consequence of something else."""
+    def __init__(
+        self,
+        *,
+        rank: _builtins.int = ...,
+        node: _builtins.str = ...,
+        exit_code: _builtins.int | None = ...,
+        signal: _builtins.int | None = ...,
+        restarts: _builtins.int = ...,
+        stopped: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "_signal", b"_signal", "exit_code", b"exit_code", "signal", b"signal"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "_signal", b"_signal", "exit_code", b"exit_code", "last_lines", b"last_lines", "message", b"message", "reason", b"reason", "signal", b"signal"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "_signal", b"_signal", "exit_code", b"exit_code", "node", b"node", "rank", b"rank", "restarts", b"restarts", "signal", b"signal", "stopped", b"stopped"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__exit_code: _TypeAlias = _typing.Literal["exit_code"]  # noqa: Y015
     _WhichOneofArgType__exit_code: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code"]  # noqa: Y015
@@ -617,7 +693,7 @@ class ExitStatus(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__signal) -> _WhichOneofReturnType__signal | None: ...
 
-Global___ExitStatus: _TypeAlias = ExitStatus  # noqa: Y015
+Global___RankExit: _TypeAlias = RankExit  # noqa: Y015
 
 @_typing.final
 class PresignedUrl(_message.Message):

@@ -3,10 +3,12 @@
 isort:skip_file
 The node agent, from outside, and what it says to the scheduler."""
 
+from alveary_contracts.common.v1 import common_pb2 as _common_pb2
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -17,6 +19,30 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _GangPhase:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _GangPhaseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_GangPhase.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    GANG_PHASE_UNSPECIFIED: _GangPhase.ValueType  # 0
+    GANG_PHASE_STAGING: _GangPhase.ValueType  # 1
+    GANG_PHASE_READY: _GangPhase.ValueType  # 2
+    GANG_PHASE_RUNNING: _GangPhase.ValueType  # 3
+    GANG_PHASE_ENDED: _GangPhase.ValueType  # 4
+    GANG_PHASE_STORED: _GangPhase.ValueType  # 5
+
+class GangPhase(_GangPhase, metaclass=_GangPhaseEnumTypeWrapper):
+    """---- between the trainers of one attempt on several nodes ---------------------------------------------------------"""
+
+GANG_PHASE_UNSPECIFIED: GangPhase.ValueType  # 0
+GANG_PHASE_STAGING: GangPhase.ValueType  # 1
+GANG_PHASE_READY: GangPhase.ValueType  # 2
+GANG_PHASE_RUNNING: GangPhase.ValueType  # 3
+GANG_PHASE_ENDED: GangPhase.ValueType  # 4
+GANG_PHASE_STORED: GangPhase.ValueType  # 5
+Global___GangPhase: _TypeAlias = GangPhase  # noqa: Y015
 
 @_typing.final
 class GetNodeRequest(_message.Message):
@@ -212,3 +238,121 @@ class BeatAnswer(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___BeatAnswer: _TypeAlias = BeatAnswer  # noqa: Y015
+
+@_typing.final
+class GangReport(_message.Message):
+    """What the trainer of one share says to the one that leads the attempt (it holds the first share): request of NATS
+    subject alveary-gang.<workspace>.<run>.<attempt>, repeated until it is answered. It says all that is so, so that
+    nothing is lost with a message; the answer comes when it differs from what is known by `seen`, or after two seconds.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INDEX_FIELD_NUMBER: _builtins.int
+    NODE_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
+    PHASE_FIELD_NUMBER: _builtins.int
+    HOST_FIELD_NUMBER: _builtins.int
+    REALM_FIELD_NUMBER: _builtins.int
+    EXIT_FIELD_NUMBER: _builtins.int
+    FAILED_AT_FIELD_NUMBER: _builtins.int
+    RANKS_FIELD_NUMBER: _builtins.int
+    LISTING_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    SEEN_FIELD_NUMBER: _builtins.int
+    index: _builtins.int
+    """Place in PlacementMade.nodes."""
+    node: _builtins.str
+    incarnation: _builtins.str
+    phase: Global___GangPhase.ValueType
+    host: _builtins.str
+    """Under which name or address the others reach its processes, and where that holds: a docker host, or "" for any."""
+    realm: _builtins.str
+    failed_at: _builtins.float
+    """When its first failing rank failed, Unix seconds; 0: none did."""
+    listing: _builtins.str
+    """From GANG_PHASE_ENDED on: digest of the list of its files, at runs/<run>/<attempt>/.gang/<index>.json."""
+    error: _builtins.str
+    """Why its files could not be stored."""
+    seen: _builtins.int
+    """Version of the newest order seen."""
+    @_builtins.property
+    def exit(self) -> _common_pb2.ExitStatus:
+        """From GANG_PHASE_ENDED on: how its launcher ended, and its ranks."""
+
+    @_builtins.property
+    def ranks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Ranks of this node, as far as they are known."""
+
+    def __init__(
+        self,
+        *,
+        index: _builtins.int = ...,
+        node: _builtins.str = ...,
+        incarnation: _builtins.str = ...,
+        phase: Global___GangPhase.ValueType = ...,
+        host: _builtins.str = ...,
+        realm: _builtins.str = ...,
+        exit: _common_pb2.ExitStatus | None = ...,
+        failed_at: _builtins.float = ...,
+        ranks: _abc.Iterable[_builtins.int] | None = ...,
+        listing: _builtins.str = ...,
+        error: _builtins.str = ...,
+        seen: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["exit", b"exit"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "exit", b"exit", "failed_at", b"failed_at", "host", b"host", "incarnation", b"incarnation", "index", b"index", "listing", b"listing", "node", b"node", "phase", b"phase", "ranks", b"ranks", "realm", b"realm", "seen", b"seen"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GangReport: _TypeAlias = GangReport  # noqa: Y015
+
+@_typing.final
+class GangOrder(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    PHASE_FIELD_NUMBER: _builtins.int
+    HOSTS_FIELD_NUMBER: _builtins.int
+    PORT_FIELD_NUMBER: _builtins.int
+    COMMAND_FIELD_NUMBER: _builtins.int
+    WHY_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    NAMES_FIELD_NUMBER: _builtins.int
+    version: _builtins.int
+    phase: Global___GangPhase.ValueType
+    """How far the node may go: READY: wait. RUNNING: launch. ENDED: end what runs. STORED: store its files."""
+    port: _builtins.int
+    why: _builtins.str
+    """With ENDED: "canceled", "timeout", "preempted" or "peer" (another node's processes failed), and a sentence."""
+    message: _builtins.str
+    names: _builtins.str
+    """With STORED: the object runs/<run>/<attempt>/.gang/names.json says under which names."""
+    @_builtins.property
+    def hosts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """With RUNNING: hosts of all shares in order, a free port of the first, and the ranks in all."""
+
+    @_builtins.property
+    def command(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """LAUNCHER_MPI: what mpirun wants started on this node; empty: nothing yet."""
+
+    def __init__(
+        self,
+        *,
+        version: _builtins.int = ...,
+        phase: Global___GangPhase.ValueType = ...,
+        hosts: _abc.Iterable[_builtins.str] | None = ...,
+        port: _builtins.int = ...,
+        command: _abc.Iterable[_builtins.str] | None = ...,
+        why: _builtins.str = ...,
+        message: _builtins.str = ...,
+        names: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "hosts", b"hosts", "message", b"message", "names", b"names", "phase", b"phase", "port", b"port", "version", b"version", "why", b"why"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GangOrder: _TypeAlias = GangOrder  # noqa: Y015
