@@ -38,7 +38,7 @@ from alveary_trainer.adapters.shared_cache import remove_tree
 from alveary_trainer.checkpoints import Checkpoints, fetch
 from alveary_trainer.context_server import Ask, ContextServer
 from alveary_trainer.crew import Leader, Member, subject
-from alveary_trainer.gang import ASKED, ENDED, PEER, READY, RUNNING, STORED, File, Gang, name_files
+from alveary_trainer.gang import ASKED, ENDED, LISTED, PEER, READY, RUNNING, STORED, File, Gang, name_files
 from alveary_trainer.node import NodeContext
 from alveary_trainer.ranks import Rank, Ranks
 from alveary_trainer.shipper import FolderTail, Lines, Shipper, log_chunk, metric_batch, pump
@@ -184,20 +184,22 @@ class Attempt:
         if not status.last_lines:
             status.last_lines[:] = self._tail
         first = self._ranks.first_failure() if self._ranks is not None else None
-        listing = ""
+        crew.tell(
+            phase=ENDED, exit=status, failed_at=first.ended_at if first else 0.0,
+            ranks=sorted(self._ranks.ranks) if self._ranks is not None else [],
+        )  # fmt: skip
+        if isinstance(crew, Leader) and gang is not None:
+            await self._unfenced(crew.all_at(ENDED, self._note))
+            self._say("finalizing", ev.AttemptFinalizing(exit=gang.verdict()))
+        error, listing = "", ""
         if self._count > 1:
             try:
                 listing = await self._unfenced(self._list_files())
             except _STORING as failure:
-                status = c.ExitStatus(reason="upload_failed", message=f"its outputs could not be stored: {failure}")
-        crew.tell(
-            phase=ENDED, exit=status, failed_at=first.ended_at if first else 0.0, listing=listing,
-            ranks=sorted(self._ranks.ranks) if self._ranks is not None else [],
-        )  # fmt: skip
-        error = ""
+                error = f"its outputs could not be stored: {failure}"
+        crew.tell(phase=LISTED, listing=listing, error=error)
         if isinstance(crew, Leader) and gang is not None:
-            await self._unfenced(crew.all_at(ENDED, self._note))
-            self._say("finalizing", ev.AttemptFinalizing(exit=gang.verdict()))
+            await self._unfenced(crew.all_at(LISTED, self._note))
             try:
                 gang.names = await self._unfenced(self._name_files(gang))
             except _STORING as failure:

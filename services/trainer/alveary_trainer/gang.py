@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from alveary_contracts.common.v1 import common_pb2 as c
 from alveary_contracts.trainer.v1 import trainer_pb2 as pb
 
-STAGING, READY, RUNNING, ENDED, STORED = (
-    pb.GANG_PHASE_STAGING, pb.GANG_PHASE_READY, pb.GANG_PHASE_RUNNING, pb.GANG_PHASE_ENDED, pb.GANG_PHASE_STORED,
+STAGING, READY, RUNNING, ENDED, LISTED, STORED = (
+    pb.GANG_PHASE_STAGING, pb.GANG_PHASE_READY, pb.GANG_PHASE_RUNNING, pb.GANG_PHASE_ENDED, pb.GANG_PHASE_LISTED,
+    pb.GANG_PHASE_STORED,
 )  # fmt: skip
 # A share that ended because another one failed.
 PEER = "peer"
@@ -114,8 +115,10 @@ class Gang:
         elif failures and ranked and all(r.exit.reason in ("exited", "signal") for r in failures):
             status.CopyFrom(self.reports[ranked[0][1]].exit)
         elif failures:
-            status.CopyFrom(failures[0].exit)
-            status.node = status.node or (failures[0].node if self.count > 1 else "")
+            # What a trainer did or saw (no memory, no image) explains what processes elsewhere died of.
+            cause = min(failures, key=lambda r: (r.exit.reason in ("exited", "signal"), r.index))
+            status.CopyFrom(cause.exit)
+            status.node = status.node or (cause.node if self.count > 1 else "")
         else:
             # What rank 0 said last speaks for all.
             status.CopyFrom(min(reports, key=lambda r: (min(r.ranks, default=10**9), r.index)).exit)

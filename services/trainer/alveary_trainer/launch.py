@@ -122,6 +122,10 @@ def variables(spec: c.RunSpec, view: View, python: str, run_id: str, attempt: in
     }  # fmt: skip
     if has_ranks(spec):
         env |= {"ALVEARY_RANKS": view.socket.rpartition("/")[0], "ALVEARY_PYTHON": python, "ALVEARY_LIB": view.lib}
+    if spec.launcher == c.LAUNCHER_TORCHRUN and spec.max_restarts:
+        # Workers that are started anew would meet in the store that they had before, find addresses of processes that
+        # are gone in it, and wait for these for ever (seen with torch 2.13 and gloo): each start gets a store of its own.
+        env.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     if spec.launcher == c.LAUNCHER_TORCHRUN and spec.process_count_per_node > 1:
         # As many threads as there are cores for each; torchrun would say 1, and warn.
         env.setdefault("OMP_NUM_THREADS", str(max(int(spec.resources.cpus / spec.process_count_per_node), 1)))

@@ -31,7 +31,9 @@ class _GangPhaseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_GangPhase.V
     GANG_PHASE_READY: _GangPhase.ValueType  # 2
     GANG_PHASE_RUNNING: _GangPhase.ValueType  # 3
     GANG_PHASE_ENDED: _GangPhase.ValueType  # 4
-    GANG_PHASE_STORED: _GangPhase.ValueType  # 5
+    GANG_PHASE_LISTED: _GangPhase.ValueType  # 5
+    """It said in the object store which files it has."""
+    GANG_PHASE_STORED: _GangPhase.ValueType  # 6
 
 class GangPhase(_GangPhase, metaclass=_GangPhaseEnumTypeWrapper):
     """---- between the trainers of one attempt on several nodes ---------------------------------------------------------"""
@@ -41,7 +43,9 @@ GANG_PHASE_STAGING: GangPhase.ValueType  # 1
 GANG_PHASE_READY: GangPhase.ValueType  # 2
 GANG_PHASE_RUNNING: GangPhase.ValueType  # 3
 GANG_PHASE_ENDED: GangPhase.ValueType  # 4
-GANG_PHASE_STORED: GangPhase.ValueType  # 5
+GANG_PHASE_LISTED: GangPhase.ValueType  # 5
+"""It said in the object store which files it has."""
+GANG_PHASE_STORED: GangPhase.ValueType  # 6
 Global___GangPhase: _TypeAlias = GangPhase  # noqa: Y015
 
 @_typing.final
@@ -271,7 +275,7 @@ class GangReport(_message.Message):
     failed_at: _builtins.float
     """When its first failing rank failed, Unix seconds; 0: none did."""
     listing: _builtins.str
-    """From GANG_PHASE_ENDED on: digest of the list of its files, at runs/<run>/<attempt>/.gang/<index>.json."""
+    """From GANG_PHASE_LISTED on: digest of the list of its files, at runs/<run>/<attempt>/.gang/<index>.json."""
     error: _builtins.str
     """Why its files could not be stored."""
     seen: _builtins.int

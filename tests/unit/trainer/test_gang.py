@@ -1,0 +1,164 @@
+"""An attempt on several nodes: whatever order reports come in, all go together, and the first failure is the cause."""
+
+from __future__ import annotations
+
+import hypothesis.strategies as st
+from hypothesis import given, settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from alveary_contracts.common.v1 import common_pb2 as c
+from alveary_contracts.trainer.v1 import trainer_pb2 as pb
+from alveary_trainer.gang import ASKED, ENDED, LISTED, PEER, READY, RUNNING, STAGING, STORED, File, Gang, name_files
+
+
+def report(index: int, phase: int, exit_code: int | None = None, reason: str = "exited", failed_at: float = 0.0) -> pb.GangReport:
+    made = pb.GangReport(index=index, node=f"n{index}", phase=phase, host=f"h{index}")  # type: ignore[arg-type]
+    if phase >= ENDED:
+        made.exit.reason = reason
+        if exit_code is not None:
+            made.exit.exit_code = exit_code
+        if failed_at:
+            made.failed_at, made.exit.rank, made.exit.node = failed_at, index, f"n{index}"
+    return made
+
+
+class Shares(RuleBasedStateMachine):
+    """Shares that do what they are told, and messages that come late, twice, or never."""
+
+    @initialize(count=st.integers(1, 4))
+    def begin(self, count: int) -> None:
+        self.gang = Gang(count)
+        self.phase = [STAGING] * count
+        self.said: list[pb.GangReport] = []
+        self.launched: set[int] = set()
+        for index in range(count):
+            self.say(index)
+
+    def say(self, index: int, exit_code: int | None = None, reason: str = "exited") -> None:
+        one = report(index, self.phase[index], exit_code, reason)
+        self.said.append(one)
+        self.gang.take(one)
+
+    @rule(index=st.integers(0, 3), code=st.integers(0, 1))
+    def go_on(self, index: int, code: int) -> None:
+        index %= self.gang.count
+        phase, order = self.phase[index], self.gang.order(index)
+        if phase == STAGING:
+            self.phase[index] = READY
+            self.say(index)
+            if index == 0:
+                self.gang.port = 1
+        elif phase == READY and order.phase == RUNNING:
+            self.launched.add(index)
+            self.phase[index] = RUNNING
+            self.say(index)
+        elif phase in (READY, RUNNING) and order.phase >= ENDED:
+            self.phase[index] = ENDED
+            self.say(index, None, order.why or PEER)
+        elif phase == RUNNING:
+            self.phase[index] = ENDED
+            self.say(index, code)
+        elif phase == ENDED:
+            self.phase[index] = LISTED
+            self.say(index, self.gang.reports[index].exit.exit_code, self.gang.reports[index].exit.reason)
+        elif phase == LISTED and order.phase == STORED:
+            self.phase[index] = STORED
+            self.say(index, self.gang.reports[index].exit.exit_code, self.gang.reports[index].exit.reason)
+        if self.gang.all_at(LISTED):
+            self.gang.names = "names"
+
+    @rule(at=st.integers(0, 100))
+    def an_old_message_comes(self, at: int) -> None:
+        known = {i: r.phase for i, r in self.gang.reports.items()}
+        self.gang.take(self.said[at % len(self.said)])
+        assert all(self.gang.reports[i].phase >= p for i, p in known.items())
+
+    @rule(why=st.sampled_from(ASKED))
+    def end(self, why: str) -> None:
+        self.gang.end(why)
+
+    @invariant()
+    def nobody_is_launched_before_all_are_ready(self) -> None:
+        if self.launched:
+            assert all(p >= READY for p in self.phase)
+
+    @invariant()
+    def nobody_stores_before_all_have_ended(self) -> None:
+        if any(p == STORED for p in self.phase):
+            assert all(p >= LISTED for p in self.phase)
+
+    def teardown(self) -> None:
+        if not hasattr(self, "gang"):
+            return
+        for _ in range(8 * self.gang.count):
+            for index in range(self.gang.count):
+                self.go_on(index, 0)
+        assert self.gang.all_at(STORED), "it never came to its end"
+        status = self.gang.verdict()
+        codes = [r.exit.exit_code for r in self.gang.reports.values()]
+        if self.gang.why:
+            assert status.reason == self.gang.why
+        elif any(codes):
+            assert status.reason == "exited" and status.exit_code == 1
+        else:
+            assert status.reason == "exited" and status.exit_code == 0
+
+
+TestShares = Shares.TestCase
+TestShares.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+
+
+def test_of_several_failing_ranks_the_first_is_the_cause() -> None:
+    gang = Gang(3)
+    gang.take(report(0, LISTED, 1, failed_at=30.0))
+    gang.take(report(1, LISTED, 7, failed_at=20.0))
+    gang.take(report(2, LISTED, None, PEER))
+    status = gang.verdict()
+    assert (status.rank, status.exit_code, status.node) == (1, 7, "n1")
+
+
+def test_what_no_rank_did_is_not_blamed_on_one() -> None:
+    gang = Gang(2)
+    gang.take(report(0, LISTED, 1, failed_at=30.0))
+    gang.take(report(1, LISTED, None, "out_of_memory"))
+    assert (gang.verdict().reason, gang.verdict().node) == ("out_of_memory", "n1")
+    assert gang.verdict().reason == "exited" or gang.verdict().reason == "out_of_memory"
+    failed = Gang(2)
+    failed.take(report(0, LISTED, None, PEER))
+    failed.take(report(1, LISTED, None, "staging_failed"))
+    assert (failed.verdict().reason, failed.verdict().node, failed.verdict().HasField("rank")) == ("staging_failed", "n1", False)
+
+
+def test_mpirun_alone_says_how_an_mpi_run_ended() -> None:
+    gang = Gang(2, c.LAUNCHER_MPI)
+    gang.take(report(0, RUNNING))
+    gang.take(report(1, ENDED, 1))
+    assert gang.ending() == ("", ""), "its daemon ended first"
+    gang.take(report(0, ENDED, 0))
+    assert gang.ending()[0] == PEER
+    assert (gang.verdict().reason, gang.verdict().exit_code) == ("exited", 0)
+    lost = Gang(2, c.LAUNCHER_MPI)
+    lost.take(report(0, READY))
+    lost.take(report(1, ENDED, None, "staging_failed"))
+    assert lost.ending()[0] == PEER
+
+
+@given(
+    st.dictionaries(
+        st.integers(0, 3),
+        st.lists(st.builds(File, st.sampled_from(["outputs/a", "outputs/b/c", "logs/x", "top"]), st.just(1), st.sampled_from("pqr")), unique_by=lambda f: f.path),
+        min_size=1,
+    ),
+    st.randoms(use_true_random=False),
+)  # fmt: skip
+def test_no_file_is_lost_and_none_is_overwritten(listings: dict[int, list[File]], random: object) -> None:
+    order = sorted(listings)
+    random.shuffle(order)  # type: ignore[attr-defined]
+    names = name_files(listings, order)
+    stored = {name: file.sha256 for i in order for file in listings[i] if (name := names[i][file.path])}
+    assert sum(bool(n) for mine in names.values() for n in mine.values()) == len(stored), "two under one name"
+    for index, files in listings.items():
+        for file in files:
+            assert stored[names[index][file.path] or file.path] == file.sha256
+    first = order[0]
+    assert all(names[first][f.path] == f.path for f in listings[first])
