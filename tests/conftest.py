@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,3 +41,14 @@ def source(tmp_path: Path) -> Path:
     folder = tmp_path / "source"
     folder.mkdir()
     return folder
+
+
+@pytest.fixture(scope="session")
+def mpirun() -> None:
+    """Open MPI, installed where it is missing."""
+    if shutil.which("mpirun") is None:
+        command = ["apt-get", "install", "-y", "-q", "--no-install-recommends", "openmpi-bin"]
+        if os.getuid() != 0 or shutil.which("apt-get") is None:
+            pytest.skip("mpirun is missing, and only root can install openmpi-bin")
+        subprocess.run(["apt-get", "update", "-q"], check=True, capture_output=True)
+        subprocess.run(command, check=True, capture_output=True, env=os.environ | {"DEBIAN_FRONTEND": "noninteractive"})

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from alveary.environment import Environment
 from alveary.estimator import ScriptRunConfig
 from alveary.experiment import Experiment
@@ -23,6 +25,8 @@ from alveary.run import Run
 from alveary.workspace import Workspace
 
 # The suite is the same for both runtimes; tests/docker.sh runs it again in containers.
+# The tests' own interpreter has torch.
+TORCH = Environment("torch", user_managed=True, interpreter=sys.executable)
 RUNTIME = os.environ.get("ALVEARY_TEST_RUNTIME", "process")
 
 
@@ -58,8 +62,9 @@ class Embedded:
 
 
 def launch(
-    state_dir: Path, *, port: int | None = 0, separate: bool = False, lease: float = 6.0, metrics_port: int = 0, runtime: str = ""
-) -> Embedded:
+    state_dir: Path, *, port: int | None = 0, separate: bool = False, lease: float = 6.0, metrics_port: int = 0, runtime: str = "",
+    bind: str = "",
+) -> Embedded:  # fmt: skip
     """`alveary up` in a process of its own, ready."""
     state_dir.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "alveary.cli", "up", "--state-dir", str(state_dir), "--lease-seconds", str(lease)]
@@ -67,6 +72,7 @@ def launch(
     command += ["--separate"] if separate else []
     command += ["--metrics-port", str(metrics_port)] if metrics_port else []
     command += ["--runtime", runtime] if runtime else []
+    command += ["--bind", bind] if bind else []
     log = state_dir / "up.log"
     with log.open("wb") as opened:
         process = subprocess.Popen(command, stdout=opened, stderr=opened, stdin=subprocess.DEVNULL, start_new_session=True)
@@ -146,6 +152,22 @@ def tail(run: Run, after: int = 0, follow: bool = False, streams: tuple[str, ...
 def lines(run: Run, stream: str = "stdout") -> list[str]:
     """Lines of one stream."""
     return [one.line.data.decode(errors="replace") for one in tail(run, follow=False, streams=(stream,))]
+
+
+def said(run: Run, rank: int | None = None, stream: str = "stdout") -> list[str]:
+    return [one.line.data.decode() for one in tail(run, streams=(stream,)) if rank is None or one.line.rank == rank]
+
+
+def processes_of(run: Run) -> list[psutil.Process]:
+    """Processes of a run that live, on any node."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("ALVEARY_RUN_ID") == run.id and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
 
 
 def wait_for_state(run: Run, *states: str) -> str:

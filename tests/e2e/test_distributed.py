@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,16 +10,11 @@ from typing import Any
 
 import psutil
 import pytest
-from support import Embedded, embedded, finished, lines, submit, tail, until, wait_for_state
+from support import TORCH, Embedded, embedded, finished, lines, processes_of, said, submit, until, wait_for_state
 
 from alveary import MpiConfiguration, PyTorchConfiguration, Run, Workspace
 from alveary.compute import AmlCompute, ComputeTarget
-from alveary.environment import Environment
 from alveary.local.stack import trainers
-
-# The tests' own interpreter has torch.
-TORCH = Environment("torch", user_managed=True, interpreter=sys.executable)
-MARK = "ALVEARY_RUN_ID"
 
 
 @pytest.fixture(scope="module")
@@ -41,17 +32,6 @@ def workspace(pair: Embedded) -> Workspace:
     return pair.workspace()
 
 
-@pytest.fixture(scope="session")
-def mpirun() -> None:
-    """Open MPI, installed where it is missing."""
-    if shutil.which("mpirun") is None:
-        command = ["apt-get", "install", "-y", "-q", "--no-install-recommends", "openmpi-bin"]
-        if os.getuid() != 0 or shutil.which("apt-get") is None:
-            pytest.skip("mpirun is missing, and only root can install openmpi-bin")
-        subprocess.run(["apt-get", "update", "-q"], check=True, capture_output=True)
-        subprocess.run(command, check=True, capture_output=True, env=os.environ | {"DEBIAN_FRONTEND": "noninteractive"})
-
-
 def both(**options: Any) -> dict[str, Any]:
     """Options of a run on both nodes."""
     return {"compute_target": "two", "environment": TORCH, "grace_seconds": 2, **options}
@@ -61,26 +41,10 @@ def torchrun(processes: int = 2, **options: Any) -> PyTorchConfiguration:
     return PyTorchConfiguration(process_count=processes, node_count=2, **options)
 
 
-def of(run: Run) -> list[psutil.Process]:
-    """Processes of a run that live, on any node."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get(MARK) == run.id and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
-
-
 def nothing_left(stack: Embedded, run: Run) -> None:
-    until(lambda: not of(run), "its processes are gone")
+    until(lambda: not processes_of(run), "its processes are gone")
     until(lambda: not list((stack.state_dir / "trainer/work").glob(f"*/{run.id}-*")), "its folders are gone")
     until(lambda: not [n for n in ComputeTarget(run._workspace, "two").list_nodes() if run.id in n.run_ids], "its places are free")
-
-
-def said(run: Run, rank: int | None = None, stream: str = "stdout") -> list[str]:
-    return [one.line.data.decode() for one in tail(run, streams=(stream,)) if rank is None or one.line.rank == rank]
 
 
 def go(run: Run, stack: Embedded) -> None:

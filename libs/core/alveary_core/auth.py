@@ -12,7 +12,8 @@ from joserfc.jwk import OctKey
 
 from alveary_core.errors import PermissionDenied, Unauthenticated
 
-ROLES = ("reader", "writer", "owner")
+# A joiner may become a node, and do nothing else.
+ROLES = ("joiner", "reader", "writer", "owner")
 
 
 @dataclass(frozen=True)

@@ -121,6 +121,17 @@ class ComputeTarget:
         client = self.workspace._client
         return list(self.workspace._call(client.call(client.nodes.ListNodes, pb.ListNodesRequest(target=self.name))).nodes)
 
+    def create_join_token(self, valid_seconds: float = 86400.0) -> tuple[str, str]:
+        """(endpoint, token) for `alveary node join`, with which machines become nodes of this target; of kind "nodes".
+
+        Raises:
+            AlvearyError: it starts its nodes itself, or the platform can be reached from its own machine alone.
+        """
+        client = self.workspace._client
+        request = pb.CreateJoinTokenRequest(target=self.name, valid_seconds=valid_seconds)
+        made = self.workspace._call(client.call(client.nodes.CreateJoinToken, request))
+        return made.endpoint, made.token
+
 
 @dataclass
 class Quota:

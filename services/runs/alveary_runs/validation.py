@@ -118,10 +118,12 @@ def _program(spec: c.RunSpec, files: set[str] | None, say: Callable[[str, str], 
 
 def _compute(spec: c.RunSpec, target: ev.ComputeSpec | None, targets: list[str], say: Callable[[str, str], None]) -> None:
     if target is None:
-        known = ", ".join(sorted(targets)) or "none yet"
-        say("compute_target", f"there is no compute target {spec.compute_target!r}; there are: {known}")
+        others = ", ".join(sorted(targets)) or "none yet"
+        say("compute_target", f"there is no compute target {spec.compute_target!r}; there are: {others}")
         return
     node = target.node_resources
+    # Of a target that machines join by themselves, it may not be known what they have: then the queue says what is missing.
+    known = target.kind != "nodes" or node.cpus > 0
     if not 1 <= spec.node_count <= MAX_NODE_COUNT:
         say("node_count", f"{spec.node_count}: 1 to {MAX_NODE_COUNT}")
     elif (spec.min_node_count or spec.node_count) > target.max_nodes:
@@ -145,12 +147,12 @@ def _compute(spec: c.RunSpec, target: ev.ComputeSpec | None, targets: list[str],
             "process_count_per_node",
             "more than one process needs torchrun or mpirun (distributed_training=PyTorchConfiguration() or MpiConfiguration())",
         )
-    if spec.use_gpu and not node.gpus:
+    if known and spec.use_gpu and not node.gpus:
         say(
             "use_gpu",
             f"use_gpu was asked for, but the nodes of {spec.compute_target!r} have no GPU: set use_gpu=False or choose another target",
         )
-    elif spec.resources.gpus < 0 or spec.resources.gpus > node.gpus:
+    elif spec.resources.gpus < 0 or (known and spec.resources.gpus > node.gpus):
         say("resources.gpus", f"{spec.resources.gpus} GPUs per node were asked for; a node of {spec.compute_target!r} has {node.gpus}")
     if spec.resources.gpu_milli and not target.gpu_sharing:
         say("resources.gpu_milli", f"a part of a GPU was asked for; {spec.compute_target!r} gives whole ones: create it with gpu_sharing")
@@ -158,11 +160,11 @@ def _compute(spec: c.RunSpec, target: ev.ComputeSpec | None, targets: list[str],
         say("resources.gpu_milli", f"{spec.resources.gpu_milli} of {spec.resources.gpus} GPUs: 1 to 999 thousandths of one GPU")
     if spec.resources.gpu_models and not spec.resources.gpus:
         say("resources.gpu_models", "GPU models were named, but no GPU was asked for")
-    if not 0 < spec.resources.cpus <= node.cpus:
+    if spec.resources.cpus <= 0 or (known and spec.resources.cpus > node.cpus):
         say("resources.cpus", f"{spec.resources.cpus:g} CPUs were asked for; a node of {spec.compute_target!r} has {node.cpus:g}")
-    if not 0 <= spec.resources.shm_bytes <= node.memory_bytes:
+    if spec.resources.shm_bytes < 0 or (known and spec.resources.shm_bytes > node.memory_bytes):
         say("resources.shm_bytes", f"{spec.resources.shm_bytes}: 0 (64 MiB) to the {node.memory_bytes} bytes of a node's memory")
-    if not 0 <= spec.resources.memory_bytes <= node.memory_bytes:
+    if spec.resources.memory_bytes < 0 or (known and spec.resources.memory_bytes > node.memory_bytes):
         say(
             "resources.memory_bytes",
             f"{spec.resources.memory_bytes / 2**30:.1f} GiB were asked for; a node of {spec.compute_target!r} has {node.memory_bytes / 2**30:.1f} GiB",

@@ -11,6 +11,7 @@ from alveary_core.events import Key
 from alveary_core.service import Service, serve
 from alveary_scheduler.adapters.local import LocalNodes
 from alveary_scheduler.api import ComputeService, NodeService, QueueService, complete
+from alveary_scheduler.joining import Joining
 from alveary_scheduler.projection import SchedulerProjection
 from alveary_scheduler.service import Scheduler
 from alveary_scheduler.settings import SchedulerSettings
@@ -26,13 +27,14 @@ def trainer_environment() -> dict[str, str]:
 
 async def start(service: Service) -> None:
     """Add scheduling to `service`."""
+    settings = SchedulerSettings()
     projection = SchedulerProjection(str(service.settings.state_dir / "scheduler.sqlite"))
     local = LocalNodes(service.settings.state_dir, trainer_environment())
     scheduler = Scheduler(service, projection, local)
     await scheduler.take_over()
     grpc_server = service.server.server
-    scheduler_pb2_grpc.add_ComputeServiceServicer_to_server(ComputeService(scheduler, SchedulerSettings().default_kind), grpc_server)
-    scheduler_pb2_grpc.add_NodeServiceServicer_to_server(NodeService(scheduler), grpc_server)
+    scheduler_pb2_grpc.add_ComputeServiceServicer_to_server(ComputeService(scheduler, settings.default_kind), grpc_server)
+    scheduler_pb2_grpc.add_NodeServiceServicer_to_server(NodeService(scheduler, Joining(settings, trainer_environment())), grpc_server)
     scheduler_pb2_grpc.add_QueueServiceServicer_to_server(QueueService(scheduler), grpc_server)
     service.server.add(scheduler_pb2.DESCRIPTOR.services_by_name.values())
     await service.connection.subscribe("alveary-beat.*.*", cb=scheduler.on_beat)
@@ -40,7 +42,7 @@ async def start(service: Service) -> None:
     service.spawn(scheduler.run(), "decide")
     service.spawn(scheduler.watch_nodes(), "nodes")
     await projection.caught_up.wait()
-    await ensure_target(scheduler, SchedulerSettings())
+    await ensure_target(scheduler, settings)
 
 
 async def ensure_target(scheduler: Scheduler, settings: SchedulerSettings) -> None:

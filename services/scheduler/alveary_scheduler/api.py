@@ -11,11 +11,12 @@ from alveary_contracts.events.v1 import events_pb2 as ev
 from alveary_contracts.names import name_problem
 from alveary_contracts.scheduler.v1 import scheduler_pb2 as pb
 from alveary_contracts.scheduler.v1 import scheduler_pb2_grpc as rpc
-from alveary_core import auth
+from alveary_core import auth, telemetry
 from alveary_core.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
 from alveary_core.events import Key
 from alveary_scheduler import domain
 from alveary_scheduler.adapters.local import machine
+from alveary_scheduler.joining import DAY, YEAR, Joining
 from alveary_scheduler.packing import POLICIES, WHOLE
 from alveary_scheduler.service import Scheduler
 
@@ -134,6 +135,8 @@ def complete(name: str, asked: ev.ComputeSpec, default_kind: str = "local") -> e
     if faults:
         raise InvalidArgument(*faults)
     given = spec.HasField("node_resources")
+    if spec.kind == "nodes" and not given:
+        return spec  # whatever joins
     spec.node_resources.CopyFrom(
         c.Resources(
             cpus=want.cpus or here.cpus, memory_bytes=want.memory_bytes or here.memory_bytes,
@@ -146,8 +149,8 @@ def complete(name: str, asked: ev.ComputeSpec, default_kind: str = "local") -> e
 class NodeService(rpc.NodeServiceServicer):
     """alveary.scheduler.v1.NodeService."""
 
-    def __init__(self, scheduler: Scheduler) -> None:
-        self._scheduler = scheduler
+    def __init__(self, scheduler: Scheduler, joining: Joining) -> None:
+        self._scheduler, self._joining = scheduler, joining
 
     async def ListNodes(self, request: pb.ListNodesRequest, context: Any) -> pb.ListNodesResponse:
         who = auth.require("reader")
@@ -186,6 +189,34 @@ class NodeService(rpc.NodeServiceServicer):
         return pb.DrainNodeResponse(
             sequence=await self._scheduler.append(Key(node.workspace, "node", node.id), ev.NodeDraining(reason=reason))
         )
+
+    async def CreateJoinToken(self, request: pb.CreateJoinTokenRequest, context: Any) -> pb.CreateJoinTokenResponse:
+        who = auth.require("owner")
+        if not 0 <= request.valid_seconds <= YEAR:
+            raise InvalidArgument(("valid_seconds", f"{request.valid_seconds:g}: 0 (a day) to {YEAR:g}"))
+        self._joined_by_itself(who.workspace, request.target)
+        endpoint = self._joining.endpoint
+        token = self._joining.token(who.workspace, request.target, request.valid_seconds or DAY)
+        return pb.CreateJoinTokenResponse(token=token, endpoint=endpoint)
+
+    async def JoinNode(self, request: pb.JoinNodeRequest, context: Any) -> pb.JoinNodeResponse:
+        who = auth.require("joiner")
+        target = self._joining.target(who)
+        self._joined_by_itself(who.workspace, target)
+        telemetry.logger().info("node.admitted", workspace=who.workspace, target=target, hostname=request.hostname[:200])
+        return pb.JoinNodeResponse(
+            workspace=who.workspace, target=target, environment=self._joining.environment(who.workspace, target)
+        )  # fmt: skip
+
+    def _joined_by_itself(self, workspace: str, name: str) -> None:
+        target = self._scheduler.state.targets.get((workspace, name))
+        if target is None:
+            raise NotFound("compute target", name, "`alveary compute create NAME --kind nodes` makes one that machines can join")
+        if target.spec.kind != "nodes":
+            raise FailedPrecondition(
+                f"compute target {name!r} is of kind {target.spec.kind!r}, and starts its nodes itself: machines join those of kind "
+                "'nodes' (`alveary compute create NAME --kind nodes`)", f"target/{name}",
+            )  # fmt: skip
 
 
 class QueueService(rpc.QueueServiceServicer):

@@ -15,3 +15,12 @@ class SchedulerSettings(CoreSettings):
     # A target of kind "nodes" that is made at the start, where it is missing; empty: none.
     default_target: str = ""
     default_workspace: str = "default"
+    # How machines elsewhere reach this platform; empty: they do not. Of trainers' variables (ALVEARY_TRAINER_*), those that
+    # name credentials are handed to whoever has a join token.
+    join_endpoint: str = ""
+    # Other services, where they are not behind one endpoint.
+    join_runs_endpoint: str = ""
+    join_registry_endpoint: str = ""
+    join_nats_url: str = ""
+    join_s3_endpoint: str = ""
+    join_s3_secure: bool = False

@@ -18,6 +18,7 @@ from alveary.cli.compute import compute_app
 from alveary.cli.events import events_app
 from alveary.cli.images import image_app
 from alveary.cli.models import dataset_app, model_app
+from alveary.cli.nodes import node_app
 from alveary.cli.runs import run_app
 from alveary.errors import AlvearyError
 
@@ -28,6 +29,7 @@ app.command("status")(stack.status_command)
 for _name, _group in (
     ("run", run_app),
     ("compute", compute_app),
+    ("node", node_app),
     ("image", image_app),
     ("model", model_app),
     ("dataset", dataset_app),

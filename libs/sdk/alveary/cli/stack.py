@@ -17,7 +17,7 @@ def up(
     detach: Annotated[bool, typer.Option("--detach", "-d", help="Go on in the background.")] = False,
     state_dir: StateDir = None,
     port: Annotated[
-        int | None, typer.Option(help="First of 18 consecutive ports; 0: whatever is free. Default 7460, then as before.")
+        int | None, typer.Option(help="First of 19 consecutive ports; 0: whatever is free. Default 7460, then as before.")
     ] = None,
     separate: Annotated[bool, typer.Option(help="Each service as a process of its own.")] = False,
     lease_seconds: Annotated[float, typer.Option(help="Silence after which a node is lost.")] = 30.0,
@@ -25,10 +25,16 @@ def up(
     runtime: Annotated[
         str, typer.Option(help="process: virtual environments; docker: containers. Default: as before, at first process.")
     ] = "",
+    bind: Annotated[
+        str | None,
+        typer.Option(
+            help="This machine's address, by which others reach it (`alveary node join`); '': none. Default: as before. Not encrypted."
+        ),
+    ] = None,
 ) -> None:
     """Start the whole platform on this machine."""
     from alveary.local.layout import Layout
-    from alveary.local.stack import Stack, status
+    from alveary.local.stack import Stack, own_addresses, status
 
     if runtime not in ("", "process", "docker"):
         raise typer.BadParameter(f"--runtime {runtime!r}: process or docker")
@@ -40,6 +46,7 @@ def up(
         command += ["--separate"] if separate else []
         command += ["--metrics-port", str(metrics_port)]
         command += ["--runtime", runtime] if runtime else []
+        command += ["--bind", bind] if bind is not None else []
         log = folder / "up.log"
         with log.open("wb") as opened:
             child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=opened, stderr=opened, start_new_session=True)
@@ -61,7 +68,10 @@ def up(
         separate=separate,
         metrics_port=metrics_port,
         runtime=runtime,
+        bind=bind,
     )
+    if layout.bind and not layout.bind.startswith("127.") and layout.bind not in own_addresses():
+        raise typer.BadParameter(f"--bind {layout.bind}: this machine has {', '.join(own_addresses())}")
     stack = Stack(layout, lambda text: print(text, flush=True))
     stack.acquire()
     try:

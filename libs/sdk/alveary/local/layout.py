@@ -40,6 +40,8 @@ class Ports:
     logs: int
     registry: int
     archiver: int
+    # Where other machines reach the object store: it refuses to start where anybody listens on its own port, on any address.
+    s3_outside: int
 
     @classmethod
     def choose(cls, base: int) -> Ports:
@@ -81,13 +83,15 @@ class Layout:
     separate: bool = False
     metrics_port: int = 0
     runtime: str = "process"
+    # This machine's address on a network; empty: the stack is reached from this machine alone.
+    bind: str = ""
 
     @classmethod
     def open(
         cls, state_dir: Path, port: int | None, *, lease_seconds: float = 30.0, beat_seconds: float = 1.0, separate: bool = False,
-        metrics_port: int = 0, runtime: str = "",
+        metrics_port: int = 0, runtime: str = "", bind: str | None = None,
     ) -> Layout:  # fmt: skip
-        """Read or make the directory; ports, secrets and (unless given) the runtime stay what they were.
+        """Read or make the directory; ports, secrets and (unless given) runtime and `bind` stay what they were.
 
         Raises:
             AlvearyError: what is there cannot be read.
@@ -109,8 +113,27 @@ class Layout:
         made = known.get("secrets", {})
         hidden = {name: made.get(name) or secrets.token_hex(24) for name in names}
         runtime = runtime or known.get("runtime", "process")
-        write_private(file, json.dumps({"ports": asdict(ports), "secrets": hidden, "runtime": runtime}, indent=1))
-        return cls(state_dir, ports, hidden, lease_seconds, beat_seconds, separate, metrics_port, runtime)
+        bind = known.get("bind", "") if bind is None else bind
+        write_private(file, json.dumps({"ports": asdict(ports), "secrets": hidden, "runtime": runtime, "bind": bind}, indent=1))
+        return cls(state_dir, ports, hidden, lease_seconds, beat_seconds, separate, metrics_port, runtime, bind)
+
+    @property
+    def outside(self) -> dict[int, int]:
+        """Ports that other machines need (gRPC, the message bus, the object store's S3), and those of this machine behind them."""
+        services = [getattr(self.ports, name) for name in SERVICES] if self.separate else [self.ports.grpc]
+        return {port: port for port in (*services, self.ports.nats)} | {self.ports.s3_outside: self.ports.s3}
+
+    def joining(self) -> dict[str, str]:
+        """ALVEARY_* variables by which the services tell other machines where they are."""
+        if not self.bind:
+            return {}
+        scheduler, runs, registry = (f"{self.bind}:{self.endpoint_of(s).rpartition(':')[2]}" for s in ("scheduler", "runs", "registry"))
+        return {
+            "ALVEARY_JOIN_ENDPOINT": scheduler, "ALVEARY_JOIN_RUNS_ENDPOINT": runs, "ALVEARY_JOIN_REGISTRY_ENDPOINT": registry,
+            "ALVEARY_JOIN_NATS_URL": f"nats://{self.bind}:{self.ports.nats}", "ALVEARY_JOIN_S3_ENDPOINT": f"{self.bind}:{self.ports.s3_outside}",
+            # Links to files must be good there as well as here.
+            "ALVEARY_S3_PUBLIC_ENDPOINT": f"{self.bind}:{self.ports.s3_outside}",
+        }  # fmt: skip
 
     @property
     def endpoint(self) -> str:
@@ -143,7 +166,7 @@ jetstream {{ store_dir: "{self.state_dir / "nats"}", sync_interval: always
             "ALVEARY_LEASE_SECONDS": str(self.lease_seconds), "ALVEARY_BEAT_SECONDS": str(self.beat_seconds),
             "ALVEARY_LISTEN": self.endpoint_of(service) if service in SERVICES else "127.0.0.1:0",
             "ALVEARY_BUILDER": "docker" if self.runtime == "docker" else "venv",
-            "ALVEARY_METRICS_PORT": str(self._metrics_port_of(service)),
+            "ALVEARY_METRICS_PORT": str(self._metrics_port_of(service)), **self.joining(),
         }  # fmt: skip
 
     def _metrics_port_of(self, service: str) -> int:
@@ -162,14 +185,15 @@ jetstream {{ store_dir: "{self.state_dir / "nats"}", sync_interval: always
             command += [f"-{name}.port={getattr(p, name)}", f"-{name}.port.grpc={getattr(p, name + '_grpc')}"]
         return command
 
-    def client_config(self, token: str) -> str:
-        """config.json for clients."""
+    def client_config(self, token: str, *, outside: bool = False) -> str:
+        """config.json for clients on this machine, or on others."""
+        host = self.bind if outside else "127.0.0.1"
         config: dict[str, object] = {
-            "endpoint": self.endpoint, "token": token, "workspace": "default",
-            "nats_url": f"nats://127.0.0.1:{self.ports.nats}", "nats_user": "subscriber", "nats_password": self.secrets["subscriber"],
+            "endpoint": self.endpoint.replace("127.0.0.1", host), "token": token, "workspace": "default",
+            "nats_url": f"nats://{host}:{self.ports.nats}", "nats_user": "subscriber", "nats_password": self.secrets["subscriber"],
         }  # fmt: skip
         if self.separate:
-            config["endpoints"] = {s: self.endpoint_of(s) for s in SERVICES}
+            config["endpoints"] = {s: self.endpoint_of(s).replace("127.0.0.1", host) for s in SERVICES}
         return json.dumps(config, indent=1) + "\n"
 
 

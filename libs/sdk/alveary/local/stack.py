@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -81,6 +82,15 @@ class Stack:
             env = inherited | layout.environment("runs") | trainer | {"ALVEARY_LISTEN": layout.endpoint}
             env |= {f"ALVEARY_NATS_PASSWORD_{s.upper()}": layout.secrets[s] for s in SERVICES}
             children.append(Child("control", [sys.executable, "-m", "alveary.local.control"], env))
+        if layout.bind:
+            command = [
+                sys.executable,
+                "-m",
+                "alveary.local.relay",
+                layout.bind,
+                *(f"{port}:{inner}" for port, inner in layout.outside.items()),
+            ]
+            children.append(Child("relay", command, inherited))
         return children
 
     def _trainer(self) -> dict[str, str]:
@@ -136,6 +146,8 @@ class Stack:
         self._wait_ready()
         token = issue(self.layout.secrets["tokens"], Principal("owner", "default", "owner"))
         write_private(self.layout.state_dir / "config.json", self.layout.client_config(token))
+        if self.layout.bind:
+            write_private(self.layout.state_dir / "config.outside.json", self.layout.client_config(token, outside=True))
         self._ensure_target(token)
 
     def _launch(self, child: Child) -> None:
@@ -272,6 +284,12 @@ def _binary(name: str) -> str:
     if not found:
         raise AlvearyError(f"{name} is not installed: pip install 'alveary[local]'", "FAILED_PRECONDITION")
     return found
+
+
+def own_addresses() -> list[str]:
+    """IPv4 addresses of this machine, without loopback."""
+    every = (a for addresses in psutil.net_if_addrs().values() for a in addresses)
+    return sorted({a.address for a in every if a.family == socket.AF_INET and not a.address.startswith("127.")})
 
 
 def status(state_dir: Path) -> dict[str, Any] | None:

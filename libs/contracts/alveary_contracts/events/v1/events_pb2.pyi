@@ -1137,7 +1137,7 @@ class ComputeSpec(_message.Message):
     QUOTAS_FIELD_NUMBER: _builtins.int
     kind: _builtins.str
     """"local": trainer processes on the scheduler's machine, started and stopped with the work. "nodes": trainers that
-    are started elsewhere and join by themselves; node_resources are those of the largest.
+    are started elsewhere and join by themselves; node_resources, where set, are those of the largest.
     """
     vm_size: _builtins.str
     min_nodes: _builtins.int

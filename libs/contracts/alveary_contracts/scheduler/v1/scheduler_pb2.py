@@ -27,7 +27,7 @@ from alveary_contracts.events.v1 import events_pb2 as alveary_dot_events_dot_v1_
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$alveary/scheduler/v1/scheduler.proto\x12\x14\x61lveary.scheduler.v1\x1a\x1e\x61lveary/common/v1/common.proto\x1a\x1e\x61lveary/events/v1/events.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xa3\x01\n\x06Target\x12\x0c\n\x04name\x18\x01 \x01(\t\x12,\n\x04spec\x18\x02 \x01(\x0b\x32\x1e.alveary.events.v1.ComputeSpec\x12\x15\n\rcurrent_nodes\x18\x03 \x01(\x05\x12\x15\n\rdesired_nodes\x18\x04 \x01(\x05\x12\x0f\n\x07running\x18\x05 \x01(\x05\x12\x0f\n\x07waiting\x18\x06 \x01(\x05\x12\r\n\x05state\x18\x07 \x01(\t\"Q\n\x13\x43reateTargetRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12,\n\x04spec\x18\x02 \x01(\x0b\x32\x1e.alveary.events.v1.ComputeSpec\"V\n\x14\x43reateTargetResponse\x12,\n\x06target\x18\x01 \x01(\x0b\x32\x1c.alveary.scheduler.v1.Target\x12\x10\n\x08sequence\x18\x02 \x01(\x03\"6\n\x10GetTargetRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0cmin_sequence\x18\x02 \x01(\x03\"A\n\x11GetTargetResponse\x12,\n\x06target\x18\x01 \x01(\x0b\x32\x1c.alveary.scheduler.v1.Target\"\x14\n\x12ListTargetsRequest\"D\n\x13ListTargetsResponse\x12-\n\x07targets\x18\x01 \x03(\x0b\x32\x1c.alveary.scheduler.v1.Target\"#\n\x13\x44\x65leteTargetRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"(\n\x14\x44\x65leteTargetResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x03\"\xf8\x02\n\x04Node\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06target\x18\x02 \x01(\t\x12/\n\tresources\x18\x03 \x01(\x0b\x32\x1c.alveary.common.v1.Resources\x12*\n\x04used\x18\x04 \x01(\x0b\x32\x1c.alveary.common.v1.Resources\x12\x0f\n\x07run_ids\x18\x05 \x03(\t\x12\x12\n\ngpu_models\x18\x06 \x03(\t\x12\x10\n\x08hostname\x18\x07 \x01(\t\x12\x13\n\x0b\x63pu_percent\x18\x08 \x01(\x01\x12\x19\n\x11memory_used_bytes\x18\t \x01(\x03\x12\x1a\n\x12seconds_since_beat\x18\n \x01(\x01\x12\r\n\x05state\x18\x0b \x01(\t\x12\x36\n\x06labels\x18\x0c \x03(\x0b\x32&.alveary.scheduler.v1.Node.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"0\n\x10\x44rainNodeRequest\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"%\n\x11\x44rainNodeResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x03\"\"\n\x10ListNodesRequest\x12\x0e\n\x06target\x18\x01 \x01(\t\">\n\x11ListNodesResponse\x12)\n\x05nodes\x18\x01 \x03(\x0b\x32\x1a.alveary.scheduler.v1.Node\"#\n\x11\x45xplainRunRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"\x9f\x01\n\x12\x45xplainRunResponse\x12.\n\x07waiting\x18\x01 \x01(\x0b\x32\x1d.alveary.scheduler.v1.Waiting\x12\x11\n\twaits_for\x18\x02 \x01(\t\x12\x12\n\nwould_help\x18\x03 \x01(\t\x12\x32\n\x0e\x65xpected_start\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\"\n\x10ListQueueRequest\x12\x0e\n\x06target\x18\x01 \x01(\t\"C\n\x11ListQueueResponse\x12.\n\x07waiting\x18\x01 \x03(\x0b\x32\x1d.alveary.scheduler.v1.Waiting\"]\n\x07Waiting\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x10\n\x08position\x18\x02 \x01(\x05\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x10\n\x08priority\x18\x04 \x01(\x05\x12\x0e\n\x06target\x18\x05 \x01(\t2\xa0\x03\n\x0e\x43omputeService\x12\x65\n\x0c\x43reateTarget\x12).alveary.scheduler.v1.CreateTargetRequest\x1a*.alveary.scheduler.v1.CreateTargetResponse\x12\\\n\tGetTarget\x12&.alveary.scheduler.v1.GetTargetRequest\x1a\'.alveary.scheduler.v1.GetTargetResponse\x12\x62\n\x0bListTargets\x12(.alveary.scheduler.v1.ListTargetsRequest\x1a).alveary.scheduler.v1.ListTargetsResponse\x12\x65\n\x0c\x44\x65leteTarget\x12).alveary.scheduler.v1.DeleteTargetRequest\x1a*.alveary.scheduler.v1.DeleteTargetResponse2\xc9\x01\n\x0bNodeService\x12\\\n\tListNodes\x12&.alveary.scheduler.v1.ListNodesRequest\x1a\'.alveary.scheduler.v1.ListNodesResponse\x12\\\n\tDrainNode\x12&.alveary.scheduler.v1.DrainNodeRequest\x1a\'.alveary.scheduler.v1.DrainNodeResponse2\xcd\x01\n\x0cQueueService\x12\\\n\tListQueue\x12&.alveary.scheduler.v1.ListQueueRequest\x1a\'.alveary.scheduler.v1.ListQueueResponse\x12_\n\nExplainRun\x12\'.alveary.scheduler.v1.ExplainRunRequest\x1a(.alveary.scheduler.v1.ExplainRunResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$alveary/scheduler/v1/scheduler.proto\x12\x14\x61lveary.scheduler.v1\x1a\x1e\x61lveary/common/v1/common.proto\x1a\x1e\x61lveary/events/v1/events.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xa3\x01\n\x06Target\x12\x0c\n\x04name\x18\x01 \x01(\t\x12,\n\x04spec\x18\x02 \x01(\x0b\x32\x1e.alveary.events.v1.ComputeSpec\x12\x15\n\rcurrent_nodes\x18\x03 \x01(\x05\x12\x15\n\rdesired_nodes\x18\x04 \x01(\x05\x12\x0f\n\x07running\x18\x05 \x01(\x05\x12\x0f\n\x07waiting\x18\x06 \x01(\x05\x12\r\n\x05state\x18\x07 \x01(\t\"Q\n\x13\x43reateTargetRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12,\n\x04spec\x18\x02 \x01(\x0b\x32\x1e.alveary.events.v1.ComputeSpec\"V\n\x14\x43reateTargetResponse\x12,\n\x06target\x18\x01 \x01(\x0b\x32\x1c.alveary.scheduler.v1.Target\x12\x10\n\x08sequence\x18\x02 \x01(\x03\"6\n\x10GetTargetRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0cmin_sequence\x18\x02 \x01(\x03\"A\n\x11GetTargetResponse\x12,\n\x06target\x18\x01 \x01(\x0b\x32\x1c.alveary.scheduler.v1.Target\"\x14\n\x12ListTargetsRequest\"D\n\x13ListTargetsResponse\x12-\n\x07targets\x18\x01 \x03(\x0b\x32\x1c.alveary.scheduler.v1.Target\"#\n\x13\x44\x65leteTargetRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"(\n\x14\x44\x65leteTargetResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x03\"\xf8\x02\n\x04Node\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06target\x18\x02 \x01(\t\x12/\n\tresources\x18\x03 \x01(\x0b\x32\x1c.alveary.common.v1.Resources\x12*\n\x04used\x18\x04 \x01(\x0b\x32\x1c.alveary.common.v1.Resources\x12\x0f\n\x07run_ids\x18\x05 \x03(\t\x12\x12\n\ngpu_models\x18\x06 \x03(\t\x12\x10\n\x08hostname\x18\x07 \x01(\t\x12\x13\n\x0b\x63pu_percent\x18\x08 \x01(\x01\x12\x19\n\x11memory_used_bytes\x18\t \x01(\x03\x12\x1a\n\x12seconds_since_beat\x18\n \x01(\x01\x12\r\n\x05state\x18\x0b \x01(\t\x12\x36\n\x06labels\x18\x0c \x03(\x0b\x32&.alveary.scheduler.v1.Node.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"0\n\x10\x44rainNodeRequest\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"%\n\x11\x44rainNodeResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x03\"?\n\x16\x43reateJoinTokenRequest\x12\x0e\n\x06target\x18\x01 \x01(\t\x12\x15\n\rvalid_seconds\x18\x02 \x01(\x01\":\n\x17\x43reateJoinTokenResponse\x12\r\n\x05token\x18\x01 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\x02 \x01(\t\"#\n\x0fJoinNodeRequest\x12\x10\n\x08hostname\x18\x01 \x01(\t\"\xb7\x01\n\x10JoinNodeResponse\x12\x11\n\tworkspace\x18\x01 \x01(\t\x12\x0e\n\x06target\x18\x02 \x01(\t\x12L\n\x0b\x65nvironment\x18\x03 \x03(\x0b\x32\x37.alveary.scheduler.v1.JoinNodeResponse.EnvironmentEntry\x1a\x32\n\x10\x45nvironmentEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\"\n\x10ListNodesRequest\x12\x0e\n\x06target\x18\x01 \x01(\t\">\n\x11ListNodesResponse\x12)\n\x05nodes\x18\x01 \x03(\x0b\x32\x1a.alveary.scheduler.v1.Node\"#\n\x11\x45xplainRunRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"\x9f\x01\n\x12\x45xplainRunResponse\x12.\n\x07waiting\x18\x01 \x01(\x0b\x32\x1d.alveary.scheduler.v1.Waiting\x12\x11\n\twaits_for\x18\x02 \x01(\t\x12\x12\n\nwould_help\x18\x03 \x01(\t\x12\x32\n\x0e\x65xpected_start\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\"\n\x10ListQueueRequest\x12\x0e\n\x06target\x18\x01 \x01(\t\"C\n\x11ListQueueResponse\x12.\n\x07waiting\x18\x01 \x03(\x0b\x32\x1d.alveary.scheduler.v1.Waiting\"]\n\x07Waiting\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x10\n\x08position\x18\x02 \x01(\x05\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x10\n\x08priority\x18\x04 \x01(\x05\x12\x0e\n\x06target\x18\x05 \x01(\t2\xa0\x03\n\x0e\x43omputeService\x12\x65\n\x0c\x43reateTarget\x12).alveary.scheduler.v1.CreateTargetRequest\x1a*.alveary.scheduler.v1.CreateTargetResponse\x12\\\n\tGetTarget\x12&.alveary.scheduler.v1.GetTargetRequest\x1a\'.alveary.scheduler.v1.GetTargetResponse\x12\x62\n\x0bListTargets\x12(.alveary.scheduler.v1.ListTargetsRequest\x1a).alveary.scheduler.v1.ListTargetsResponse\x12\x65\n\x0c\x44\x65leteTarget\x12).alveary.scheduler.v1.DeleteTargetRequest\x1a*.alveary.scheduler.v1.DeleteTargetResponse2\x94\x03\n\x0bNodeService\x12\\\n\tListNodes\x12&.alveary.scheduler.v1.ListNodesRequest\x1a\'.alveary.scheduler.v1.ListNodesResponse\x12\\\n\tDrainNode\x12&.alveary.scheduler.v1.DrainNodeRequest\x1a\'.alveary.scheduler.v1.DrainNodeResponse\x12n\n\x0f\x43reateJoinToken\x12,.alveary.scheduler.v1.CreateJoinTokenRequest\x1a-.alveary.scheduler.v1.CreateJoinTokenResponse\x12Y\n\x08JoinNode\x12%.alveary.scheduler.v1.JoinNodeRequest\x1a&.alveary.scheduler.v1.JoinNodeResponse2\xcd\x01\n\x0cQueueService\x12\\\n\tListQueue\x12&.alveary.scheduler.v1.ListQueueRequest\x1a\'.alveary.scheduler.v1.ListQueueResponse\x12_\n\nExplainRun\x12\'.alveary.scheduler.v1.ExplainRunRequest\x1a(.alveary.scheduler.v1.ExplainRunResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,6 +36,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_NODE_LABELSENTRY']._loaded_options = None
   _globals['_NODE_LABELSENTRY']._serialized_options = b'8\001'
+  _globals['_JOINNODERESPONSE_ENVIRONMENTENTRY']._loaded_options = None
+  _globals['_JOINNODERESPONSE_ENVIRONMENTENTRY']._serialized_options = b'8\001'
   _globals['_TARGET']._serialized_start=160
   _globals['_TARGET']._serialized_end=323
   _globals['_CREATETARGETREQUEST']._serialized_start=325
@@ -62,24 +64,34 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DRAINNODEREQUEST']._serialized_end=1217
   _globals['_DRAINNODERESPONSE']._serialized_start=1219
   _globals['_DRAINNODERESPONSE']._serialized_end=1256
-  _globals['_LISTNODESREQUEST']._serialized_start=1258
-  _globals['_LISTNODESREQUEST']._serialized_end=1292
-  _globals['_LISTNODESRESPONSE']._serialized_start=1294
-  _globals['_LISTNODESRESPONSE']._serialized_end=1356
-  _globals['_EXPLAINRUNREQUEST']._serialized_start=1358
-  _globals['_EXPLAINRUNREQUEST']._serialized_end=1393
-  _globals['_EXPLAINRUNRESPONSE']._serialized_start=1396
-  _globals['_EXPLAINRUNRESPONSE']._serialized_end=1555
-  _globals['_LISTQUEUEREQUEST']._serialized_start=1557
-  _globals['_LISTQUEUEREQUEST']._serialized_end=1591
-  _globals['_LISTQUEUERESPONSE']._serialized_start=1593
-  _globals['_LISTQUEUERESPONSE']._serialized_end=1660
-  _globals['_WAITING']._serialized_start=1662
-  _globals['_WAITING']._serialized_end=1755
-  _globals['_COMPUTESERVICE']._serialized_start=1758
-  _globals['_COMPUTESERVICE']._serialized_end=2174
-  _globals['_NODESERVICE']._serialized_start=2177
-  _globals['_NODESERVICE']._serialized_end=2378
-  _globals['_QUEUESERVICE']._serialized_start=2381
-  _globals['_QUEUESERVICE']._serialized_end=2586
+  _globals['_CREATEJOINTOKENREQUEST']._serialized_start=1258
+  _globals['_CREATEJOINTOKENREQUEST']._serialized_end=1321
+  _globals['_CREATEJOINTOKENRESPONSE']._serialized_start=1323
+  _globals['_CREATEJOINTOKENRESPONSE']._serialized_end=1381
+  _globals['_JOINNODEREQUEST']._serialized_start=1383
+  _globals['_JOINNODEREQUEST']._serialized_end=1418
+  _globals['_JOINNODERESPONSE']._serialized_start=1421
+  _globals['_JOINNODERESPONSE']._serialized_end=1604
+  _globals['_JOINNODERESPONSE_ENVIRONMENTENTRY']._serialized_start=1554
+  _globals['_JOINNODERESPONSE_ENVIRONMENTENTRY']._serialized_end=1604
+  _globals['_LISTNODESREQUEST']._serialized_start=1606
+  _globals['_LISTNODESREQUEST']._serialized_end=1640
+  _globals['_LISTNODESRESPONSE']._serialized_start=1642
+  _globals['_LISTNODESRESPONSE']._serialized_end=1704
+  _globals['_EXPLAINRUNREQUEST']._serialized_start=1706
+  _globals['_EXPLAINRUNREQUEST']._serialized_end=1741
+  _globals['_EXPLAINRUNRESPONSE']._serialized_start=1744
+  _globals['_EXPLAINRUNRESPONSE']._serialized_end=1903
+  _globals['_LISTQUEUEREQUEST']._serialized_start=1905
+  _globals['_LISTQUEUEREQUEST']._serialized_end=1939
+  _globals['_LISTQUEUERESPONSE']._serialized_start=1941
+  _globals['_LISTQUEUERESPONSE']._serialized_end=2008
+  _globals['_WAITING']._serialized_start=2010
+  _globals['_WAITING']._serialized_end=2103
+  _globals['_COMPUTESERVICE']._serialized_start=2106
+  _globals['_COMPUTESERVICE']._serialized_end=2522
+  _globals['_NODESERVICE']._serialized_start=2525
+  _globals['_NODESERVICE']._serialized_end=2929
+  _globals['_QUEUESERVICE']._serialized_start=2932
+  _globals['_QUEUESERVICE']._serialized_end=3137
 # @@protoc_insertion_point(module_scope)

@@ -247,6 +247,16 @@ class NodeServiceStub:
                 request_serializer=alveary_dot_scheduler_dot_v1_dot_scheduler__pb2.DrainNodeRequest.SerializeToString,
                 response_deserializer=alveary_dot_scheduler_dot_v1_dot_scheduler__pb2.DrainNodeResponse.FromString,
                 _registered_method=True)
+        self.CreateJoinToken = channel.unary_unary(
+                '/alveary.scheduler.v1.NodeService/CreateJoinToken',
+                request_serializer=alveary_dot_scheduler_dot_v1_dot_scheduler__pb2.CreateJoinTokenRequest.SerializeToString,
+                response_deserializer=alveary_dot_scheduler_dot_v1_dot_scheduler__pb2.CreateJoinTokenResponse.FromString,
+                _registered_method=True)
+        self.JoinNode = channel.unary_unary(
+                '/alveary.scheduler.v1.NodeService/JoinNode',
+                request_serializer=alveary_dot_scheduler_dot_v1_dot_scheduler__pb2.JoinNodeRequest.SerializeToString,
+                response_deserializer=alveary_dot_scheduler_dot_v1_dot_scheduler__pb2.JoinNodeResponse.FromString,
+                _registered_method=True)
 
 
 class NodeServiceServicer:
@@ -265,6 +275,21 @@ class NodeServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CreateJoinToken(self, request, context):
+        """A token with which machines join a target of kind "nodes". Needs the role owner. FAILED_PRECONDITION where the
+        platform can be reached from its own machine alone.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def JoinNode(self, request, context):
+        """What a trainer needs to become a node. The call's token is a join token, and good for nothing else.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_NodeServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -277,6 +302,16 @@ def add_NodeServiceServicer_to_server(servicer, server):
                     servicer.DrainNode,
                     request_deserializer=alveary_dot_scheduler_dot_v1_dot_scheduler__pb2.DrainNodeRequest.FromString,
                     response_serializer=alveary_dot_scheduler_dot_v1_dot_scheduler__pb2.DrainNodeResponse.SerializeToString,
+            ),
+            'CreateJoinToken': grpc.unary_unary_rpc_method_handler(
+                    servicer.CreateJoinToken,
+                    request_deserializer=alveary_dot_scheduler_dot_v1_dot_scheduler__pb2.CreateJoinTokenRequest.FromString,
+                    response_serializer=alveary_dot_scheduler_dot_v1_dot_scheduler__pb2.CreateJoinTokenResponse.SerializeToString,
+            ),
+            'JoinNode': grpc.unary_unary_rpc_method_handler(
+                    servicer.JoinNode,
+                    request_deserializer=alveary_dot_scheduler_dot_v1_dot_scheduler__pb2.JoinNodeRequest.FromString,
+                    response_serializer=alveary_dot_scheduler_dot_v1_dot_scheduler__pb2.JoinNodeResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -333,6 +368,60 @@ class NodeService:
             '/alveary.scheduler.v1.NodeService/DrainNode',
             alveary_dot_scheduler_dot_v1_dot_scheduler__pb2.DrainNodeRequest.SerializeToString,
             alveary_dot_scheduler_dot_v1_dot_scheduler__pb2.DrainNodeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CreateJoinToken(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/alveary.scheduler.v1.NodeService/CreateJoinToken',
+            alveary_dot_scheduler_dot_v1_dot_scheduler__pb2.CreateJoinTokenRequest.SerializeToString,
+            alveary_dot_scheduler_dot_v1_dot_scheduler__pb2.CreateJoinTokenResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def JoinNode(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/alveary.scheduler.v1.NodeService/JoinNode',
+            alveary_dot_scheduler_dot_v1_dot_scheduler__pb2.JoinNodeRequest.SerializeToString,
+            alveary_dot_scheduler_dot_v1_dot_scheduler__pb2.JoinNodeResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -89,6 +89,12 @@ class NodeServiceStub:
     ListNodes: _grpc.UnaryUnaryMultiCallable[_scheduler_pb2.ListNodesRequest, _scheduler_pb2.ListNodesResponse]
     DrainNode: _grpc.UnaryUnaryMultiCallable[_scheduler_pb2.DrainNodeRequest, _scheduler_pb2.DrainNodeResponse]
     """Nothing more is placed on it; what runs there runs to its end."""
+    CreateJoinToken: _grpc.UnaryUnaryMultiCallable[_scheduler_pb2.CreateJoinTokenRequest, _scheduler_pb2.CreateJoinTokenResponse]
+    """A token with which machines join a target of kind "nodes". Needs the role owner. FAILED_PRECONDITION where the
+    platform can be reached from its own machine alone.
+    """
+    JoinNode: _grpc.UnaryUnaryMultiCallable[_scheduler_pb2.JoinNodeRequest, _scheduler_pb2.JoinNodeResponse]
+    """What a trainer needs to become a node. The call's token is a join token, and good for nothing else."""
 
 @_typing.type_check_only
 class NodeServiceAsyncStub(NodeServiceStub):
@@ -96,6 +102,12 @@ class NodeServiceAsyncStub(NodeServiceStub):
     ListNodes: _aio.UnaryUnaryMultiCallable[_scheduler_pb2.ListNodesRequest, _scheduler_pb2.ListNodesResponse]  # type: ignore[assignment]
     DrainNode: _aio.UnaryUnaryMultiCallable[_scheduler_pb2.DrainNodeRequest, _scheduler_pb2.DrainNodeResponse]  # type: ignore[assignment]
     """Nothing more is placed on it; what runs there runs to its end."""
+    CreateJoinToken: _aio.UnaryUnaryMultiCallable[_scheduler_pb2.CreateJoinTokenRequest, _scheduler_pb2.CreateJoinTokenResponse]  # type: ignore[assignment]
+    """A token with which machines join a target of kind "nodes". Needs the role owner. FAILED_PRECONDITION where the
+    platform can be reached from its own machine alone.
+    """
+    JoinNode: _aio.UnaryUnaryMultiCallable[_scheduler_pb2.JoinNodeRequest, _scheduler_pb2.JoinNodeResponse]  # type: ignore[assignment]
+    """What a trainer needs to become a node. The call's token is a join token, and good for nothing else."""
 
 class NodeServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -112,6 +124,24 @@ class NodeServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_scheduler_pb2.DrainNodeResponse, _abc.Awaitable[_scheduler_pb2.DrainNodeResponse]]:
         """Nothing more is placed on it; what runs there runs to its end."""
+
+    @_abc_1.abstractmethod
+    def CreateJoinToken(
+        self,
+        request: _scheduler_pb2.CreateJoinTokenRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_scheduler_pb2.CreateJoinTokenResponse, _abc.Awaitable[_scheduler_pb2.CreateJoinTokenResponse]]:
+        """A token with which machines join a target of kind "nodes". Needs the role owner. FAILED_PRECONDITION where the
+        platform can be reached from its own machine alone.
+        """
+
+    @_abc_1.abstractmethod
+    def JoinNode(
+        self,
+        request: _scheduler_pb2.JoinNodeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_scheduler_pb2.JoinNodeResponse, _abc.Awaitable[_scheduler_pb2.JoinNodeResponse]]:
+        """What a trainer needs to become a node. The call's token is a join token, and good for nothing else."""
 
 def add_NodeServiceServicer_to_server(servicer: NodeServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 

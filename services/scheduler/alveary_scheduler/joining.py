@@ -1,0 +1,66 @@
+"""What machines need to become nodes: join tokens, and what is handed to those who have one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from alveary_core import auth
+from alveary_core.auth import Principal
+from alveary_core.errors import FailedPrecondition, PermissionDenied
+from alveary_scheduler.settings import SchedulerSettings
+
+DAY, YEAR = 86400.0, 366 * 86400.0
+_SUBJECT = "join/"
+# What trainers of this machine have that those of others need as well.
+_SHARED = (
+    "ALVEARY_NATS_USER", "ALVEARY_NATS_PASSWORD", "ALVEARY_S3_ACCESS_KEY", "ALVEARY_S3_SECRET_KEY", "ALVEARY_LEASE_SECONDS",
+    "ALVEARY_BEAT_SECONDS", "ALVEARY_RUNTIME",
+)  # fmt: skip
+
+
+class Joining:
+    """Issues join tokens, and takes them."""
+
+    def __init__(self, settings: SchedulerSettings, trainers: Mapping[str, str]) -> None:
+        self._settings, self._trainers = settings, trainers
+
+    @property
+    def endpoint(self) -> str:
+        """Where other machines reach the platform.
+
+        Raises:
+            FailedPrecondition: they do not.
+        """
+        s = self._settings
+        if not (s.join_endpoint and s.join_nats_url and s.join_s3_endpoint):
+            raise FailedPrecondition(
+                "this platform can be reached from its own machine alone: start it with `alveary up --bind ADDRESS`, ADDRESS being "
+                "this machine's own on the network of the others", "platform/join",
+            )  # fmt: skip
+        return s.join_endpoint
+
+    def token(self, workspace: str, target: str, seconds: float) -> str:
+        """A token that makes nodes of `target`."""
+        secret = self._settings.token_secret.get_secret_value()
+        return auth.issue(secret, Principal(f"{_SUBJECT}{target}", workspace, "joiner"), seconds)
+
+    def target(self, who: Principal) -> str:
+        """The target that the holder of a token may join.
+
+        Raises:
+            PermissionDenied: it is no join token.
+        """
+        if not who.subject.startswith(_SUBJECT):
+            raise PermissionDenied(f"the token of {who.subject} is no join token: `alveary node token TARGET` makes one")
+        return who.subject.removeprefix(_SUBJECT)
+
+    def environment(self, workspace: str, target: str) -> dict[str, str]:
+        """ALVEARY_* variables of a trainer elsewhere."""
+        s = self._settings
+        token = auth.issue(s.token_secret.get_secret_value(), Principal("node", workspace, "writer"))
+        return {name: self._trainers[name] for name in _SHARED if name in self._trainers} | {
+            "ALVEARY_WORKSPACE": workspace, "ALVEARY_TARGET": target, "ALVEARY_NODE_TOKEN": token,
+            "ALVEARY_ENDPOINT": s.join_runs_endpoint or self.endpoint, "ALVEARY_REGISTRY_ENDPOINT": s.join_registry_endpoint or self.endpoint,
+            "ALVEARY_NATS_URL": s.join_nats_url, "ALVEARY_S3_ENDPOINT": s.join_s3_endpoint,
+            "ALVEARY_S3_SECURE": str(s.join_s3_secure).lower(),
+        }  # fmt: skip
