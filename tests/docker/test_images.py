@@ -15,9 +15,11 @@ import pytest
 import urllib3
 from support import Embedded, embedded, finished, lines, submit, until
 
-from alveary import Environment, Workspace
+from alveary import Environment, Estimator, Experiment, MpiConfiguration, PyTorchConfiguration, Workspace
+from alveary.compute import AmlCompute, ComputeTarget
 from alveary_contracts.images.v1 import images_pb2 as pb
 
+ROOT = Path(__file__).parents[2]
 BASE = "python:3.11-slim-bookworm"
 
 
@@ -244,14 +246,16 @@ def test_images_that_nobody_used_in_long_are_removed_and_come_back_when_wanted(
         finished(submit(workspace, source, "print()", environment=environment))
 
 
+HOROVOD = Environment("horovod", ["torch==2.13.0", "numpy", "horovod"])
+
+
 def test_horovod_is_built_once_against_its_torch_and_trains(workspace: Workspace, source: Path) -> None:
-    environment = Environment("horovod", ["torch==2.13.0", "numpy", "horovod"])
     code = """
         import torch, horovod.torch as hvd
         hvd.init()
         print(hvd.size(), hvd.allreduce(torch.tensor([2.0])).item(), hvd.mpi_built(), hvd.gloo_built())
         """
-    run = submit(workspace, source, code, environment=environment)
+    run = submit(workspace, source, code, environment=HOROVOD)
     finished(run)
     assert lines(run) == ["1 2.0 True True"]
     assert "building horovod" in "\n".join(lines(run, "prepare"))
@@ -260,3 +264,76 @@ def test_horovod_is_built_once_against_its_torch_and_trains(workspace: Workspace
     finished(again)
     told = "\n".join(lines(again, "prepare"))
     assert "was built before" in told and "building horovod" not in told
+
+
+@pytest.fixture(scope="module")
+def pair(workspace: Workspace) -> str:
+    """A target of two nodes of one core each."""
+    spec = AmlCompute.provisioning_configuration(min_nodes=2, max_nodes=2, cpus=1, idle_seconds_before_scaledown=600)
+    target = ComputeTarget.create(workspace, "pair", spec)
+    until(lambda: len(target.list_nodes()) == 2, "both nodes are there")
+    return "pair"
+
+
+def gang_networks(daemon: docker.APIClient) -> list[str]:
+    return [n["Name"] for n in daemon.networks(filters={"label": "org.alveary.gang"})]
+
+
+def test_horovod_reduces_gradients_over_two_nodes(workspace: Workspace, pair: str, daemon: docker.APIClient) -> None:
+    """As Azure's page has it: distributed_training=MpiConfiguration(), node_count=2."""
+    losses = []
+    for nodes in (1, 2):
+        estimator = Estimator(
+            str(ROOT / "examples/horovod"), entry_script="train.py", script_params={"--steps": 30}, compute_target=pair,
+            distributed_training=MpiConfiguration(), node_count=nodes, process_count_per_node=1, environment_definition=HOROVOD,
+        )  # fmt: skip
+        run = Experiment(workspace, "horovod").submit(estimator)
+        details = finished(run)
+        (said,) = [line for line in lines(run) if "ranks" in line]
+        assert said.startswith(f"{nodes} ranks on {nodes} nodes") and said.endswith("weights alike: True")
+        assert len(run.get_metrics()["loss"]) == 30 and "outputs/model.pt" in run.get_file_names()
+        assert len({r["node"] for r in details["exit"]["ranks"]}) == nodes
+        losses.append(float(said.split("loss ")[1].split(",")[0]))
+    assert abs(losses[0] - losses[1]) < 1e-3, "two halves of each batch do not learn what the whole does"
+    until(lambda: not gang_networks(daemon), "the run's network is gone")
+
+
+def test_torchrun_spans_containers_which_nobody_else_reaches(
+    workspace: Workspace, pair: str, source: Path, daemon: docker.APIClient
+) -> None:
+    code = """
+        import os, time, torch, torch.distributed as dist
+        dist.init_process_group("gloo")
+        total = torch.tensor([float(dist.get_rank() + 1)])
+        dist.all_reduce(total)
+        print(f"sum {total.item():g} of {dist.get_world_size()}", flush=True)
+        while not os.path.exists("go"):
+            time.sleep(0.05)
+        dist.barrier()
+        dist.destroy_process_group()
+        """
+    both = PyTorchConfiguration(process_count=2, node_count=2)
+    run = submit(workspace, source, code, compute_target=pair, environment=HOROVOD, distributed_job_config=both)
+    until(lambda: len(lines(run)) == 2, "both ranks begin")
+    (network,) = gang_networks(daemon)
+    inside = daemon.inspect_network(network)["Containers"]
+    assert len(inside) == 2
+    # One of them has torchrun's store at that port.
+    addresses = [one["IPv4Address"].partition("/")[0] for one in inside.values()]
+    probe = f"""
+        import socket
+        for address in {addresses}:
+            try:
+                socket.create_connection((address, 29500), timeout=2)
+                print("reached")
+            except OSError as error:
+                print("kept out")
+        """
+    other = submit(workspace, source, probe, environment=Environment("none", []))
+    finished(other)
+    assert lines(other) == ["kept out"] * 2
+    run.cancel()
+    finished(run, "Canceled")
+    until(lambda: not gang_networks(daemon), "the run's network is gone")
+    left = daemon.containers(all=True, filters={"label": "org.alveary.run"})
+    assert not [c for c in left if c["Labels"]["org.alveary.run"].startswith(run.id)]
