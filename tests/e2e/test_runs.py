@@ -75,6 +75,7 @@ def test_the_training_process_holds_no_credential(workspace: Workspace, source: 
     hidden = [*json.loads(secrets)["secrets"].values(), json.loads(token)["token"]]
     assert not [s for s in hidden if s in seen]
     allowed = {"ALVEARY_RUN_ID", "ALVEARY_ATTEMPT", "ALVEARY_SOCKET", "ALVEARY_EXPERIMENT", "ALVEARY_WORK_DIR"}
+    allowed |= {"ALVEARY_NODE_RANK", "ALVEARY_NODE_COUNT"}
     assert {k for k in json.loads(seen)["env"] if k.startswith("ALVEARY")} == allowed
     others = [f for f in json.loads(seen)["files"].values() if not f.startswith(("pipe:", "socket:", "/dev/null", "/proc", "/dev/urandom"))]
     assert [f for f in others if not f.endswith("seen.json") and f not in ("/alveary/io/stdout", "/alveary/io/stderr")] == []

@@ -173,12 +173,13 @@ class AmlCompute(ComputeTarget):
         remote_login_port_public_access: str = "NotSpecified", identity_type: str | None = None, identity_id: Any = None,
         location: str | None = None, enable_node_public_ip: bool | None = None, *, cpus: float = 0, memory_gb: float = 0,
         gpus: int | None = None, network: str = "", multi_tenant: bool = False, kind: str = "", placement_policy: str = "",
-        gpu_sharing: bool = False, quotas: Sequence[Quota] = (),
+        gpu_sharing: bool = False, quotas: Sequence[Quota] = (), address: str = "", cooldown_seconds: float = 0,
     ) -> ev.ComputeSpec:  # fmt: skip
         """What to create. A node has this machine's CPUs, memory and its share of the GPUs, unless cpus, memory_gb or gpus say less.
 
         `network` is that of containers: "none", "bridge" or a docker network's name; the default is "none" for a target
-        that is `multi_tenant`, else "bridge". `kind` is "local" or "nodes" (trainers that join by themselves). `gpu_sharing`
+        that is `multi_tenant`, else "bridge". `kind` is "local", "nodes" (machines that join with `alveary node join`) or
+        "ray" (the Ray cluster at `address`). After nodes came or went, none is let go for `cooldown_seconds`. `gpu_sharing`
         lets runs ask for a part of a GPU. Runs of a "lowpriority" target may have to make room for others.
 
         Raises:
@@ -197,7 +198,8 @@ class AmlCompute(ComputeTarget):
             vm_size=vm_size, vm_priority=vm_priority, min_nodes=min_nodes, max_nodes=max_nodes or 0,
             idle_seconds_before_scaledown=idle_seconds_before_scaledown, tags=tags, description=description or "",
             network=network, multi_tenant=multi_tenant, kind=kind, placement_policy=placement_policy,
-            gpu_sharing=gpu_sharing, quotas=[q._proto() for q in quotas],
+            gpu_sharing=gpu_sharing, quotas=[q._proto() for q in quotas], address=address,
+            cooldown_seconds=cooldown_seconds,
         )  # fmt: skip
         if cpus or memory_gb or gpus is not None:
             if gpus is None:

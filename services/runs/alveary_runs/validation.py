@@ -122,8 +122,8 @@ def _compute(spec: c.RunSpec, target: ev.ComputeSpec | None, targets: list[str],
         say("compute_target", f"there is no compute target {spec.compute_target!r}; there are: {others}")
         return
     node = target.node_resources
-    # Of a target that machines join by themselves, it may not be known what they have: then the queue says what is missing.
-    known = target.kind != "nodes" or node.cpus > 0
+    # It may not be known what the machines have that join a target: then the queue says what is missing.
+    known = target.kind == "local" or node.cpus > 0
     if not 1 <= spec.node_count <= MAX_NODE_COUNT:
         say("node_count", f"{spec.node_count}: 1 to {MAX_NODE_COUNT}")
     elif (spec.min_node_count or spec.node_count) > target.max_nodes:

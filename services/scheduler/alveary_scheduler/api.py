@@ -16,11 +16,14 @@ from alveary_core.errors import AlreadyExists, FailedPrecondition, InvalidArgume
 from alveary_core.events import Key
 from alveary_scheduler import domain
 from alveary_scheduler.adapters.local import machine
+from alveary_scheduler.adapters.ray_nodes import installed
 from alveary_scheduler.joining import DAY, YEAR, Joining
 from alveary_scheduler.packing import POLICIES, WHOLE
 from alveary_scheduler.service import Scheduler
 
 MAX_LOCAL_NODES, MAX_NODES = 64, 10_000
+KINDS = ("local", "nodes", "ray")
+_ADDRESS = re.compile(r"(ray://)?[A-Za-z0-9_.-]+:\d{1,5}")
 _NETWORK = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 
 
@@ -38,6 +41,8 @@ class ComputeService(rpc.ComputeServiceServicer):
             if present.spec == spec:
                 return pb.CreateTargetResponse(target=self._target(present))
             raise AlreadyExists("compute target", request.name, "with another specification; delete it first or choose another name")
+        if spec.kind == "ray":
+            self._scheduler.joining.endpoint  # noqa: B018 - its nodes join: refuse where they could not
         sequence = await self._scheduler.append(Key(who.workspace, "target", request.name), ev.TargetCreated(spec=spec))
         target = self._scheduler.state.targets[who.workspace, request.name]
         return pb.CreateTargetResponse(target=self._target(target), sequence=sequence)
@@ -105,13 +110,26 @@ def complete(name: str, asked: ev.ComputeSpec, default_kind: str = "local") -> e
         faults.append(("spec.network", f"{spec.network[:80]!r}: 'none', 'bridge' or the name of a docker network"))
     if problem := name_problem(name):
         faults.append(("name", problem))
-    if spec.kind not in ("local", "nodes"):
-        faults.append(("spec.kind", f"{spec.kind!r}: 'local' (this machine) or 'nodes' (trainers that join by themselves)"))
+    if spec.kind not in KINDS:
+        faults.append(
+            ("spec.kind", f"{spec.kind!r}: 'local' (this machine), 'nodes' (machines that join) or 'ray' (an existing Ray cluster)")
+        )
+    if spec.kind == "ray":
+        if not _ADDRESS.fullmatch(spec.address):
+            faults.append(("spec.address", f"{spec.address!r}: the Ray cluster's 'host:port' or 'ray://host:port'"))
+        if spec.min_nodes or asked.HasField("node_resources"):
+            faults.append(("spec.min_nodes", "nodes of a Ray cluster are as large as each run asks for, and none is kept for none"))
+        if not installed():
+            faults.append(("spec.kind", "'ray': Ray is not installed beside the scheduler: pip install 'alveary-scheduler[ray]'"))
+    elif spec.address:
+        faults.append(("spec.address", f"only targets of kind 'ray' have one, and this is of kind {spec.kind!r}"))
+    if spec.cooldown_seconds < 0:
+        faults.append(("spec.cooldown_seconds", "cannot be negative"))
     if spec.kind == "local" and default_kind != "local":
         faults.append(("spec.kind", "'local': this platform starts no trainers by itself; use 'nodes', and start trainers for the target"))
     if spec.kind == "nodes":
         spec.max_nodes = asked.max_nodes or MAX_NODES
-    most = MAX_NODES if spec.kind == "nodes" else MAX_LOCAL_NODES
+    most = MAX_LOCAL_NODES if spec.kind == "local" else MAX_NODES
     if not 0 <= spec.min_nodes <= spec.max_nodes <= most:
         faults.append(("spec.max_nodes", f"0 <= min_nodes ({spec.min_nodes}) <= max_nodes ({spec.max_nodes}) <= {most} must hold"))
     if spec.idle_seconds_before_scaledown < 0:
@@ -135,7 +153,7 @@ def complete(name: str, asked: ev.ComputeSpec, default_kind: str = "local") -> e
     if faults:
         raise InvalidArgument(*faults)
     given = spec.HasField("node_resources")
-    if spec.kind == "nodes" and not given:
+    if spec.kind == "ray" or (spec.kind == "nodes" and not given):
         return spec  # whatever joins
     spec.node_resources.CopyFrom(
         c.Resources(
@@ -202,17 +220,17 @@ class NodeService(rpc.NodeServiceServicer):
     async def JoinNode(self, request: pb.JoinNodeRequest, context: Any) -> pb.JoinNodeResponse:
         who = auth.require("joiner")
         target = self._joining.target(who)
-        self._joined_by_itself(who.workspace, target)
+        self._joined_by_itself(who.workspace, target, "nodes", "ray")
         telemetry.logger().info("node.admitted", workspace=who.workspace, target=target, hostname=request.hostname[:200])
         return pb.JoinNodeResponse(
             workspace=who.workspace, target=target, environment=self._joining.environment(who.workspace, target)
         )  # fmt: skip
 
-    def _joined_by_itself(self, workspace: str, name: str) -> None:
+    def _joined_by_itself(self, workspace: str, name: str, *kinds: str) -> None:
         target = self._scheduler.state.targets.get((workspace, name))
         if target is None:
             raise NotFound("compute target", name, "`alveary compute create NAME --kind nodes` makes one that machines can join")
-        if target.spec.kind != "nodes":
+        if target.spec.kind not in (kinds or ("nodes",)):
             raise FailedPrecondition(
                 f"compute target {name!r} is of kind {target.spec.kind!r}, and starts its nodes itself: machines join those of kind "
                 "'nodes' (`alveary compute create NAME --kind nodes`)", f"target/{name}",

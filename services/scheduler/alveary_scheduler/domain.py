@@ -147,7 +147,30 @@ class Scale:
     reason: str
 
 
-Decision = Place | Preempt | Wait | Scale
+@dataclass(frozen=True)
+class Gather:
+    """Have a group of nodes made for a run: as many as it asks for, each as large."""
+
+    workspace: str
+    target: str
+    run: str
+    shape: Shape
+    count: int
+    spread: bool
+
+
+@dataclass(frozen=True)
+class Dismiss:
+    """Give up a group whose run needs it no more."""
+
+    workspace: str
+    target: str
+    run: str
+
+
+Decision = Place | Preempt | Wait | Scale | Gather | Dismiss
+# By target: the runs for which groups of nodes are on their way, and how many nodes each is still to bring.
+Groups = Mapping[tuple[str, str], Mapping[str, int]]
 
 
 def evolve(state: State, event: Event) -> None:
@@ -334,11 +357,14 @@ def _reason(state: State, run: str, reason: str, *, provisioning: bool) -> None:
         state.silent.pop(run, None)
 
 
-def plan(state: State, starting: Mapping[tuple[str, str], int], idle: Mapping[tuple[str, str], int], now: float) -> list[Decision]:
+def plan(
+    state: State, starting: Mapping[tuple[str, str], int], idle: Mapping[tuple[str, str], int], now: float, groups: Groups | None = None,
+    troubles: Mapping[tuple[str, str], str] | None = None,
+) -> list[Decision]:  # fmt: skip
     """What to do now.
 
     `starting` is how many nodes of a target are on their way, `idle` how many have been idle for as long as the
-    target allows.
+    target allows, `groups` what is on its way for single runs, `troubles` why nothing can be had for a target.
     """
     for run in [run for run, until in state.held.items() if until <= now]:
         del state.held[run]
@@ -347,10 +373,11 @@ def plan(state: State, starting: Mapping[tuple[str, str], int], idle: Mapping[tu
         if (pool := state.pools.get((waiting.workspace, waiting.target))) is not None:
             pool.submit(waiting.request)
     decisions: list[Decision] = []
-    growing: dict[tuple[str, str], bool] = {}
+    growing: dict[tuple[str, str], bool | set[str]] = {}
     placed: set[str] = set()
     for key in sorted(state.targets):
-        found, growing[key] = _plan_target(state, state.targets[key], starting.get(key, 0), idle.get(key, 0), now)
+        coming = (groups or {}).get(key, {})
+        found, growing[key] = _plan_target(state, state.targets[key], starting.get(key, 0), idle.get(key, 0), now, coming)
         placed |= {d.run for d in found if isinstance(d, Place)}
         decisions += found
     heads = itertools.chain(itertools.islice(state.silent, _TOLD), itertools.islice(state.queue, _RETOLD))
@@ -358,14 +385,18 @@ def plan(state: State, starting: Mapping[tuple[str, str], int], idle: Mapping[tu
         if run in placed or run in state.held:
             continue
         waiting = state.queue[run]
-        wait = _wait(state, waiting, growing.get((waiting.workspace, waiting.target), False))
+        grows = growing.get((waiting.workspace, waiting.target), False)
+        trouble = (troubles or {}).get((waiting.workspace, waiting.target), "")
+        wait = Wait(run, trouble, False) if trouble else _wait(state, waiting, grows if isinstance(grows, bool) else run in grows)
         if (waiting.reason, waiting.provisioning) != (wait.reason, wait.provisioning):
             decisions.append(wait)
     return decisions
 
 
-def _plan_target(state: State, target: Target, starting: int, idle: int, now: float) -> tuple[list[Decision], bool]:
-    """Decisions, and whether nodes are on their way for those who wait."""
+def _plan_target(
+    state: State, target: Target, starting: int, idle: int, now: float, coming: Mapping[str, int]
+) -> tuple[list[Decision], bool | set[str]]:  # fmt: skip
+    """Decisions, and whether nodes are on their way for those who wait (or for whom)."""
     spec, pool = target.spec, state.pools[target.workspace, target.name]
     reserved = pool.reservation
     decisions: list[Decision] = [d for d in pool.decide(now) if isinstance(d, (Place, Preempt))]
@@ -380,6 +411,9 @@ def _plan_target(state: State, target: Target, starting: int, idle: int, now: fl
         pool.unplace(place.run, now)
     if places:
         pool.reservation = reserved
+    if spec.kind == "ray":
+        grouped, served = _plan_groups(target, pool, joined, idle, coming, {p.run for p in places}, now)
+        return decisions + grouped, served
     if spec.kind != "local":
         return decisions, False  # nodes come and go as whoever runs them says
     if wanted == joined + starting and not queued and not places:
@@ -389,6 +423,31 @@ def _plan_target(state: State, target: Target, starting: int, idle: int, now: fl
         reason = f"{queued} runs wait" if wanted > joined + starting else "idle nodes"
         decisions.append(Scale(target.workspace, target.name, wanted, reason))
     return decisions, wanted > joined
+
+
+def _plan_groups(
+    target: Target, pool: Pool, joined: int, idle: int, coming: Mapping[str, int], placed: set[str], now: float
+) -> tuple[list[Decision], set[str]]:  # fmt: skip
+    """Groups of nodes to gather and to give up; and the runs that a group is on its way for."""
+    workspace, name, most = target.workspace, target.name, target.spec.max_nodes
+    decisions: list[Decision] = [Dismiss(workspace, name, run) for run in sorted(coming) if run not in pool.waiting]
+    nodes = joined + sum(count for run, count in coming.items() if run in pool.waiting)
+    served = {run for run in coming if run in pool.waiting}
+    crowded = False
+    for request in itertools.islice(pool.order(now), most):
+        if request.run in served or request.run in placed or not pool.most_shares(request):
+            continue
+        if nodes + request.count > most:
+            crowded = True  # those behind it wait, so that it gets its turn
+            break
+        nodes += request.count
+        served.add(request.run)
+        decisions.append(Gather(workspace, name, request.run, request.shape, request.count, request.spread))
+    # Idle nodes are as large as some run that is over: where they are in the way of one that waits, they go at once.
+    gone = joined if crowded and not placed else idle if not placed else 0
+    if gone and joined:
+        decisions.append(Scale(workspace, name, max(joined - gone, 0), "idle nodes"))
+    return decisions, served
 
 
 def _fresh(state: State, target: Target) -> Machine:
@@ -408,6 +467,13 @@ def _wait(state: State, waiting: Waiting, growing: bool) -> Wait:
     if "quota" in reason:
         return Wait(run, reason, False)
     there = sum(m is not None for m in pool.cluster.machines)
+    if target.spec.kind == "ray":
+        if growing:
+            return Wait(run, f"Ray is asked for {request}; if no node of the cluster has that free, its autoscaler starts some", True)
+        return Wait(
+            run, f"waits for {request}: {name} has as many nodes as its maximum of {target.spec.max_nodes} allows; raise max_nodes, use "
+            "another target, or wait", False,
+        )  # fmt: skip
     if target.spec.kind == "nodes":
         if not there:
             return Wait(run, f"waits for {request}: no node has joined {name}: start a trainer for it", False)

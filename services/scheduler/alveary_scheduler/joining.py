@@ -26,18 +26,26 @@ class Joining:
 
     @property
     def endpoint(self) -> str:
-        """Where other machines reach the platform.
+        """Where machines reach the platform.
 
         Raises:
-            FailedPrecondition: they do not.
+            FailedPrecondition: this platform was not told where it is.
         """
         s = self._settings
         if not (s.join_endpoint and s.join_nats_url and s.join_s3_endpoint):
             raise FailedPrecondition(
-                "this platform can be reached from its own machine alone: start it with `alveary up --bind ADDRESS`, ADDRESS being "
-                "this machine's own on the network of the others", "platform/join",
+                "this platform does not say where others reach it: set ALVEARY_JOIN_ENDPOINT, ALVEARY_JOIN_NATS_URL and "
+                "ALVEARY_JOIN_S3_ENDPOINT of the scheduler, and its ALVEARY_TRAINER_* (docs/compose.md)", "platform/join",
             )  # fmt: skip
         return s.join_endpoint
+
+    def admit(self, workspace: str, target: str) -> tuple[str, str]:
+        """(endpoint, join token) for a machine that joins a target soon.
+
+        Raises:
+            FailedPrecondition: see `endpoint`.
+        """
+        return self.endpoint, self.token(workspace, target, DAY)
 
     def token(self, workspace: str, target: str, seconds: float) -> str:
         """A token that makes nodes of `target`."""

@@ -437,7 +437,7 @@ class Pool:
                 return limit
         return None
 
-    def _most(self, request: Request) -> int:
+    def most_shares(self, request: Request) -> int:
         """How many shares its quotas let it have; 0: fewer than it needs."""
         most, least = request.count, request.least or request.count
         for key in ((request.workspace, ""), (request.workspace, request.user)):
@@ -515,7 +515,7 @@ class Pool:
         for tier in sorted(self._lines, reverse=True):
             # Its rank may have changed since it was given its rows, its turn has not. Among the aged, arrival alone counts.
             turn = owner is not None and tier != AGED and self._tier_of.get(owner.run) == tier
-            if owner is not None and turn and (most := self._most(owner)) and not attempt(owner, most):
+            if owner is not None and turn and (most := self.most_shares(owner)) and not attempt(owner, most):
                 block(owner)
             lines = self._lines[tier]
             live = self._live(tier)
@@ -545,7 +545,7 @@ class Pool:
                     continue
                 _, run, kind = heapq.heappop(mine)
                 request = self.waiting[run]
-                if not (most := self._most(request)):
+                if not (most := self.most_shares(request)):
                     pass
                 elif attempt(request, most):
                     ranks = {k: r for k, r in ranks.items() if k[0] != request.workspace}
@@ -590,7 +590,7 @@ class Pool:
                 request = self.waiting[run]
                 if kind in live:
                     return None
-                if self._most(request) and self.possible(request):
+                if self.most_shares(request) and self.possible(request):
                     return request
         return None
 

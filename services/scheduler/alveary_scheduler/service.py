@@ -26,6 +26,8 @@ from alveary_core.events import Event, Key
 from alveary_core.service import Service
 from alveary_scheduler import domain
 from alveary_scheduler.adapters.local import LocalNodes
+from alveary_scheduler.adapters.ray_nodes import RayNodes
+from alveary_scheduler.joining import Joining
 from alveary_scheduler.pool import Place, Preempt
 from alveary_scheduler.projection import SchedulerProjection
 
@@ -46,8 +48,8 @@ class Pulse:
 class Scheduler:
     """The only writer of targets, nodes and placements. One replica is active."""
 
-    def __init__(self, service: Service, projection: SchedulerProjection, local: LocalNodes) -> None:
-        self._service, self.view, self._local = service, projection, local
+    def __init__(self, service: Service, projection: SchedulerProjection, local: LocalNodes, joining: Joining) -> None:
+        self._service, self.view, self._local, self.joining = service, projection, local, joining
         self._settings = service.settings
         self._wake = asyncio.Event()
         self._sequences: dict[Key, int] = {}
@@ -61,6 +63,10 @@ class Scheduler:
         self._joining: dict[str, asyncio.Lock] = {}
         self._booted = time.monotonic()
         self._me = f"{socket.gethostname()}, pid {os.getpid()}, {new_id()}".encode()
+        # When nodes of a target came or went last.
+        self._resized: dict[tuple[str, str], float] = {}
+        self._ray = RayNodes(service.settings.state_dir, joining.admit, self._wake.set)
+        service.on_close(self._ray.close)
         projection.on_event(self._on_event)
 
     @property
@@ -78,9 +84,17 @@ class Scheduler:
     def desired(self, key: tuple[str, str]) -> int:
         """How many nodes a target has or is getting."""
         target = self.state.targets.get(key)
-        if target is not None and target.spec.kind == "nodes":
-            return sum((n.workspace, n.target) == key for n in self.state.nodes.values())
+        if target is not None and target.spec.kind != "local":
+            return self._joined(key) + sum(self._coming().get(key, {}).values())
         return len([n for n in self._local.nodes(key) if n not in self._leaving])
+
+    def _joined(self, key: tuple[str, str]) -> int:
+        return sum((n.workspace, n.target) == key for n in self.state.nodes.values())
+
+    def _coming(self) -> dict[tuple[str, str], dict[str, int]]:
+        """What is gathered for single runs, by target."""
+        joined = set(self.state.nodes)
+        return {key: self._ray.coming(key, joined) for key, t in self.state.targets.items() if t.spec.kind == "ray"}
 
     async def append(self, key: Key, message: Message) -> int:
         """Append one event of ours and wait until the state includes it."""
@@ -136,7 +150,10 @@ class Scheduler:
             # is decided until that is said, and nothing else happens between the last look and the decisions.
             while await self._revoke_stale():
                 pass
-            for decision in domain.plan(self.state, self._starting(), self._idle(), time.time()):
+            clusters = {key: t.spec.address for key, t in self.state.targets.items() if t.spec.kind == "ray"}
+            self._ray.tend(clusters)
+            troubles = {key: trouble for key in clusters if (trouble := self._ray.trouble(key))}
+            for decision in domain.plan(self.state, self._starting(), self._idle(), time.time(), self._coming(), troubles):
                 await self._do(decision)
             self._count()
             with contextlib.suppress(TimeoutError):
@@ -174,6 +191,12 @@ class Scheduler:
                 await self.append(Key(waiting.workspace, "placement", run), told)
             case domain.Scale():
                 await self._scale(decision)
+            case domain.Gather(workspace=workspace, target=name, run=run):
+                self._ray.make((workspace, name), run, decision.shape, decision.count, decision.spread)
+                self._resized[workspace, name] = time.monotonic()
+                self._wake.set()
+            case domain.Dismiss(workspace=workspace, target=name, run=run):
+                self._ray.drop((workspace, name), run)
 
     async def _place(self, decision: Place) -> None:
         waiting = self.state.queue.get(decision.run)
@@ -240,17 +263,23 @@ class Scheduler:
             pulse.idle_since = pulse.idle_since or now
             target = self.state.targets.get((node.workspace, node.target))
             limit = target.spec.idle_seconds_before_scaledown if target else 0.0
-            if now - pulse.idle_since >= limit and node.id not in self._leaving:
-                key = (node.workspace, node.target)
+            key = (node.workspace, node.target)
+            cool = now - self._resized.get(key, 0.0) >= (target.spec.cooldown_seconds if target else 0.0)
+            if now - pulse.idle_since >= limit and cool and node.id not in self._leaving:
                 found[key] = found.get(key, 0) + 1
         return found
+
+    def _of(self, node: str) -> tuple[str, str]:
+        found = self.state.nodes[node]
+        return (found.workspace, found.target)
 
     async def _scale(self, decision: domain.Scale) -> None:
         key = (decision.workspace, decision.target)
         target = self.state.targets[key]
-        present = self._local.nodes(key)
+        present = self._local.nodes(key) if target.spec.kind == "local" else [n for n in self.state.nodes if self._of(n) == key]
         if decision.nodes > len(present):
             await self.append(Key(*_target_key(key)), ev.TargetScaling(desired_nodes=decision.nodes, reason=decision.reason))
+            self._resized[key] = time.monotonic()
             self._local.grow(key, target.spec, decision.nodes)
             return
         busy = {name for p in self.state.placed.values() for name, _ in p.nodes}
@@ -261,6 +290,7 @@ class Scheduler:
         doomed = sorted(idle, reverse=True)[: max(surplus, 0)]
         if doomed:
             await self.append(Key(*_target_key(key)), ev.TargetScaling(desired_nodes=decision.nodes, reason=decision.reason))
+            self._resized[key] = time.monotonic()
         for node in doomed:
             self._leaving.add(node)
             await self.append(Key(decision.workspace, "node", node), ev.NodeDraining(reason=decision.reason))
@@ -287,6 +317,7 @@ class Scheduler:
                 await self.append(key, ev.NodeLeft(incarnation=beat.incarnation))
             self._leaving.discard(beat.node)
             self._local.left(beat.node)
+            self._ray.gone(beat.node)
             return tr.BeatAnswer(known=True)
         target = self.state.targets.get((workspace, beat.target))
         if target is None:
@@ -343,6 +374,7 @@ class Scheduler:
                     await self.append(Key(node.workspace, "node", node.id), ev.NodeLost(incarnation=node.incarnation, reason=reason))
                     # One of ours: it would neither work nor make room for one that does. Of "nodes" it does nothing.
                     self._local.kill(node.id)
+                    self._ray.gone(node.id)
                     self._wake.set()
             for key in [k for k, t in self.state.targets.items() if t.spec.kind == "local"]:
                 self._local.keep_alive(key, self.state.targets[key].spec, self._leaving)

@@ -110,8 +110,8 @@ class Agent:
             node=s.node, incarnation=self._context.incarnation, target=s.target, leaving=leaving,
             hostname=socket.gethostname(), labels=s.node_labels, cpus=s.node_cpus or float(len(os.sched_getaffinity(0))), cpu_percent=psutil.cpu_percent(None),
             memory_total_bytes=s.node_memory_bytes or memory.total, memory_used_bytes=memory.total - memory.available,
-            gpus=s.gpu_count, gpu_models=gpu_models()[s.gpu_offset : s.gpu_offset + s.gpu_count],
-            gpu_percent=gpu_utilisation(s.gpu_offset, s.gpu_count),
+            gpus=len(s.gpus), gpu_models=[m for i, m in enumerate(gpu_models()) if i in s.gpus],
+            gpu_percent=gpu_utilisation(s.gpus),
             attempts=[
                 pb.AttemptInfo(
                     run_id=a.run_id, attempt=a.number, phase=a.phase, pids=a.usage.pids,

@@ -369,7 +369,7 @@ class Attempt:
         return own, own
 
     def _limits(self, team: launch.Team) -> Limits:
-        gpus = tuple(self._node.settings.gpu_offset + i for i in self._share.gpu_indexes)
+        gpus = tuple(self._node.settings.gpus[i] for i in self._share.gpu_indexes)
         return Limits(self.spec.resources, gpus, self._placement.network or "bridge", self._gang_name, team.host.name)
 
     async def _launch_there(self, host: str, command: str) -> int:

@@ -27,6 +27,8 @@ class TrainerSettings(CoreSettings):
     gpu_offset: int = 0
     # -1: all that the driver shows.
     gpu_count: int = 0
+    # Or by index, as JSON: [2, 5]; then the two above do not matter.
+    gpu_ids: list[int] = []
     # Cores and bytes that this node gives to runs; 0: all of the machine. Trainers that share a machine share it so.
     node_cpus: float = 0.0
     node_memory_bytes: int = 0
@@ -55,3 +57,8 @@ class TrainerSettings(CoreSettings):
     def model_post_init(self, _: object) -> None:
         """Fill in the node's name."""
         self.node = self.node or f"{self.target}-{socket.gethostname()}"
+
+    @property
+    def gpus(self) -> list[int]:
+        """Indexes of the machine's GPUs that this node gives to runs."""
+        return self.gpu_ids or list(range(self.gpu_offset, self.gpu_offset + self.gpu_count))

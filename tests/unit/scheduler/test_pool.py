@@ -136,7 +136,10 @@ class PoolMachine(RuleBasedStateMachine):
     def conserving(self, pool: Pool) -> None:
         """Nobody waits for what is free and kept for nobody."""
         for request in pool.waiting.values():
-            if pool._most(request) and (shares := pool.find(request, self.now, pool._most(request), pool.reservation)) is not None:
+            if (
+                pool.most_shares(request)
+                and (shares := pool.find(request, self.now, pool.most_shares(request), pool.reservation)) is not None
+            ):
                 raise AssertionError(f"{request} waits for {shares}, which is free")
 
     @invariant()

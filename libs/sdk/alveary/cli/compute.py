@@ -20,7 +20,7 @@ def compute_list(as_json: AsJson = False) -> None:
 def compute_create(
     name: str, vm_size: str = "", min_nodes: int = 0, max_nodes: int = 4, idle_seconds: float = 1800, cpus: float = 0,
     memory_gb: float = 0, gpus: int | None = None, kind: str = "", placement_policy: str = "", gpu_sharing: bool = False,
-    vm_priority: str = "dedicated",
+    vm_priority: str = "dedicated", address: str = "", cooldown_seconds: float = 0,
 ) -> None:  # fmt: skip
     """Create a compute target."""
     from alveary.compute import AmlCompute, ComputeTarget
@@ -28,6 +28,7 @@ def compute_create(
     spec = AmlCompute.provisioning_configuration(
         vm_size, min_nodes=min_nodes, max_nodes=max_nodes, idle_seconds_before_scaledown=idle_seconds, cpus=cpus,
         memory_gb=memory_gb, gpus=gpus, kind=kind, placement_policy=placement_policy, gpu_sharing=gpu_sharing, vm_priority=vm_priority,
+        address=address, cooldown_seconds=cooldown_seconds,
     )  # fmt: skip
     print(ComputeTarget.create(open_workspace(), name, spec))
 

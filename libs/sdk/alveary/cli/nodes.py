@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from alveary.cli.common import open_workspace, pairs
+from alveary.cli.common import err, open_workspace, pairs
 from alveary.config import Config
 from alveary.errors import AlvearyError
 
@@ -24,6 +24,8 @@ def node_token(target: str, hours: Annotated[float, typer.Option(help="How long 
     from alveary.compute import ComputeTarget
 
     endpoint, token = ComputeTarget(open_workspace(), target).create_join_token(hours * 3600)
+    if endpoint.startswith(("127.", "localhost")):
+        err.print("this works on the platform's own machine alone: `alveary up --bind ADDRESS` lets others reach it", markup=False)
     print(f"alveary node join {endpoint} {token}")
 
 
@@ -36,6 +38,7 @@ def node_join(
     cpus: Annotated[float, typer.Option(help="Cores for runs; 0: all.")] = 0,
     memory_gb: Annotated[float, typer.Option(help="Memory for runs; 0: all.")] = 0,
     gpus: Annotated[int, typer.Option(help="GPUs for runs; -1: all.")] = -1,
+    gpu_ids: Annotated[str, typer.Option(help="Which of the machine's GPUs, by index: 2,5; default: the first.")] = "",
     label: Annotated[list[str] | None, typer.Option("--label", help="KEY=VALUE that runs may ask for; repeatable.")] = None,
     state_dir: Annotated[Path, typer.Option(help="Where runs work, and environments and data are kept.")] = Path("~/.alveary-node"),
     runtime: Annotated[str, typer.Option(help="process or docker; default: as the platform's own.")] = "",
@@ -69,6 +72,8 @@ def node_join(
         "ALVEARY_NODE_CPUS": str(cpus), "ALVEARY_NODE_MEMORY_BYTES": str(int(memory_gb * 2**30)), "ALVEARY_GPU_COUNT": str(gpus),
         "ALVEARY_NODE_LABELS": json.dumps(pairs(label, "--label")), "ALVEARY_ADDRESS": address,
     }  # fmt: skip
+    if gpu_ids:
+        environment["ALVEARY_GPU_IDS"] = f"[{gpu_ids}]"
     if runtime:
         environment["ALVEARY_RUNTIME"] = runtime
     print(f"node {environment['ALVEARY_NODE']} of {told.target} (workspace {told.workspace}); state in {folder}", flush=True)

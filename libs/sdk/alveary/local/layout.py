@@ -124,15 +124,14 @@ class Layout:
         return {port: port for port in (*services, self.ports.nats)} | {self.ports.s3_outside: self.ports.s3}
 
     def joining(self) -> dict[str, str]:
-        """ALVEARY_* variables by which the services tell other machines where they are."""
-        if not self.bind:
-            return {}
-        scheduler, runs, registry = (f"{self.bind}:{self.endpoint_of(s).rpartition(':')[2]}" for s in ("scheduler", "runs", "registry"))
+        """ALVEARY_* variables by which the services tell those who join where they are."""
+        host, s3 = self.bind or "127.0.0.1", self.ports.s3_outside if self.bind else self.ports.s3
+        scheduler, runs, registry = (f"{host}:{self.endpoint_of(s).rpartition(':')[2]}" for s in ("scheduler", "runs", "registry"))
         return {
             "ALVEARY_JOIN_ENDPOINT": scheduler, "ALVEARY_JOIN_RUNS_ENDPOINT": runs, "ALVEARY_JOIN_REGISTRY_ENDPOINT": registry,
-            "ALVEARY_JOIN_NATS_URL": f"nats://{self.bind}:{self.ports.nats}", "ALVEARY_JOIN_S3_ENDPOINT": f"{self.bind}:{self.ports.s3_outside}",
+            "ALVEARY_JOIN_NATS_URL": f"nats://{host}:{self.ports.nats}", "ALVEARY_JOIN_S3_ENDPOINT": f"{host}:{s3}",
             # Links to files must be good there as well as here.
-            "ALVEARY_S3_PUBLIC_ENDPOINT": f"{self.bind}:{self.ports.s3_outside}",
+            "ALVEARY_S3_PUBLIC_ENDPOINT": f"{host}:{s3}",
         }  # fmt: skip
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 import pynvml
@@ -18,9 +19,7 @@ def gpu_models() -> list[str]:
         return []  # no driver: a CPU node
 
 
-def gpu_utilisation(offset: int, count: int) -> list[float]:
-    """Percent, of `count` GPUs from `offset` on; empty where there are none."""
-    if not gpu_models():
-        return []
-    handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(offset, offset + count)]
+def gpu_utilisation(indexes: Sequence[int]) -> list[float]:
+    """Percent, of some of the machine's GPUs; empty where there are none."""
+    handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in indexes if i < len(gpu_models())]
     return [float(pynvml.nvmlDeviceGetUtilizationRates(h).gpu) for h in handles]

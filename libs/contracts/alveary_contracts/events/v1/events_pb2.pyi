@@ -1135,8 +1135,11 @@ class ComputeSpec(_message.Message):
     PLACEMENT_POLICY_FIELD_NUMBER: _builtins.int
     GPU_SHARING_FIELD_NUMBER: _builtins.int
     QUOTAS_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    COOLDOWN_SECONDS_FIELD_NUMBER: _builtins.int
     kind: _builtins.str
-    """"local": trainer processes on the scheduler's machine, started and stopped with the work. "nodes": trainers that
+    """"local": trainer processes on the scheduler's machine, started and stopped with the work. "ray": trainers in actors
+    of a Ray cluster, a placement group for each run that waits, as large as the run asks for. "nodes": trainers that
     are started elsewhere and join by themselves; node_resources, where set, are those of the largest.
     """
     vm_size: _builtins.str
@@ -1158,6 +1161,10 @@ class ComputeSpec(_message.Message):
     """
     gpu_sharing: _builtins.bool
     """Whether a run may take a part of a GPU."""
+    address: _builtins.str
+    """Of kind "ray": where the cluster is, "host:port" of its GCS, or "ray://host:port" of its client server."""
+    cooldown_seconds: _builtins.float
+    """After nodes came or went, none is let go for this long, seconds."""
     @_builtins.property
     def node_resources(self) -> _common_pb2.Resources:
         """Of one node."""
@@ -1183,10 +1190,12 @@ class ComputeSpec(_message.Message):
         placement_policy: _builtins.str = ...,
         gpu_sharing: _builtins.bool = ...,
         quotas: _abc.Iterable[Global___Quota] | None = ...,
+        address: _builtins.str = ...,
+        cooldown_seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["node_resources", b"node_resources"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "gpu_sharing", b"gpu_sharing", "idle_seconds_before_scaledown", b"idle_seconds_before_scaledown", "kind", b"kind", "max_nodes", b"max_nodes", "min_nodes", b"min_nodes", "multi_tenant", b"multi_tenant", "network", b"network", "node_resources", b"node_resources", "placement_policy", b"placement_policy", "quotas", b"quotas", "tags", b"tags", "vm_priority", b"vm_priority", "vm_size", b"vm_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "cooldown_seconds", b"cooldown_seconds", "description", b"description", "gpu_sharing", b"gpu_sharing", "idle_seconds_before_scaledown", b"idle_seconds_before_scaledown", "kind", b"kind", "max_nodes", b"max_nodes", "min_nodes", b"min_nodes", "multi_tenant", b"multi_tenant", "network", b"network", "node_resources", b"node_resources", "placement_policy", b"placement_policy", "quotas", b"quotas", "tags", b"tags", "vm_priority", b"vm_priority", "vm_size", b"vm_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
