@@ -13,7 +13,7 @@ import pytest
 from support import Embedded, embedded, finished, lines, submit, until, wait_for_state
 
 from alveary import Quota, Workspace
-from alveary.compute import AmlCompute, ComputeTarget
+from alveary.compute import AmlCompute, ComputeTarget, ComputeTargetException
 from alveary.errors import AlvearyError
 from alveary_contracts.scheduler.v1 import scheduler_pb2 as pb
 
@@ -102,6 +102,12 @@ def test_quotas_hold_whoever_asks(workspace: Workspace, source: Path) -> None:
     until(lambda: "begun" in lines(one), "it runs")
     two = submit(workspace, source, "print()", compute_target="quotas")
     until(lambda: "quota of 1 CPU" in two.get_details()["reason"], "the quota is named")
+    held = ComputeTarget(workspace, "quotas")
+    with pytest.raises(ComputeTargetException, match="max_nodes"):
+        held.update(max_nodes=-1)
+    held.update(quotas=[Quota("owner", maximum={"cpus": 2})], idle_seconds_before_scaledown=5)
+    finished(two)
+    assert ComputeTarget(workspace, "quotas")._found.spec.idle_seconds_before_scaledown == 5
     one.cancel()
     finished(two)
 
@@ -135,3 +141,18 @@ def test_a_drained_node_takes_nothing_more(own: Embedded, workspace: Workspace, 
         workspace._call(client.call(client.nodes.DrainNode, pb.DrainNodeRequest(node="nobody")))
     assert refused.value.code == grpc.StatusCode.NOT_FOUND.name
     wait_for_state(running, "Completed")
+
+
+def test_a_packed_gang_takes_as_few_nodes_as_will_do(workspace: Workspace, source: Path) -> None:
+    ComputeTarget.create(workspace, "packed", AmlCompute.provisioning_configuration(max_nodes=1, cpus=2))
+    code = """
+        import os
+        print(os.environ["NODE_RANK"], os.environ["NODE_COUNT"], flush=True)
+        open("outputs/" + os.environ["NODE_RANK"], "w").write("x")
+        """
+    run = submit(workspace, source, code, compute_target="packed", node_count=2, pack_nodes=True)
+    details = finished(run)
+    assert sorted(lines(run)) == ["0 2", "1 2"] and set(details["nodes"]) == {"packed-0"}
+    assert run.get_file_names() == ["outputs/0", "outputs/1"]
+    with pytest.raises(AlvearyError, match="at most 1"):
+        submit(workspace, source, code, compute_target="packed", node_count=2)

@@ -116,6 +116,35 @@ class ComputeTarget:
         client = self.workspace._client
         self.workspace._call(client.call(client.compute.DeleteTarget, pb.DeleteTargetRequest(name=self.name)))
 
+    def update(
+        self, min_nodes: int | None = None, max_nodes: int | None = None, idle_seconds_before_scaledown: float | None = None, *,
+        cooldown_seconds: float | None = None, quotas: Sequence[Quota] | None = None, description: str | None = None,
+    ) -> None:  # fmt: skip
+        """Change what is given; the rest stays. Runs go on.
+
+        Raises:
+            ComputeTargetException: the target cannot be so.
+        """
+        self.refresh_state()
+        spec = ev.ComputeSpec()
+        spec.CopyFrom(self._found.spec)
+        given = {
+            "min_nodes": min_nodes, "max_nodes": max_nodes, "idle_seconds_before_scaledown": idle_seconds_before_scaledown,
+            "cooldown_seconds": cooldown_seconds, "description": description,
+        }  # fmt: skip
+        for name, value in given.items():
+            if value is not None:
+                setattr(spec, name, value)
+        if quotas is not None:
+            del spec.quotas[:]
+            spec.quotas.extend(q._proto() for q in quotas)
+        client = self.workspace._client
+        request = pb.UpdateTargetRequest(name=self.name, spec=spec)
+        try:
+            self._found = self.workspace._call(client.call(client.compute.UpdateTarget, request)).target
+        except AlvearyError as error:
+            raise ComputeTargetException(str(error), error.code) from error
+
     def list_nodes(self) -> builtins.list[pb.Node]:
         """Its nodes."""
         client = self.workspace._client

@@ -105,12 +105,12 @@ class ScriptRunConfig:
         priority: int = 0, max_attempts: int = 0, inputs: Sequence[Any] = (), display_name: str = "",
         properties: Mapping[str, str] | None = None, grace_seconds: float = 0, parent_run_id: str = "", shm_size: str | None = None,
         gpu_models: Sequence[str] = (), node_labels: Mapping[str, str] | None = None,
-        retry: RetryPolicy | None = None, node_count: int = 1,
+        retry: RetryPolicy | None = None, node_count: int = 1, pack_nodes: bool = False,
     ) -> None:  # fmt: skip
         """`gpus` of each node; less than 1 (say 0.5) is a part of one, on targets with gpu_sharing. `gpu_models`: those that will do.
 
         `node_count` without a `distributed_job_config`: the program is started once on each node, which finds MASTER_ADDR,
-        MASTER_PORT, NODE_RANK and NODE_COUNT set.
+        MASTER_PORT, NODE_RANK and NODE_COUNT set. `pack_nodes`: as few nodes as will do, rather than each share on its own.
         `resume_from`: a run, or its id, whose newest checkpoints the script finds in `run.resume_path`.
         `priority` below 0 gives way to runs at 0 and above: the run is stopped and attempted again when there is room.
         """
@@ -132,7 +132,7 @@ class ScriptRunConfig:
             cpus=cpus, memory_bytes=int(memory_gb * 2**30), gpus=1 if milli else int(gpus), shm_bytes=_bytes(shm_size), gpu_milli=milli,
             gpu_models=gpu_models,
         )  # fmt: skip
-        self.node_labels, self.retry = dict(node_labels or {}), retry
+        self.node_labels, self.retry, self.pack_nodes = dict(node_labels or {}), retry, pack_nodes
         self.use_gpu, self.priority, self.max_attempts, self.display_name = use_gpu, priority, max_attempts, display_name
         self.inputs, self.properties, self.grace_seconds, self.parent_run_id = (
             list(inputs),
@@ -150,7 +150,7 @@ class ScriptRunConfig:
             priority=self.priority, max_attempts=self.max_attempts, display_name=self.display_name, properties=self.properties,
             grace_seconds=self.grace_seconds, process_count_per_node=self.process_count_per_node, node_count=self.node_count,
             parent_run_id=self.parent_run_id, node_labels=self.node_labels,
-            resume_from=self.resume_from,
+            resume_from=self.resume_from, pack=self.pack_nodes,
         )  # fmt: skip
         if self.retry is not None:
             policy = self.retry

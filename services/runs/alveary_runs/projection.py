@@ -69,7 +69,7 @@ class RunsProjection(Projection):
         """Write the rows of one event."""
         key = event.key
         match event.message:
-            case ev.TargetCreated(spec=spec):
+            case ev.TargetCreated(spec=spec) | ev.TargetUpdated(spec=spec):
                 self.db.execute("INSERT OR REPLACE INTO targets VALUES (?,?,?)", (key.workspace, key.id, spec.SerializeToString()))
             case ev.TargetDeleted():
                 self.db.execute("DELETE FROM targets WHERE workspace=? AND name=?", (key.workspace, key.id))

@@ -22,6 +22,8 @@ from alveary_scheduler.packing import POLICIES, WHOLE
 from alveary_scheduler.service import Scheduler
 
 MAX_LOCAL_NODES, MAX_NODES = 64, 10_000
+# What may change while runs use a target.
+_CHANGEABLE = ("min_nodes", "max_nodes", "idle_seconds_before_scaledown", "cooldown_seconds", "quotas", "tags", "description")
 KINDS = ("local", "nodes", "ray")
 _ADDRESS = re.compile(r"(ray://)?[A-Za-z0-9_.-]+:\d{1,5}")
 _NETWORK = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
@@ -46,6 +48,23 @@ class ComputeService(rpc.ComputeServiceServicer):
         sequence = await self._scheduler.append(Key(who.workspace, "target", request.name), ev.TargetCreated(spec=spec))
         target = self._scheduler.state.targets[who.workspace, request.name]
         return pb.CreateTargetResponse(target=self._target(target), sequence=sequence)
+
+    async def UpdateTarget(self, request: pb.UpdateTargetRequest, context: Any) -> pb.UpdateTargetResponse:
+        who = auth.require("writer")
+        present = self._scheduler.state.targets.get((who.workspace, request.name))
+        if present is None:
+            raise NotFound("compute target", request.name, "`alveary compute list` shows those there are")
+        # What it has now counts as given, so that limits of this machine are not filled in anew.
+        spec = complete(request.name, request.spec, self._default_kind)
+        fixed = [
+            f.name for f in spec.DESCRIPTOR.fields if f.name not in _CHANGEABLE and getattr(spec, f.name) != getattr(present.spec, f.name)
+        ]
+        if fixed:
+            raise InvalidArgument(*((f"spec.{name}", "cannot change: delete the target and create it anew") for name in fixed))
+        key, sequence = Key(who.workspace, "target", request.name), 0
+        if spec != present.spec:
+            sequence = await self._scheduler.append(key, ev.TargetUpdated(spec=spec))
+        return pb.UpdateTargetResponse(target=self._target(self._scheduler.state.targets[who.workspace, request.name]), sequence=sequence)
 
     async def GetTarget(self, request: pb.GetTargetRequest, context: Any) -> pb.GetTargetResponse:
         who = auth.require("reader")

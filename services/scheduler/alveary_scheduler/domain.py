@@ -179,6 +179,11 @@ def evolve(state: State, event: Event) -> None:
     match message:
         case ev.TargetCreated():
             _create(state, Target(key.workspace, key.id, message.spec))
+        case ev.TargetUpdated():
+            name = (key.workspace, key.id)
+            if name in state.targets:
+                state.targets[name] = replace(state.targets[name], spec=message.spec)
+                state.pools[name].quotas = quotas_of(key.workspace, message.spec)
         case ev.TargetDeleted():
             state.targets.pop((key.workspace, key.id), None)
             state.pools.pop((key.workspace, key.id), None)
@@ -279,7 +284,7 @@ def _enqueue(state: State, event: Event, spec: c.RunSpec, user: str, attempt: in
     gives_way = spec.priority < 0 or (target is not None and (target.spec.vm_priority == "lowpriority" or any(q.HasField("guaranteed") for q in target.spec.quotas)))  # fmt: skip
     request = Request(
         run, workspace, user, shape_of(spec.resources, spec.node_labels), state.arrivals.get(run, event.sequence), event.time,
-        spec.node_count or 1, spec.min_node_count, tier=spec.priority, duration=spec.max_run_duration_seconds, preemptible=gives_way,
+        spec.node_count or 1, spec.min_node_count, not spec.pack, spec.priority, spec.max_run_duration_seconds, preemptible=gives_way,
         attempt=attempt,
     )  # fmt: skip
     _dequeue(state, run)
@@ -309,7 +314,7 @@ def _place(state: State, event: Event, made: ev.PlacementMade) -> None:
         spec = made.spec
         request = Request(
             run, workspace, made.submitted_by, shape_of(spec.resources, spec.node_labels), event.sequence, event.time,
-            spec.node_count or 1, spec.min_node_count, tier=spec.priority, duration=spec.max_run_duration_seconds,
+            spec.node_count or 1, spec.min_node_count, not spec.pack, spec.priority, spec.max_run_duration_seconds,
             attempt=made.attempt,
         )  # fmt: skip
     _unplace(state, run, event.time)

@@ -384,7 +384,7 @@ class Pool:
     def saved(self, run: str, now: float) -> None:
         """It stored a checkpoint."""
         if run in self.running:
-            self.running[run].saved = now
+            self.running[run].saved = max(self.running[run].saved, now)
 
     def _charge(self, request: Request, count: int, now: float) -> None:
         for key in ((request.workspace, ""), (request.workspace, request.user)):

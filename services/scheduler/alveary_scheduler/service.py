@@ -337,6 +337,9 @@ class Scheduler:
             placing = (attempt.run_id, attempt.attempt) in self._placing
             if not placing and (held is None or held.attempt != attempt.attempt or (beat.node, beat.incarnation) not in held.nodes):
                 stop.append(f"{attempt.run_id}-{attempt.attempt}")
+            elif attempt.seconds_since_checkpoint and (pool := self.state.pools.get((workspace, beat.target))) is not None:
+                # So that whoever has to make room is who loses least.
+                pool.saved(attempt.run_id, time.time() - attempt.seconds_since_checkpoint)
         await self._revoke_missing(beat)
         return tr.BeatAnswer(known=True, stop=stop, leave=beat.node in self._leaving)
 

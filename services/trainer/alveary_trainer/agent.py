@@ -116,6 +116,7 @@ class Agent:
                 pb.AttemptInfo(
                     run_id=a.run_id, attempt=a.number, phase=a.phase, pids=a.usage.pids,
                     cpu_percent=a.usage.cpu_percent, memory_bytes=a.usage.memory_bytes,
+                    seconds_since_checkpoint=max(time.monotonic() - a.saved_at, 0.001) if a.saved_at else 0.0,
                 )
                 for a in self.attempts.values()
             ],

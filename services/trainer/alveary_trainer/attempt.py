@@ -75,6 +75,8 @@ class Attempt:
         self.index, self._count, self._after = index, len(placement.nodes), after
         self.phase = "staging"
         self.usage = Usage()
+        # When it stored a checkpoint last, time.monotonic(); 0: never.
+        self.saved_at = 0.0
         self._key = Key(key.workspace, "attempt", f"{key.id}-{self.number}")
         self._sequence = 0
         self._share = placement.nodes[index]
@@ -465,7 +467,8 @@ class Attempt:
         if self._end == "fenced":
             return
         try:
-            await self._checkpoints.sync(self._node.runtime.readable_below(place), last=last)
+            if await self._checkpoints.sync(self._node.runtime.readable_below(place), last=last):
+                self.saved_at = time.monotonic()
         except (AlvearyError, OSError) as error:
             # The run goes on; the next second tries again, and the end stores all outputs or fails.
             self._note(f"its checkpoints could not be copied: {error}")

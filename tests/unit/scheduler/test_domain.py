@@ -273,3 +273,55 @@ def test_quotas_shares_of_gpus_and_labels_come_from_specifications() -> None:
     world.say("placement", "one", ev.PlacementMade(attempt=1, target="shared", nodes=[share], spec=run))
     told = {d.run: d.reason for d in domain.plan(world.state, {}, {}, 0.0) if isinstance(d, domain.Wait)}
     assert "quota of 1.5 CPU" in told["two"] and "zone=elsewhere" in told["three"]
+
+
+def ray_world(max_nodes: int) -> World:
+    world = World()
+    spec = ev.ComputeSpec(kind="ray", max_nodes=max_nodes, address="h:1")
+    world.say("target", "t", ev.TargetCreated(spec=spec))
+    return world
+
+
+def test_of_ray_each_run_that_waits_gets_a_group_up_to_the_maximum() -> None:
+    world = ray_world(3)
+    pair, single, late = world.submit(1.0, nodes=2), world.submit(1.0), world.submit(1.0)
+    decisions = domain.plan(world.state, {}, {}, world.now)
+    gathered = [(d.run, d.count) for d in decisions if isinstance(d, domain.Gather)]
+    assert gathered == [(pair, 2), (single, 1)]
+    waits = {d.run: d for d in decisions if isinstance(d, domain.Wait)}
+    assert waits[pair].provisioning and waits[single].provisioning and not waits[late].provisioning
+    # Asked for once; and given up when nobody waits for it.
+    coming = {T: {pair: 2, single: 1}}
+    again = domain.plan(world.state, {}, {}, world.now, coming)
+    assert not [d for d in again if isinstance(d, (domain.Gather, domain.Dismiss))]
+    world.say("run", pair, ev.RunCancelRequested())
+    decisions = domain.plan(world.state, {}, {}, world.now, coming)
+    assert domain.Dismiss("w", "t", pair) in decisions
+    assert [d.run for d in decisions if isinstance(d, domain.Gather)] == [late]
+
+
+def test_of_ray_idle_nodes_in_the_way_of_a_run_go_at_once() -> None:
+    world = ray_world(2)
+    world.join()
+    world.join()
+    assert not [d for d in domain.plan(world.state, {}, {}, world.now) if isinstance(d, domain.Scale)]
+    world.submit(64.0)
+    assert domain.Scale("w", "t", 0, "idle nodes") in domain.plan(world.state, {}, {}, world.now)
+
+
+def test_of_a_cluster_that_does_not_answer_those_who_wait_are_told() -> None:
+    world = ray_world(2)
+    run = world.submit(1.0)
+    assert domain.Wait(run, "no answer", False) in domain.plan(world.state, {}, {}, world.now, {}, {T: "no answer"})
+
+
+def test_limits_of_a_target_change_under_its_runs() -> None:
+    world = World(max_nodes=1)
+    world.join()
+    first, second = world.submit(4.0), world.submit(4.0)
+    world.act()
+    assert first in world.state.placed and second in world.state.queue
+    spec = ev.ComputeSpec(kind="local", max_nodes=2, node_resources=NODE)
+    world.say("target", "t", ev.TargetUpdated(spec=spec))
+    assert first in world.state.placed
+    assert domain.Scale("w", "t", 2, "1 runs wait") in world.act()

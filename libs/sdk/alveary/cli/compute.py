@@ -33,6 +33,19 @@ def compute_create(
     print(ComputeTarget.create(open_workspace(), name, spec))
 
 
+@compute_app.command("update")
+def compute_update(
+    name: str, min_nodes: int | None = None, max_nodes: int | None = None, idle_seconds: float | None = None,
+    cooldown_seconds: float | None = None, description: str | None = None,
+) -> None:  # fmt: skip
+    """Change limits of a compute target; runs go on."""
+    from alveary.compute import ComputeTarget
+
+    target = ComputeTarget(open_workspace(), name)
+    target.update(min_nodes, max_nodes, idle_seconds, cooldown_seconds=cooldown_seconds, description=description)
+    print(target)
+
+
 @compute_app.command("delete")
 def compute_delete(name: str) -> None:
     """Delete a compute target that nothing uses."""

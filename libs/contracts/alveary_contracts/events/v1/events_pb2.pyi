@@ -1083,6 +1083,28 @@ class TargetScaling(_message.Message):
 Global___TargetScaling: _TypeAlias = TargetScaling  # noqa: Y015
 
 @_typing.final
+class TargetUpdated(_message.Message):
+    """From now on; runs and nodes stay what they are."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SPEC_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def spec(self) -> Global___ComputeSpec: ...
+    def __init__(
+        self,
+        *,
+        spec: Global___ComputeSpec | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TargetUpdated: _TypeAlias = TargetUpdated  # noqa: Y015
+
+@_typing.final
 class TargetDeleted(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -184,6 +184,54 @@ class ListTargetsResponse(_message.Message):
 Global___ListTargetsResponse: _TypeAlias = ListTargetsResponse  # noqa: Y015
 
 @_typing.final
+class UpdateTargetRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    SPEC_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    @_builtins.property
+    def spec(self) -> _events_pb2.ComputeSpec:
+        """The whole of it, as it shall be."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        spec: _events_pb2.ComputeSpec | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "spec", b"spec"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpdateTargetRequest: _TypeAlias = UpdateTargetRequest  # noqa: Y015
+
+@_typing.final
+class UpdateTargetResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TARGET_FIELD_NUMBER: _builtins.int
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    sequence: _builtins.int
+    @_builtins.property
+    def target(self) -> Global___Target: ...
+    def __init__(
+        self,
+        *,
+        target: Global___Target | None = ...,
+        sequence: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["target", b"target"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["sequence", b"sequence", "target", b"target"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpdateTargetResponse: _TypeAlias = UpdateTargetResponse  # noqa: Y015
+
+@_typing.final
 class DeleteTargetRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -49,6 +49,11 @@ class ComputeServiceStub:
                 request_serializer=alveary_dot_scheduler_dot_v1_dot_scheduler__pb2.ListTargetsRequest.SerializeToString,
                 response_deserializer=alveary_dot_scheduler_dot_v1_dot_scheduler__pb2.ListTargetsResponse.FromString,
                 _registered_method=True)
+        self.UpdateTarget = channel.unary_unary(
+                '/alveary.scheduler.v1.ComputeService/UpdateTarget',
+                request_serializer=alveary_dot_scheduler_dot_v1_dot_scheduler__pb2.UpdateTargetRequest.SerializeToString,
+                response_deserializer=alveary_dot_scheduler_dot_v1_dot_scheduler__pb2.UpdateTargetResponse.FromString,
+                _registered_method=True)
         self.DeleteTarget = channel.unary_unary(
                 '/alveary.scheduler.v1.ComputeService/DeleteTarget',
                 request_serializer=alveary_dot_scheduler_dot_v1_dot_scheduler__pb2.DeleteTargetRequest.SerializeToString,
@@ -78,6 +83,14 @@ class ComputeServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def UpdateTarget(self, request, context):
+        """Change what may change while runs use it: min_nodes, max_nodes, idle_seconds_before_scaledown, cooldown_seconds, quotas,
+        tags, description. INVALID_ARGUMENT for anything else.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def DeleteTarget(self, request, context):
         """FAILED_PRECONDITION while runs use it or wait for it.
         """
@@ -102,6 +115,11 @@ def add_ComputeServiceServicer_to_server(servicer, server):
                     servicer.ListTargets,
                     request_deserializer=alveary_dot_scheduler_dot_v1_dot_scheduler__pb2.ListTargetsRequest.FromString,
                     response_serializer=alveary_dot_scheduler_dot_v1_dot_scheduler__pb2.ListTargetsResponse.SerializeToString,
+            ),
+            'UpdateTarget': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateTarget,
+                    request_deserializer=alveary_dot_scheduler_dot_v1_dot_scheduler__pb2.UpdateTargetRequest.FromString,
+                    response_serializer=alveary_dot_scheduler_dot_v1_dot_scheduler__pb2.UpdateTargetResponse.SerializeToString,
             ),
             'DeleteTarget': grpc.unary_unary_rpc_method_handler(
                     servicer.DeleteTarget,
@@ -190,6 +208,33 @@ class ComputeService:
             '/alveary.scheduler.v1.ComputeService/ListTargets',
             alveary_dot_scheduler_dot_v1_dot_scheduler__pb2.ListTargetsRequest.SerializeToString,
             alveary_dot_scheduler_dot_v1_dot_scheduler__pb2.ListTargetsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdateTarget(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/alveary.scheduler.v1.ComputeService/UpdateTarget',
+            alveary_dot_scheduler_dot_v1_dot_scheduler__pb2.UpdateTargetRequest.SerializeToString,
+            alveary_dot_scheduler_dot_v1_dot_scheduler__pb2.UpdateTargetResponse.FromString,
             options,
             channel_credentials,
             insecure,

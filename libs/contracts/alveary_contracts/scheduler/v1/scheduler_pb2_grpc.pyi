@@ -35,6 +35,10 @@ class ComputeServiceStub:
     """ALREADY_EXISTS when the name is taken by a target with another specification."""
     GetTarget: _grpc.UnaryUnaryMultiCallable[_scheduler_pb2.GetTargetRequest, _scheduler_pb2.GetTargetResponse]
     ListTargets: _grpc.UnaryUnaryMultiCallable[_scheduler_pb2.ListTargetsRequest, _scheduler_pb2.ListTargetsResponse]
+    UpdateTarget: _grpc.UnaryUnaryMultiCallable[_scheduler_pb2.UpdateTargetRequest, _scheduler_pb2.UpdateTargetResponse]
+    """Change what may change while runs use it: min_nodes, max_nodes, idle_seconds_before_scaledown, cooldown_seconds, quotas,
+    tags, description. INVALID_ARGUMENT for anything else.
+    """
     DeleteTarget: _grpc.UnaryUnaryMultiCallable[_scheduler_pb2.DeleteTargetRequest, _scheduler_pb2.DeleteTargetResponse]
     """FAILED_PRECONDITION while runs use it or wait for it."""
 
@@ -45,6 +49,10 @@ class ComputeServiceAsyncStub(ComputeServiceStub):
     """ALREADY_EXISTS when the name is taken by a target with another specification."""
     GetTarget: _aio.UnaryUnaryMultiCallable[_scheduler_pb2.GetTargetRequest, _scheduler_pb2.GetTargetResponse]  # type: ignore[assignment]
     ListTargets: _aio.UnaryUnaryMultiCallable[_scheduler_pb2.ListTargetsRequest, _scheduler_pb2.ListTargetsResponse]  # type: ignore[assignment]
+    UpdateTarget: _aio.UnaryUnaryMultiCallable[_scheduler_pb2.UpdateTargetRequest, _scheduler_pb2.UpdateTargetResponse]  # type: ignore[assignment]
+    """Change what may change while runs use it: min_nodes, max_nodes, idle_seconds_before_scaledown, cooldown_seconds, quotas,
+    tags, description. INVALID_ARGUMENT for anything else.
+    """
     DeleteTarget: _aio.UnaryUnaryMultiCallable[_scheduler_pb2.DeleteTargetRequest, _scheduler_pb2.DeleteTargetResponse]  # type: ignore[assignment]
     """FAILED_PRECONDITION while runs use it or wait for it."""
 
@@ -70,6 +78,16 @@ class ComputeServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _scheduler_pb2.ListTargetsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_scheduler_pb2.ListTargetsResponse, _abc.Awaitable[_scheduler_pb2.ListTargetsResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def UpdateTarget(
+        self,
+        request: _scheduler_pb2.UpdateTargetRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_scheduler_pb2.UpdateTargetResponse, _abc.Awaitable[_scheduler_pb2.UpdateTargetResponse]]:
+        """Change what may change while runs use it: min_nodes, max_nodes, idle_seconds_before_scaledown, cooldown_seconds, quotas,
+        tags, description. INVALID_ARGUMENT for anything else.
+        """
 
     @_abc_1.abstractmethod
     def DeleteTarget(

@@ -102,12 +102,15 @@ class AttemptInfo(_message.Message):
     PIDS_FIELD_NUMBER: _builtins.int
     CPU_PERCENT_FIELD_NUMBER: _builtins.int
     MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    SECONDS_SINCE_CHECKPOINT_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     attempt: _builtins.int
     phase: _builtins.str
     """"staging", "running", "finalizing"."""
     cpu_percent: _builtins.float
     memory_bytes: _builtins.int
+    seconds_since_checkpoint: _builtins.float
+    """Since it stored a checkpoint; 0: it stored none."""
     @_builtins.property
     def pids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     def __init__(
@@ -119,10 +122,11 @@ class AttemptInfo(_message.Message):
         pids: _abc.Iterable[_builtins.int] | None = ...,
         cpu_percent: _builtins.float = ...,
         memory_bytes: _builtins.int = ...,
+        seconds_since_checkpoint: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cpu_percent", b"cpu_percent", "memory_bytes", b"memory_bytes", "phase", b"phase", "pids", b"pids", "run_id", b"run_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cpu_percent", b"cpu_percent", "memory_bytes", b"memory_bytes", "phase", b"phase", "pids", b"pids", "run_id", b"run_id", "seconds_since_checkpoint", b"seconds_since_checkpoint"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
