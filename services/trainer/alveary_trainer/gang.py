@@ -51,8 +51,8 @@ class Gang:
         return news != present
 
     def end(self, why: str, message: str = "") -> None:
-        """The whole attempt is to end; the first reason stays."""
-        if not self.why:
+        """The whole attempt is to end; the first reason stays. One that has ended by itself is not ended again."""
+        if not self.why and not self.all_at(ENDED):
             self.why, self.message = why, message
 
     def all_at(self, phase: int) -> bool:

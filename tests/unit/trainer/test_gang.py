@@ -117,6 +117,13 @@ def test_of_several_failing_ranks_the_first_is_the_cause() -> None:
     assert (status.rank, status.exit_code, status.node) == (1, 7, "n1")
 
 
+def test_what_has_ended_by_itself_stays_what_it_was() -> None:
+    gang = Gang(1)
+    gang.take(report(0, ENDED, 0))
+    gang.end("preempted")
+    assert (gang.verdict().reason, gang.verdict().exit_code) == ("exited", 0)
+
+
 def test_what_no_rank_did_is_not_blamed_on_one() -> None:
     gang = Gang(2)
     gang.take(report(0, LISTED, 1, failed_at=30.0))
