@@ -230,6 +230,29 @@ def test_a_run_reaches_nothing_of_the_platform(compose: Compose, workspace: Work
     assert lines(run) == ["[]", "['io', 'lib', 'socket', 'work'] False []"]
 
 
+def test_a_run_on_two_nodes_meets_itself_by_name(compose: Compose, workspace: Workspace, source: Path) -> None:
+    code = """
+        import os, socket, time
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        if os.environ["NODE_RANK"] == "0":
+            with socket.create_server(("", port)) as server:
+                server.settimeout(60)
+                peer, _ = server.accept()
+                print(peer.recv(100).decode())
+        else:
+            for _ in range(300):
+                try:
+                    socket.create_connection((host, port), timeout=2).sendall(b"hello from the other node")
+                    break
+                except OSError:
+                    time.sleep(0.1)
+        """
+    run = submit(workspace, source, code, environment=HERE, node_count=2)
+    details = finished(run)
+    assert lines(run) == ["hello from the other node"] and len(set(details["nodes"])) == 2
+    until(lambda: not compose.api.networks(filters={"label": "org.alveary.gang"}), "its network is gone")
+
+
 PROBE = """
 import io, os, sys
 from minio import Minio
