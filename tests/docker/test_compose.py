@@ -250,7 +250,8 @@ def test_a_run_on_two_nodes_meets_itself_by_name(compose: Compose, workspace: Wo
     run = submit(workspace, source, code, environment=HERE, node_count=2)
     details = finished(run)
     assert lines(run) == ["hello from the other node"] and len(set(details["nodes"])) == 2
-    until(lambda: not compose.api.networks(filters={"label": "org.alveary.gang"}), "its network is gone")
+    networks = lambda: [n["Name"] for n in compose.api.networks(filters={"label": "org.alveary.gang"})]  # noqa: E731
+    until(lambda: not [n for n in networks() if run.id.lower() in n], "its network is gone")
 
 
 PROBE = """

@@ -15,7 +15,7 @@ import pytest
 import urllib3
 from support import Embedded, embedded, finished, lines, submit, until
 
-from alveary import Environment, Estimator, Experiment, MpiConfiguration, PyTorchConfiguration, Workspace
+from alveary import Environment, Estimator, Experiment, MpiConfiguration, PyTorchConfiguration, Run, Workspace
 from alveary.compute import AmlCompute, ComputeTarget
 from alveary_contracts.images.v1 import images_pb2 as pb
 
@@ -275,8 +275,9 @@ def pair(workspace: Workspace) -> str:
     return "pair"
 
 
-def gang_networks(daemon: docker.APIClient) -> list[str]:
-    return [n["Name"] for n in daemon.networks(filters={"label": "org.alveary.gang"})]
+def gang_networks(daemon: docker.APIClient, run: Run) -> list[str]:
+    """The networks of a run; other tests use the same daemon."""
+    return [n["Name"] for n in daemon.networks(filters={"label": "org.alveary.gang"}) if run.id.lower() in n["Name"]]
 
 
 def test_horovod_reduces_gradients_over_two_nodes(workspace: Workspace, pair: str, daemon: docker.APIClient) -> None:
@@ -295,7 +296,7 @@ def test_horovod_reduces_gradients_over_two_nodes(workspace: Workspace, pair: st
         assert len({r["node"] for r in details["exit"]["ranks"]}) == nodes
         losses.append(float(said.split("loss ")[1].split(",")[0]))
     assert abs(losses[0] - losses[1]) < 1e-3, "two halves of each batch do not learn what the whole does"
-    until(lambda: not gang_networks(daemon), "the run's network is gone")
+    until(lambda: not gang_networks(daemon, run), "the run's network is gone")
 
 
 def test_torchrun_spans_containers_which_nobody_else_reaches(
@@ -315,7 +316,7 @@ def test_torchrun_spans_containers_which_nobody_else_reaches(
     both = PyTorchConfiguration(process_count=2, node_count=2)
     run = submit(workspace, source, code, compute_target=pair, environment=HOROVOD, distributed_job_config=both)
     until(lambda: len(lines(run)) == 2, "both ranks begin")
-    (network,) = gang_networks(daemon)
+    (network,) = gang_networks(daemon, run)
     inside = daemon.inspect_network(network)["Containers"]
     assert len(inside) == 2
     # One of them has torchrun's store at that port.
@@ -334,6 +335,6 @@ def test_torchrun_spans_containers_which_nobody_else_reaches(
     assert lines(other) == ["kept out"] * 2
     run.cancel()
     finished(run, "Canceled")
-    until(lambda: not gang_networks(daemon), "the run's network is gone")
+    until(lambda: not gang_networks(daemon, run), "the run's network is gone")
     left = daemon.containers(all=True, filters={"label": "org.alveary.run"})
     assert not [c for c in left if c["Labels"]["org.alveary.run"].startswith(run.id)]
