@@ -12,7 +12,7 @@ import psutil
 import pytest
 from support import TORCH, Embedded, embedded, finished, lines, processes_of, said, submit, until, wait_for_state
 
-from alveary import MpiConfiguration, PyTorchConfiguration, Run, Workspace
+from alveary import Experiment, MpiConfiguration, PyTorchConfiguration, Run, ScriptRunConfig, Workspace
 from alveary.compute import AmlCompute, ComputeTarget
 from alveary.local.stack import trainers
 
@@ -90,6 +90,22 @@ def test_torchrun_spans_nodes_and_each_rank_has_its_lines_files_and_exit_code(pa
     every = pair.cli("run", "logs", run.id, "--stream", "stdout", "--all-ranks").stdout.splitlines()
     assert sorted(every) == [f"[{r}] rank {r} of 4 sum 10" for r in range(4)]
     nothing_left(pair, run)
+
+
+def test_the_example_learns_on_two_nodes_what_it_learns_on_one(pair: Embedded, workspace: Workspace) -> None:
+    losses = []
+    for nodes in (1, 2):
+        config = ScriptRunConfig(
+            str(Path(__file__).parents[2] / "examples/ddp"), "train.py", ["--steps", 20], compute_target="two", environment=TORCH,
+            distributed_job_config=PyTorchConfiguration(process_count=nodes, node_count=nodes),
+        )  # fmt: skip
+        run = Experiment(workspace, "ddp").submit(config)
+        finished(run)
+        (said_last,) = [line for line in said(run, 0) if "weights alike: True" in line]
+        assert said_last.startswith(f"{nodes} ranks")
+        losses.append(float(said_last.split("loss ")[1].split(",")[0]))
+        nothing_left(pair, run)
+    assert abs(losses[0] - losses[1]) < 1e-4
 
 
 def test_the_first_failing_rank_is_named_and_the_others_are_ended(pair: Embedded, workspace: Workspace, source: Path) -> None:
@@ -225,7 +241,8 @@ def test_elastic_begins_with_what_is_free_and_a_gang_waits_for_all(pair: Embedde
     gang.cancel()
     finished(gang, "Canceled")
     elastic = submit(workspace, source, code, **both(distributed_job_config=torchrun(2, min_node_count=1)))
-    assert finished(elastic)["nodes"] != finished(elastic)["nodes"] + other.get_details()["nodes"]
+    (node,) = finished(elastic)["nodes"]
+    assert [node] != other.get_details()["nodes"]
     assert said(elastic) == ["1"]
     go(other, pair)
     finished(other)
