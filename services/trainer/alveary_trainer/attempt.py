@@ -395,7 +395,8 @@ class Attempt:
         server = ContextServer(place.socket, self.run_id, self._metrics, self._asks(place))
         await server.start()
         tasks: list[asyncio.Task[None]] = []
-        ranks = Ranks(sockets, self._logs, self.number, self._launch_there if isinstance(self._crew, Leader) else None)
+        mpi = self.spec.launcher == c.LAUNCHER_MPI and isinstance(self._crew, Leader)
+        ranks = Ranks(sockets, self._logs, self.number, self._launch_there if mpi else None)
         self._ranks = ranks if launch.has_ranks(self.spec) or self._count > 1 else None
         try:
             view = runtime.view(place, staged)
