@@ -60,6 +60,7 @@ def ray_cluster(workers: int) -> Iterator[RayCluster]:
     (folder / "config.json").write_text(json.dumps(config))
     environment = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     head = {
+        "ALVEARY_STATE_DIR": str(folder / "state"),
         "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1", "RAY_enable_autoscaler_v2": "1",
         "RAY_CLOUD_INSTANCE_ID": "f" * 51 + "00000", "RAY_OVERRIDE_NODE_ID_FOR_TESTING": "f" * 51 + "00000",
     }  # fmt: skip

@@ -51,7 +51,9 @@ class Node:
         gpus = ",".join(str(g) for g in ray.get_gpu_ids())
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "CUDA_VISIBLE"))}
         command = [sys.executable, "-m", "alveary.cli", "node", "join", endpoint, "-", "--name", node, "--gpu-ids", gpus, *options]
-        command += ["--state-dir", os.path.join(tempfile.gettempdir(), "alveary-ray", node)]
+        # One for all nodes of a machine, so that they share what they have cached; each works in a folder of its own in it.
+        folder = os.environ.get("ALVEARY_STATE_DIR") or os.path.join(tempfile.gettempdir(), f"alveary-ray-{os.getuid()}")
+        command += ["--state-dir", folder]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, start_new_session=True, preexec_fn=with_parent, env=environment, text=True
         )
