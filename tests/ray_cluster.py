@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import shutil
 import subprocess
@@ -31,10 +32,13 @@ class RayCluster:
 
     def nodes(self) -> int:
         """How many nodes it has, without the head."""
-        code = f"import ray; ray.init({self.address!r}, log_to_driver=False); print(sum(n['Alive'] for n in ray.nodes()) - 1)"
+        code = f"import ray; ray.init({self.address!r}, log_to_driver=False); print('NODES', sum(n['Alive'] for n in ray.nodes()) - 1)"
         done = subprocess.run([sys.executable, "-c", code], env=os.environ | self.environment, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr[-2000:]
-        return int(done.stdout)
+        # Ray prints there too.
+        found = re.search(r"NODES (\d+)", done.stdout)
+        assert found, done.stdout
+        return int(found[1])
 
 
 @contextmanager
