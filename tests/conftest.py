@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support import RUNTIME, Embedded, embedded, servers
+from support import RUNTIME, Embedded, debian, embedded, servers
 
 from alveary.local.layout import Layout
 from alveary.workspace import Workspace
@@ -45,10 +43,5 @@ def source(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def mpirun() -> None:
-    """Open MPI, installed where it is missing."""
-    if shutil.which("mpirun") is None:
-        command = ["apt-get", "install", "-y", "-q", "--no-install-recommends", "openmpi-bin"]
-        if os.getuid() != 0 or shutil.which("apt-get") is None:
-            pytest.skip("mpirun is missing, and only root can install openmpi-bin")
-        subprocess.run(["apt-get", "update", "-q"], check=True, capture_output=True)
-        subprocess.run(command, check=True, capture_output=True, env=os.environ | {"DEBIAN_FRONTEND": "noninteractive"})
+    """Open MPI."""
+    debian("openmpi-bin", lambda: shutil.which("mpirun") is not None)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
 from alveary.environment import Environment
 from alveary.estimator import ScriptRunConfig
@@ -114,6 +118,21 @@ def until(condition: object, what: str, seconds: float = 60.0) -> None:
     while not condition():  # type: ignore[operator]
         assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
         time.sleep(0.05)
+
+
+def debian(package: str, there: Callable[[], bool]) -> None:
+    """Install a Debian package, unless what it brings is there. Fails, and says so, where only somebody else could."""
+    with Path(tempfile.gettempdir(), f"alveary-apt-{os.getuid()}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # tests run in parallel, and dpkg does not
+        if there():
+            return
+        if os.getuid() != 0 or shutil.which("apt-get") is None:
+            pytest.fail(f"Debian's {package} is missing, and only root can install it here", pytrace=False)
+        environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
+        for words in (("update", "-qq"), ("install", "-y", "-qq", "--no-install-recommends", package)):
+            done = subprocess.run(["apt-get", "-o", "DPkg::Lock::Timeout=300", *words], env=environment, capture_output=True, text=True)
+            assert done.returncode == 0, f"apt-get {' '.join(words)}: {done.stdout[-2000:]}{done.stderr[-2000:]}"
+        assert there(), f"{package} was installed, and what it should bring is not there"
 
 
 def submit(

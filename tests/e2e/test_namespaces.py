@@ -19,13 +19,14 @@ from typing import Any
 import grpc
 import psutil
 import pytest
-from support import TORCH, Embedded, finished, halt, launch, lines, processes_of, said, submit, tail, until
+from support import TORCH, Embedded, debian, finished, halt, launch, lines, processes_of, said, submit, tail, until
 
 from alveary import AlvearyError, MpiConfiguration, PyTorchConfiguration, Run, Workspace
 from alveary.compute import AmlCompute, ComputeTarget
 from alveary_contracts.runs.v1 import runs_pb2, runs_pb2_grpc
 
 NODES = (2, 3)
+FAKETIME = "*/faketime/libfaketime.so.1"
 
 
 def ip(*words: str, check: bool = True) -> subprocess.CompletedProcess[bytes]:
@@ -115,8 +116,9 @@ class Site:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    if os.getuid() != 0 or shutil.which("ip") is None:
-        pytest.skip("network namespaces need root and iproute2's `ip`")
+    if os.getuid() != 0:
+        pytest.skip("only root can make network namespaces")
+    debian("iproute2", lambda: shutil.which("ip") is not None)
     number = os.getpid() % 60000
     low = number // 50 % 250
     site = Site(f"av{number}", f"10.{200 + number % 50}.{low}", f"10.{150 + number % 50}.{low}", tmp_path_factory.mktemp("site"))
@@ -303,14 +305,8 @@ def test_between_two_nodes_a_cut_of_their_own_link_fails_the_run_with_its_reason
 @pytest.fixture(scope="session")
 def faketime() -> str:
     """libfaketime, installed where it is missing: it moves the clock of one process."""
-    found = sorted(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))
-    if not found:
-        if os.getuid() != 0 or shutil.which("apt-get") is None:
-            pytest.skip("libfaketime is missing, and only root can install it")
-        subprocess.run(["apt-get", "update", "-q"], check=True, capture_output=True)
-        subprocess.run(["apt-get", "install", "-y", "-q", "libfaketime"], check=True, capture_output=True)
-        found = sorted(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))
-    return str(found[0])
+    debian("libfaketime", lambda: bool(sorted(Path("/usr/lib").glob(FAKETIME))))
+    return str(sorted(Path("/usr/lib").glob(FAKETIME))[0])
 
 
 @pytest.mark.parametrize("jump", ["+600s", "-600s"])
