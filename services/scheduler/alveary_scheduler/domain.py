@@ -442,12 +442,13 @@ def _plan_groups(
     for request in itertools.islice(pool.order(now), most):
         if request.run in served or request.run in placed or not pool.most_shares(request):
             continue
-        if nodes + request.count > most:
+        if most - nodes < (request.least or request.count):
             crowded = True  # those behind it wait, so that it gets its turn
             break
-        nodes += request.count
+        count = min(request.count, most - nodes)
+        nodes += count
         served.add(request.run)
-        decisions.append(Gather(workspace, name, request.run, request.shape, request.count, request.spread))
+        decisions.append(Gather(workspace, name, request.run, request.shape, count, request.spread))
     # Idle nodes are as large as some run that is over: where they are in the way of one that waits, they go at once.
     gone = joined if crowded and not placed else idle if not placed else 0
     if gone and joined:

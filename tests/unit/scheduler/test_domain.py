@@ -300,6 +300,13 @@ def test_of_ray_each_run_that_waits_gets_a_group_up_to_the_maximum() -> None:
     assert [d.run for d in decisions if isinstance(d, domain.Gather)] == [late]
 
 
+def test_of_ray_an_elastic_run_gets_what_the_maximum_leaves() -> None:
+    world = ray_world(3)
+    run = world.submit(1.0, nodes=5, least=2)
+    gathered = [(d.run, d.count) for d in domain.plan(world.state, {}, {}, world.now) if isinstance(d, domain.Gather)]
+    assert gathered == [(run, 3)]
+
+
 def test_of_ray_idle_nodes_in_the_way_of_a_run_go_at_once() -> None:
     world = ray_world(2)
     world.join()
