@@ -299,6 +299,12 @@ def test_horovod_reduces_gradients_over_two_nodes(workspace: Workspace, pair: st
     until(lambda: not gang_networks(daemon, run), "the run's network is gone")
 
 
+def test_without_mpirun_the_run_says_how_to_get_it(workspace: Workspace, source: Path) -> None:
+    run = submit(workspace, source, "print()", environment=Environment("none", []), distributed_job_config=MpiConfiguration(2))
+    details = finished(run, "Failed")
+    assert details["exit"]["reason"] == "launch_failed" and "apt_packages=['openmpi-bin']" in details["reason"]
+
+
 def test_torchrun_spans_containers_which_nobody_else_reaches(
     workspace: Workspace, pair: str, source: Path, daemon: docker.APIClient
 ) -> None:

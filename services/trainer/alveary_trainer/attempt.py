@@ -367,7 +367,12 @@ class Attempt:
         if spec.launcher == c.LAUNCHER_TORCHRUN:
             return own, launch.torchrun(spec, staged.python, view.lib, team, f"{self.run_id}-{self.number}")
         if spec.launcher == c.LAUNCHER_MPI:
-            return own, launch.mpi_daemon(command) if self.index else launch.mpirun(spec, runtime.command("mpirun", staged), team)
+            if self.index:
+                return own, launch.mpi_daemon(command)
+            try:
+                return own, launch.mpirun(spec, runtime.command("mpirun", staged), team)
+            except StagingFailed as error:
+                raise StagingFailed(f"{error}: {launch.NO_MPIRUN}") from error
         return own, own
 
     def _limits(self, team: launch.Team) -> Limits:
@@ -535,6 +540,8 @@ class Attempt:
             again = f", after {first.restarts} restarts" if first.restarts else ""
             status.message = f"rank {first.number}{where} {first.words()}{again}"
             status.last_lines[:] = first.tail
+        elif self.spec.launcher == c.LAUNCHER_MPI and not self.index and status.exit_code == launch.NOT_FOUND and not ranks.ranks:
+            status.reason, status.message = "launch_failed", launch.NO_MPIRUN
         elif not failed and ranks.ranks:
             status.last_lines[:] = ranks.ranks[min(ranks.ranks)].tail
 

@@ -11,6 +11,12 @@ from alveary_trainer.adapters.runtime import Host, View
 # Started by the launcher in place of the program, which it starts and reports on.
 _RANK = 'exec "$ALVEARY_PYTHON" -I -S "$ALVEARY_LIB/alveary_rank.py"'
 _WITH_AGENT = ("/bin/sh", "-c", 'PATH="$ALVEARY_LIB:$PATH"; export PATH; exec "$@"', "mpirun")
+# What a shell ends with that finds no such program.
+NOT_FOUND = 127
+NO_MPIRUN = (
+    "mpirun was not found: where the platform builds container images, ask for Horovod (pip_packages) or for "
+    "apt_packages=['openmpi-bin']; else install Debian's openmpi-bin on the nodes"
+)
 # How long torchrun's nodes wait for each other: they are launched together.
 _JOIN_SECONDS = 300
 
