@@ -99,11 +99,10 @@ class Attempt:
         folder = self._code / "outputs/checkpoints"
         self._checkpoints = Checkpoints(node.store, self.run_id, self.number, folder, node.settings.checkpoints_kept, index)
         connection, where = node.log.connection, subject(key.workspace, key.id, self.number)
-        self._gang: Gang | None = None
         self._crew: Leader | Member
         if index == 0:
-            self._gang = Gang(self._count, self.spec.launcher)
-            self._crew = Leader(connection, where, self._gang, self._share.node, self._share.incarnation, self._on_order)
+            gang = Gang(self._count, self.spec.launcher)
+            self._crew = Leader(connection, where, gang, self._share.node, self._share.incarnation, self._on_order)
         else:
             self._crew = Member(connection, where, index, self._share.node, self._share.incarnation, self._on_order)
 
@@ -122,8 +121,8 @@ class Attempt:
             self._fenced.set()
             if self._tree:
                 self._tree.kill()
-        elif self._gang is not None and isinstance(self._crew, Leader) and why in ASKED:
-            self._gang.end(why, message or _WORDS[why].format(self.spec.max_run_duration_seconds))
+        elif isinstance(self._crew, Leader) and why in ASKED:
+            self._crew.gang.end(why, message or _WORDS[why].format(self.spec.max_run_duration_seconds))
             self._crew.decide()
 
     def _on_order(self, order: pb.GangOrder) -> None:
@@ -181,7 +180,7 @@ class Attempt:
     async def _conclude(self, status: c.ExitStatus) -> None:
         """From the end of this node's processes to the report on the whole attempt."""
         self.phase = "finalizing"
-        crew, gang = self._crew, self._gang
+        crew = self._crew
         # A failure before there were ranks: what the program said, if anything.
         if not status.last_lines:
             status.last_lines[:] = self._tail
@@ -190,9 +189,9 @@ class Attempt:
             phase=ENDED, exit=status, failed_at=first.ended_at if first else 0.0,
             ranks=sorted(self._ranks.ranks) if self._ranks is not None else [],
         )  # fmt: skip
-        if isinstance(crew, Leader) and gang is not None:
+        if isinstance(crew, Leader):
             await self._unfenced(crew.all_at(ENDED, self._note))
-            self._say("finalizing", ev.AttemptFinalizing(exit=gang.verdict()))
+            self._say("finalizing", ev.AttemptFinalizing(exit=crew.gang.verdict()))
         error, listing = "", ""
         if self._count > 1:
             try:
@@ -200,12 +199,12 @@ class Attempt:
             except _STORING as failure:
                 error = f"its outputs could not be stored: {failure}"
         crew.tell(phase=LISTED, listing=listing, error=error)
-        if isinstance(crew, Leader) and gang is not None:
+        if isinstance(crew, Leader):
             await self._unfenced(crew.all_at(LISTED, self._note))
             try:
-                gang.names = await self._unfenced(self._name_files(gang))
+                crew.gang.names = await self._unfenced(self._name_files(crew.gang))
             except _STORING as failure:
-                error, gang.names = f"its outputs could not be stored: {failure}", _NO_NAMES
+                error, crew.gang.names = f"its outputs could not be stored: {failure}", _NO_NAMES
             crew.decide()
         order = await self._unfenced(crew.until(STORED))
         files: dict[str, c.FileEntry] = {}
@@ -220,13 +219,12 @@ class Attempt:
         if isinstance(crew, Member):
             await self._unfenced(crew.heard())
             return
-        assert gang is not None
         await self._unfenced(crew.all_at(STORED, self._note))
         manifest_digest, manifest = "", c.Manifest()
-        status = gang.verdict()
+        status = crew.gang.verdict()
         if status.reason != "upload_failed":
             try:
-                manifest_digest, manifest = await self._unfenced(self._make_whole(gang, files))
+                manifest_digest, manifest = await self._unfenced(self._make_whole(crew.gang, files))
             except _STORING as failure:
                 status = c.ExitStatus(reason="upload_failed", message=f"its outputs could not be stored: {failure}")
         self._say(

@@ -38,6 +38,9 @@ class Crew:
         self.order = pb.GangOrder()
         self._on_order = on_order
         self._news = asyncio.Event()
+        # What the talking died of. It is raised where something is waited for: a share that hears nothing more would wait
+        # for ever, as its beats go on.
+        self._failure: BaseException | None = None
 
     def tell(self, **what: object) -> None:
         """Say more of this share."""
@@ -57,8 +60,22 @@ class Crew:
         """The first order that lets this share go so far (and names a command)."""
         while self.order.phase < phase or (command and self.order.phase == phase and not self.order.command):
             self._news.clear()
+            self._sound()
             await self._news.wait()
         return self.order
+
+    def _sound(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def _talked(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (failure := task.exception()) is not None:
+            self._failure = failure
+            self._wake()
+
+    def _wake(self) -> None:
+        """Let all who wait look again."""
+        self._news.set()
 
     async def close(self) -> None:
         raise NotImplementedError
@@ -101,9 +118,14 @@ class Leader(Crew):
         moved.set()
         self._ordered(self._orders[0])
 
+    def _wake(self) -> None:
+        super()._wake()
+        self._moved.set()
+
     async def all_at(self, phase: int, note: Callable[[str], None]) -> None:
         """Return when every share has come so far; says every half minute who has not."""
         while not self.gang.all_at(phase):
+            self._sound()
             moved = self._moved
             try:
                 async with asyncio.timeout(30):
@@ -114,13 +136,16 @@ class Leader(Crew):
 
     async def moved(self) -> None:
         """Return when something that anybody said, or was told, has changed."""
+        self._sound()
         await self._moved.wait()
+        self._sound()
 
     async def _hear(self, message: Msg) -> None:
         # A task of its own: the answer may take a while, and others speak meanwhile.
         task = asyncio.create_task(self._answer(message))
         self._answers.add(task)
         task.add_done_callback(self._answers.discard)
+        task.add_done_callback(self._talked)
 
     async def _answer(self, message: Msg) -> None:
         try:
@@ -164,6 +189,7 @@ class Member(Crew):
         self._changed = asyncio.Event()
         self._acknowledged = asyncio.Event()
         self._task = asyncio.create_task(self._talk())
+        self._task.add_done_callback(self._talked)
 
     async def start(self) -> None:
         """It talks from the beginning."""
@@ -171,6 +197,10 @@ class Member(Crew):
     def _told(self) -> None:
         self._acknowledged.clear()
         self._changed.set()
+
+    def _wake(self) -> None:
+        super()._wake()
+        self._acknowledged.set()
 
     async def _talk(self) -> None:
         pause = 0.1
@@ -203,6 +233,7 @@ class Member(Crew):
     async def heard(self) -> None:
         """Return when the leader has answered to the newest that was told."""
         await self._acknowledged.wait()
+        self._sound()
 
     async def close(self) -> None:
         """Say nothing more."""
