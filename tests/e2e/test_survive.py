@@ -106,6 +106,49 @@ def test_a_paused_node_comes_back_too_late_and_cannot_write(frail: Embedded, wor
             process.wait(30)
 
 
+# Python reads it before anything else: the first life of a trainer fails in a place where nobody expects it.
+BROKEN = """
+import os, sys
+marker = {marker!r}
+if "alveary_trainer" in sys.orig_argv and not os.path.exists(marker):
+    from alveary_trainer import attempt
+    async def conclude(self, status):
+        open(marker, "w").close()
+        raise LookupError("a bug")
+    attempt.Attempt._conclude = conclude
+"""
+
+
+def test_a_node_that_does_not_understand_itself_begins_again(frail: Embedded, workspace: Workspace, source: Path, tmp_path: Path) -> None:
+    """Nobody starts the trainers of machines that joined: they do it themselves, in the same process."""
+    ComputeTarget.create(workspace, "alone", AmlCompute.provisioning_configuration(kind="nodes"))
+    command = frail.cli("node", "token", "alone").stdout.split()
+    (tmp_path / "sitecustomize.py").write_text(BROKEN.format(marker=str(tmp_path / "marker")))
+    joining = [
+        sys.executable,
+        "-m",
+        "alveary.cli",
+        *command[1:],
+        "--name",
+        "alone-1",
+        "--state-dir",
+        str(tmp_path / "state"),
+        "--cpus",
+        "1",
+    ]
+    with (tmp_path / "log").open("wb") as log:
+        node = subprocess.Popen(joining, env=os.environ | {"PYTHONPATH": str(tmp_path)}, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+    try:
+        run = submit(workspace, source, "print('here')", compute_target="alone")
+        details = finished(run)
+        assert details["attempt"] == 2 and lines(run).count("here") >= 1 and (tmp_path / "marker").exists()
+        assert "a bug" in (tmp_path / "log").read_text() and node.poll() is None
+    finally:
+        node.terminate()
+        assert node.wait(60) == 0
+    until(lambda: ComputeTarget(workspace, "alone").list_nodes() == [], "it has left")
+
+
 @pytest.mark.skipif(os.getuid() != 0, reason="needs root: only root can mount a small disk")
 def test_a_full_disk_fails_the_run_with_a_reason_and_the_node_goes_on(tmp_path: Path, source: Path) -> None:
     small = tmp_path / "stack/trainer"

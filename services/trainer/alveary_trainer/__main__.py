@@ -9,6 +9,7 @@ import importlib.util
 import os
 import shutil
 import signal
+import sys
 import tempfile
 from pathlib import Path
 
@@ -125,8 +126,8 @@ def runtime_of(settings: TrainerSettings, cache: Path, store: ObjectStore, runs_
     return ProcessRuntime(Environments(cache / "environments", settings.environments_bytes, store), address)
 
 
-async def main() -> None:
-    """Serve as a node until SIGTERM, or until the target shrinks."""
+async def main() -> bool:
+    """Serve as a node until SIGTERM, or until the target shrinks; true: begin again, an attempt's end was not understood."""
     settings = TrainerSettings()
     if settings.gpu_count < 0:
         settings = settings.model_copy(update={"gpu_count": len(gpu_models())})
@@ -151,7 +152,7 @@ async def main() -> None:
     agent = Agent(context)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, agent.done.set)
+        loop.add_signal_handler(number, agent.leave)
     trainer_pb2_grpc.add_TrainerServiceServicer_to_server(TrainerService(agent, context), service.server.server)
     service.server.add(trainer_pb2.DESCRIPTOR.services_by_name.values())
     await service.server.start(settings.listen)
@@ -167,7 +168,10 @@ async def main() -> None:
     os.close(claim)
     if service.failed.done():
         service.failed.result()
+    return agent.afresh
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    if asyncio.run(main()):
+        # Not everywhere is somebody who would start it again.
+        os.execv(sys.executable, [sys.executable, "-m", "alveary_trainer"])

@@ -39,6 +39,8 @@ class Agent:
         self._canceled: OrderedDict[str, None] = OrderedDict()
         self._answered = time.monotonic()
         self.done = asyncio.Event()
+        # Whether this process shall begin again once it is done.
+        self.afresh = False
 
     async def follow(self, start: int) -> None:
         """Placements for this node, what is taken back or must make room, and cancels, for ever."""
@@ -95,7 +97,14 @@ class Agent:
         if not task.cancelled() and (error := task.exception()):
             # Its placement stands until the scheduler learns that this node no longer reports it.
             telemetry.logger().error("attempt.crashed", attempt=task.get_name(), exc_info=error)
-            self.done.set()  # start afresh: the new incarnation lets the scheduler revoke what was here
+            # The new incarnation lets the scheduler revoke what was here.
+            self.afresh = self.afresh or not self.done.is_set()
+            self.done.set()
+
+    def leave(self) -> None:
+        """Stop serving as a node."""
+        self.afresh = False
+        self.done.set()
 
     def _end(self, name: str, why: str) -> None:
         for attempt in list(self.attempts.values()):
