@@ -1,7 +1,8 @@
 """Writes what docker-compose.yml needs: .env and deploy/secrets/, with random values, readable by their owner alone.
 
 Run again it keeps what is there and adds what is missing, so it may follow an upgrade. `--host NAME` is the name by
-which clients reach the door (default localhost); it is in the certificate.
+which clients reach the platform (default localhost); it is in the certificate. `--bind ADDRESS` is where the door and the
+message bus listen (default 127.0.0.1).
 """
 
 from __future__ import annotations
@@ -37,8 +38,12 @@ def write(file: Path, text: str | bytes) -> None:
     part.rename(file)
 
 
-def settings(host: str, trainers: Path) -> dict[str, str]:
-    """All variables of .env; those that are there stay."""
+def settings(host: str, bind: str, trainers: Path) -> dict[str, str]:
+    """All variables of .env; those that are there stay, but for what was asked for by `bind`.
+
+    Raises:
+        ValueError: the host is another one than that of the certificate.
+    """
     file = ROOT / ".env"
     known = (
         dict(line.split("=", 1) for line in file.read_text().splitlines() if "=" in line and not line.startswith("#"))
@@ -48,7 +53,7 @@ def settings(host: str, trainers: Path) -> dict[str, str]:
     socket = Path(os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock").removeprefix("unix://"))
     group = socket.stat().st_gid if socket.is_socket() else 0
     wanted = {
-        "PUBLIC_HOST": host, "DOOR_PORT": "7461", "NATS_PORT": "7462", "REGISTRY_PORT": "7463", "DOCKER_SOCKET": str(socket),
+        "PUBLIC_HOST": host or "localhost", "DOOR_PORT": "7461", "NATS_PORT": "7462", "REGISTRY_PORT": "7463", "DOCKER_SOCKET": str(socket),
         "DOCKER_GID": str(group), "ALVEARY_TRAINER_DIR": str(trainers), "TOKEN_SECRET": secrets.token_hex(32),
         "S3_ROOT_ACCESS": "alveary-root", "S3_ROOT_SECRET": secrets.token_hex(24), "REGISTRY_USER": "alveary",
         "REGISTRY_PASSWORD": secrets.token_hex(24), "GRAFANA_PASSWORD": secrets.token_hex(12),
@@ -57,7 +62,12 @@ def settings(host: str, trainers: Path) -> dict[str, str]:
         wanted[f"NATS_{service.upper()}"] = secrets.token_hex(24)
     for service in BUCKETS:
         wanted |= {f"S3_ACCESS_{service.upper()}": f"alveary-{service}", f"S3_SECRET_{service.upper()}": secrets.token_hex(24)}
-    found = wanted | known
+    found = wanted | known | ({"DOOR_BIND": bind, "NATS_BIND": bind} if bind else {})
+    if host and host != found["PUBLIC_HOST"]:
+        raise ValueError(
+            f"--host {host}: this installation is {found['PUBLIC_HOST']}, and its certificate says so; to rename it, remove "
+            "PUBLIC_HOST from .env, and tls.crt, tls.key and ca.crt from deploy/secrets"
+        )
     found["NODE_TOKEN"] = known.get("NODE_TOKEN") or issue(found["TOKEN_SECRET"], Principal("node", "default", "writer"))
     lines = [f"{name}={value}" for name, value in sorted(found.items())]
     write(file, "# Written by `make compose-init`. Secrets: never commit it.\n" + "\n".join(lines) + "\n")
@@ -103,7 +113,8 @@ def certificate(host: str) -> None:
 def main() -> None:
     """Write all of it."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--host", default="localhost")
+    parser.add_argument("--host", default="")
+    parser.add_argument("--bind", default="", help="address that the door and the message bus listen at; 0.0.0.0: all")
     parser.add_argument(
         "--trainers", type=Path, default=Path("/var/lib/alveary"), help="folder of trainers, the same on the host and inside"
     )
@@ -111,23 +122,30 @@ def main() -> None:
     if len(str(asked.trainers)) > 45:
         parser.error(f"--trainers {asked.trainers}: too long, sockets below it would not fit (45 characters)")
     FOLDER.mkdir(mode=0o700, exist_ok=True)
-    env = settings(asked.host, asked.trainers)
+    try:
+        env = settings(asked.host, asked.bind, asked.trainers)
+    except ValueError as error:
+        parser.error(str(error))
     certificate(env["PUBLIC_HOST"])
     passwords = {name: env[f"NATS_{name.upper()}"] for name in (*WRITES, "subscriber")}
     write(
         FOLDER / "nats.conf",
         "# Written by `make compose-init`.\nlisten: 0.0.0.0:4222\nhttp: 0.0.0.0:8222\nserver_name: alveary\nmax_payload: 8MB\n"
+        # Services inside speak unencrypted, and wait that long for the server to see that they do; those outside begin with
+        # TLS, and have that long for their first bytes to come.
+        'tls { cert_file: "/etc/nats/tls.crt", key_file: "/etc/nats/tls.key", handshake_first: "300ms" }\nallow_non_tls: true\n'
         'jetstream { store_dir: "/data", sync_interval: always, max_file_store: 1TB }\n' + nats_users(passwords),
     )
     keys = {s: (env[f"S3_ACCESS_{s.upper()}"], env[f"S3_SECRET_{s.upper()}"]) for s in BUCKETS}
     write(FOLDER / "s3.json", weed_identities(keys, (env["S3_ROOT_ACCESS"], env["S3_ROOT_SECRET"])))
     hashed = bcrypt.hashpw(env["REGISTRY_PASSWORD"].encode(), bcrypt.gensalt()).decode()
     write(FOLDER / "htpasswd", f"{env['REGISTRY_USER']}:{hashed}\n")
+    scheme = "nats" if env["PUBLIC_HOST"] in ("localhost", "127.0.0.1") else "tls"
     config = {
         "endpoint": f"{env['PUBLIC_HOST']}:{env['DOOR_PORT']}", "tls": True,
         "ca": (FOLDER / "ca.crt").read_text() if (FOLDER / "ca.crt").exists() else "",
         "token": issue(env["TOKEN_SECRET"], Principal("owner", "default", "owner")), "workspace": "default",
-        "nats_url": f"nats://{env['PUBLIC_HOST']}:{env['NATS_PORT']}", "nats_user": "subscriber", "nats_password": env["NATS_SUBSCRIBER"],
+        "nats_url": f"{scheme}://{env['PUBLIC_HOST']}:{env['NATS_PORT']}", "nats_user": "subscriber", "nats_password": env["NATS_SUBSCRIBER"],
     }  # fmt: skip
     write(FOLDER / "config.json", json.dumps(config, indent=1) + "\n")
     print(f"wrote .env and {FOLDER.relative_to(ROOT)}/; clients use {FOLDER.relative_to(ROOT)}/config.json")

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ import urllib3
 from support import finished, lines, submit, tail, until
 
 from alveary import Dataset, Environment, Model, Run, Workspace
+from alveary.compute import AmlCompute, ComputeTarget
 from alveary.local.layout import Ports
 
 ROOT = Path(__file__).parents[2]
@@ -203,6 +205,65 @@ def test_a_run_goes_through_with_any_one_container_killed(compose: Compose, work
     compose.crash(victim)
     whole(run)
     assert len([e for e in workspace.events.subscribe("run.completed", from_sequence=1, timeout=3) if e.subject == run.id]) == 1
+
+
+def test_a_machine_outside_joins_with_a_token(compose: Compose, workspace: Workspace, source: Path, tmp_path: Path) -> None:
+    """A trainer that is no container of the stack: it has the door, the message bus' TLS, and its docker daemon."""
+    cli = [str(ROOT / ".venv/bin/python"), "-m", "alveary.cli"]
+    ComputeTarget.create(workspace, "far", AmlCompute.provisioning_configuration(kind="nodes"))
+    environment = os.environ | {"ALVEARY_CONFIG": str(compose.folder / "deploy/secrets/config.json")}
+    told = subprocess.run([*cli, "node", "token", "far"], env=environment, capture_output=True, text=True, check=True, timeout=60)
+    words = told.stdout.split()
+    assert "own machine alone" in told.stderr and words[:3] == ["alveary", "node", "join"] and "--tls" in words
+    # A short path: the runs' sockets are below it.
+    folder = compose.trainers / "far"
+    here = {k: v for k, v in os.environ.items() if not k.startswith("ALVEARY_")}
+    options = ["--name", "outside", "--state-dir", str(folder), "--cpus", "1"]
+    stranger = subprocess.run([*cli, *words[1 : words.index("--ca-data")], *options], env=here, capture_output=True, text=True, timeout=120)
+    assert stranger.returncode == 5 and "an authority other than `ca`'s" in stranger.stderr and not folder.exists(), stranger.stderr
+    log = tmp_path / "trainer.log"
+    with log.open("wb") as written:
+        trainer = subprocess.Popen([*cli, *words[1:], *options], env=here, stdout=written, stderr=written, stdin=subprocess.DEVNULL)
+    try:
+        run = submit(
+            workspace, source, """
+            import os, time
+            from alveary import Run
+            run = Run.get_context()
+            run.tag("in", "far")
+            open("outputs/model.txt", "w").write("weights")
+            run.register_model("from-afar", "outputs/model.txt")
+            for i in range(60):
+                print(i, flush=True); run.log("i", i); time.sleep(0.1)
+            open("outputs/done.txt", "w").write("done")
+            """, environment=Environment("far", ["six"]), compute_target="far",
+        )  # fmt: skip
+        until(lambda: "5" in lines(run), "it runs", 120)
+        # What it holds on to goes away, and it is still the first attempt that ends.
+        for service in ("door", "nats", "minio"):
+            compose.crash(service)
+        whole(run)
+        details = finished(run)
+        assert details["attempt"] == 1 and details["nodes"] == ["outside"]
+        assert run.get_tags()["in"] == "far" and Model(workspace, "from-afar").version == 1
+        secrets = compose.secrets
+        door = f"localhost:{secrets['DOOR_PORT']}/"
+        pulled = [name for image in compose.api.images() for name in image.get("RepoDigests") or [] if name.startswith(door)]
+        assert len(pulled) == 1
+        hidden = [secrets["NATS_TRAINER"], secrets["S3_SECRET_TRAINER"], secrets["REGISTRY_PASSWORD"], words[4]]
+        assert not [h[:4] for h in hidden if h in log.read_text()]
+        # From outside images can be pulled, by who has the password, and not be pushed.
+        pool = urllib3.PoolManager(ca_certs=str(folder / "ca.crt"))
+        headers = urllib3.make_headers(basic_auth=f"{secrets['REGISTRY_USER']}:{secrets['REGISTRY_PASSWORD']}")
+        assert pool.request("GET", f"https://{door}v2/").status == 401
+        assert pool.request("GET", f"https://{door}v2/", headers=headers).status == 200
+        assert pool.request("POST", f"https://{door}v2/a/blobs/uploads/", headers=headers).status == 404
+        assert pool.request("GET", f"https://{door}runs?list-type=2").status == 403
+        assert pool.request("GET", f"https://{door}archive?list-type=2").status == 404
+    finally:
+        trainer.send_signal(signal.SIGINT)
+        assert trainer.wait(60) == 0, log.read_text()[-4000:]
+    until(lambda: ComputeTarget(workspace, "far").list_nodes() == [], "it has left", 60)
 
 
 def test_a_run_reaches_nothing_of_the_platform(compose: Compose, workspace: Workspace, source: Path) -> None:

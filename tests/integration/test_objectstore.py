@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 from collections.abc import AsyncIterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import urllib3
 
 from alveary.local.layout import Layout
+from alveary.transfer import Transfers
 from alveary_contracts.common.v1 import common_pb2 as c
 from alveary_contracts.ids import new_id
 from alveary_core.errors import FailedPrecondition, NotFound, Unavailable
@@ -84,3 +87,39 @@ async def test_wrong_credentials_are_an_error_with_the_servers_words(bare_server
     with pytest.raises(Unavailable, match="InvalidAccessKeyId|AccessDenied|SignatureDoesNotMatch"):
         await wrong.put("runs", "x", b"")
     wrong.close()
+
+
+class Away(BaseHTTPRequestHandler):
+    """A proxy whose object store is away twice, and then takes what it gets."""
+
+    asked = 0
+
+    def do_PUT(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        Away.asked += 1
+        self.send_response(502 if Away.asked % 3 else 200)
+        self.send_header("Content-Length", "0")
+        if Away.asked % 3 == 0:
+            self.send_header("ETag", f'"{hashlib.md5(body).hexdigest()}"')
+        self.end_headers()
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Silent."""
+
+
+async def test_a_proxy_that_does_not_reach_the_store_is_asked_again(tmp_path: Path) -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Away)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    store = ObjectStore(f"127.0.0.1:{server.server_port}", "a", "b")
+    try:
+        await store.put("runs", "x", b"hello")
+        assert Away.asked == 3
+        (tmp_path / "x").write_bytes(b"hello")
+        entry = c.FileEntry(path="x", size=5, sha256="s")
+        slot = c.UploadSlot(sha256="s", url=f"http://127.0.0.1:{server.server_port}/x")
+        await Transfers().upload([slot], c.Manifest(files=[entry]), {"x": tmp_path / "x"}, None)
+        assert Away.asked == 6
+    finally:
+        store.close()
+        server.shutdown()
+        server.server_close()

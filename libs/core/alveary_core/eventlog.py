@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ssl
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-import nats
 import nats.errors
 import stamina
 from google.protobuf.message import Message
@@ -26,7 +28,7 @@ from nats.js.api import (
 from nats.js.errors import APIError, BadRequestError, NotFoundError
 
 from alveary_contracts.ids import new_id
-from alveary_core import telemetry
+from alveary_core import telemetry, tls
 from alveary_core.errors import Unavailable
 from alveary_core.events import STREAM, Event, Key, body, decode, envelope, name_of
 
@@ -48,28 +50,49 @@ class Appended:
     sequence: int
 
 
-async def connect(url: str, user: str, password: str, name: str, patience: float = 30.0) -> Client:
+async def connect(url: str, user: str, password: str, name: str, patience: float = 30.0, ca: Path | None = None) -> Client:
     """A connection that comes back by itself, for as long as it takes.
 
+    `tls://` is encrypted from its first byte (nats-server: `handshake_first`): nats-py would send the password unencrypted to
+    a server that does not insist on TLS. `ca`: authorities that are believed beside the public ones, PEM.
+
     Raises:
-        Unavailable: no server answered within `patience` seconds at first.
+        Unavailable: no server answered within `patience` seconds at first, or it is not the one that `ca` knows.
     """
-    log = telemetry.logger()
+    log, stranger, last = telemetry.logger(), asyncio.Event(), "is it started?"
 
     async def on_error(error: Exception) -> None:
-        log.warning("nats", error=str(error) or type(error).__name__)
+        nonlocal last
+        last = str(error) or type(error).__name__
+        log.warning("nats", error=last)
+        if isinstance(error, ssl.SSLCertVerificationError):
+            stranger.set()
 
+    client = Client()
+    options: dict[str, Any] = {"tls": tls.context(ca), "tls_handshake_first": True} if url.startswith("tls://") else {}
+    options["reconnect_time_wait"] = 0.2
+    # It tries for ever, at first as well: the deadline is ours.
+    connecting = asyncio.create_task(
+        client.connect(
+            url, user=user or None, password=password or None, name=name, error_cb=on_error, max_reconnect_attempts=-1,
+            connect_timeout=3, ping_interval=5, max_outstanding_pings=2, pending_size=64 * 1024 * 1024,
+            **options,
+        )
+    )  # fmt: skip
+    refused = asyncio.create_task(stranger.wait())
     try:
-        async for attempt in stamina.retry_context(on=_TRANSIENT, attempts=None, timeout=patience, wait_max=1.0):
-            with attempt:
-                return await nats.connect(
-                    url, user=user or None, password=password or None, name=name, error_cb=on_error,
-                    max_reconnect_attempts=-1, reconnect_time_wait=0.2, connect_timeout=3, ping_interval=5,
-                    max_outstanding_pings=2, pending_size=64 * 1024 * 1024,
-                )  # fmt: skip
-    except _TRANSIENT as error:
-        raise Unavailable(f"the message bus at {url} does not answer within {patience:g} s: is it started?") from error
-    raise AssertionError("unreachable")
+        await asyncio.wait({connecting, refused}, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+        if connecting.done():
+            connecting.result()
+            return client
+    finally:
+        for task in (connecting, refused):
+            task.cancel()
+        await asyncio.gather(connecting, refused, return_exceptions=True)
+    await client.close()
+    if stranger.is_set():
+        raise Unavailable(f"the message bus at {url} cannot show that it is the one ({last}): is ALVEARY_CA its authority?")
+    raise Unavailable(f"the message bus at {url} does not answer within {patience:g} s: {last}")
 
 
 async def ensure_streams(connection: Client, patience: float = 30.0) -> None:

@@ -13,15 +13,15 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
 
-import certifi
 import stamina
 import urllib3
 from minio import Minio
 from minio.commonconfig import CopySource
 from minio.deleteobjects import DeleteObject
-from minio.error import S3Error
+from minio.error import InvalidResponseError, S3Error, ServerError
 
 from alveary_contracts.common.v1 import common_pb2 as c
+from alveary_core import tls
 from alveary_core.errors import FailedPrecondition, NotFound, Unavailable
 
 T = TypeVar("T")
@@ -40,12 +40,12 @@ class ObjectStore:
 
     def __init__(
         self, endpoint: str, access_key: str, secret_key: str, *, secure: bool = False, public_endpoint: str = "",
-        public_secure: bool = False, threads: int = 16,
+        public_secure: bool = False, threads: int = 16, ca: Path | None = None,
     ) -> None:  # fmt: skip
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="s3")
         http = urllib3.PoolManager(
             timeout=urllib3.Timeout(connect=5, read=60), maxsize=threads, retries=False,
-            cert_reqs="CERT_REQUIRED", ca_certs=os.environ.get("SSL_CERT_FILE") or certifi.where(),
+            ssl_context=tls.context(ca),
         )  # fmt: skip
         # A region in hand saves the SDK a look-up before it can sign.
         self._client = Minio(endpoint, access_key=access_key, secret_key=secret_key, secure=secure, region="us-east-1", http_client=http)
@@ -68,7 +68,7 @@ class ObjectStore:
             if error.code in _MISSING:
                 raise NotFound("object", what) from error
             raise Unavailable(f"object store: {what}: {error.code}: {error.message}") from error
-        except (urllib3.exceptions.HTTPError, OSError) as error:
+        except (urllib3.exceptions.HTTPError, OSError, InvalidResponseError, ServerError) as error:
             raise Unavailable(f"object store: {what}: {error}") from error
 
     async def ensure_buckets(self) -> None:
@@ -212,7 +212,9 @@ class _Hashing:
 def _transient(error: Exception) -> bool:
     if isinstance(error, S3Error):
         return bool(error.response is not None and error.response.status >= 500)
-    return isinstance(error, (urllib3.exceptions.HTTPError, ConnectionError, json.JSONDecodeError))
+    # What is not XML comes from a proxy in front of the object store, which does not reach it.
+    proxy = (InvalidResponseError, ServerError)
+    return isinstance(error, (urllib3.exceptions.HTTPError, ConnectionError, json.JSONDecodeError, *proxy))
 
 
 async def missing_blobs(store: ObjectStore, bucket: str, files: Sequence[c.FileEntry]) -> list[str]:

@@ -38,13 +38,13 @@ class Service:
         """Connect to the bus and the object store; create the streams where they are missing, unless told not to."""
         s = self.settings
         s.state_dir.mkdir(parents=True, exist_ok=True)
-        self.connection = await connect(s.nats_url, s.nats_user, s.nats_password.get_secret_value(), f"alveary-{self.name}")
+        self.connection = await connect(s.nats_url, s.nats_user, s.nats_password.get_secret_value(), f"alveary-{self.name}", ca=s.ca)
         if streams:
             await ensure_streams(self.connection)
         self.log = EventLog(self.connection, self.name)
         self.store = ObjectStore(
             s.s3_endpoint, s.s3_access_key.get_secret_value(), s.s3_secret_key.get_secret_value(),
-            secure=s.s3_secure, public_endpoint=s.s3_public_endpoint, public_secure=s.s3_public_secure,
+            secure=s.s3_secure, public_endpoint=s.s3_public_endpoint, public_secure=s.s3_public_secure, ca=s.ca,
         )  # fmt: skip
 
     def spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:

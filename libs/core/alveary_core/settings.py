@@ -13,6 +13,9 @@ class CoreSettings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="ALVEARY_", env_ignore_empty=True, extra="ignore")
 
+    # PEM file of authorities that are believed beside the public ones, where the message bus or the object store speaks TLS.
+    ca: Path | None = None
+    # nats://, or tls:// where the server takes TLS from the first byte.
     nats_url: str = "nats://127.0.0.1:4222"
     nats_user: str = ""
     nats_password: SecretStr = SecretStr("")

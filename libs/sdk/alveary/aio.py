@@ -406,5 +406,9 @@ def translate(error: grpc.aio.AioRpcError, config: Config) -> AlvearyError:
     """The platform's own words."""
     code = error.code()
     if code == grpc.StatusCode.UNAVAILABLE and "Alveary" not in (error.details() or "") and "connect" in (error.details() or ""):
-        return AlvearyError(f"no platform answers at {config.endpoint} (from {config.source}): start it with `alveary up`", code.name)
+        # Which address failed how is not told where a name has several.
+        stranger = ", or what answers has a certificate of another name, or of an authority other than `ca`'s" if config.tls else ""
+        return AlvearyError(
+            f"no platform answers at {config.endpoint} (from {config.source}): start it with `alveary up`{stranger}", code.name
+        )
     return AlvearyError(error.details() or code.name, code.name)

@@ -26,7 +26,8 @@ class Transfers:
         self._http = urllib3.PoolManager(
             ssl_context=ssl.create_default_context(cadata=ca) if ca else None,
             maxsize=_PARALLEL,
-            retries=urllib3.Retry(5, backoff_factor=0.2),
+            # 5xx: also what a proxy in front of the object store says while that is away.
+            retries=urllib3.Retry(5, backoff_factor=0.2, status_forcelist=(500, 502, 503, 504), raise_on_status=False),
             timeout=urllib3.Timeout(10, read=120),
         )
         self._slots = asyncio.Semaphore(_PARALLEL)

@@ -14,7 +14,7 @@ _SUBJECT = "join/"
 # What trainers of this machine have that those of others need as well.
 _SHARED = (
     "ALVEARY_NATS_USER", "ALVEARY_NATS_PASSWORD", "ALVEARY_S3_ACCESS_KEY", "ALVEARY_S3_SECRET_KEY", "ALVEARY_LEASE_SECONDS",
-    "ALVEARY_BEAT_SECONDS", "ALVEARY_RUNTIME",
+    "ALVEARY_BEAT_SECONDS", "ALVEARY_RUNTIME", "ALVEARY_REGISTRY", "ALVEARY_REGISTRY_USER", "ALVEARY_REGISTRY_PASSWORD",
 )  # fmt: skip
 
 
@@ -70,5 +70,6 @@ class Joining:
             "ALVEARY_WORKSPACE": workspace, "ALVEARY_TARGET": target, "ALVEARY_NODE_TOKEN": token,
             "ALVEARY_ENDPOINT": s.join_runs_endpoint or self.endpoint, "ALVEARY_REGISTRY_ENDPOINT": s.join_registry_endpoint or self.endpoint,
             "ALVEARY_NATS_URL": s.join_nats_url, "ALVEARY_S3_ENDPOINT": s.join_s3_endpoint,
-            "ALVEARY_S3_SECURE": str(s.join_s3_secure).lower(),
+            "ALVEARY_S3_SECURE": str(s.join_s3_secure).lower(), "ALVEARY_ENDPOINT_TLS": str(s.join_tls).lower(),
+            "ALVEARY_REGISTRY_AT": s.join_image_registry,
         }  # fmt: skip

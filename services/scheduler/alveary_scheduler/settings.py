@@ -24,3 +24,7 @@ class SchedulerSettings(CoreSettings):
     join_nats_url: str = ""
     join_s3_endpoint: str = ""
     join_s3_secure: bool = False
+    # The endpoints above speak TLS.
+    join_tls: bool = False
+    # host:port at which their docker daemons reach the registry of images, where its name is another here.
+    join_image_registry: str = ""

@@ -40,7 +40,10 @@ class NodeContext:
     def _channel(self, endpoint: str) -> grpc.aio.Channel:
         if not endpoint:
             raise ValueError("this node was started without ALVEARY_ENDPOINT: tags and models need it")
-        return grpc.aio.insecure_channel(endpoint)
+        if not self.settings.endpoint_tls:
+            return grpc.aio.insecure_channel(endpoint)
+        trusted = self.settings.ca.read_bytes() if self.settings.ca else None
+        return grpc.aio.secure_channel(endpoint, grpc.ssl_channel_credentials(trusted))
 
     def _metadata(self) -> tuple[tuple[str, str], ...]:
         return (("authorization", f"Bearer {self.settings.node_token.get_secret_value()}"),)

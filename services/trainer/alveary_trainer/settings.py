@@ -22,6 +22,8 @@ class TrainerSettings(CoreSettings):
     endpoint: str = ""
     # Where the registry is, if not at `endpoint`.
     registry_endpoint: str = ""
+    # Both speak TLS.
+    endpoint_tls: bool = False
     node_token: SecretStr = SecretStr("")
     # Which of the machine's GPUs are this node's.
     gpu_offset: int = 0
@@ -47,8 +49,10 @@ class TrainerSettings(CoreSettings):
     runtime: Literal["process", "docker"] = "process"
     # User and group of containers; a trainer that is not root gives them its own.
     run_uid: int = 10001
-    # Where images are pulled from, where that asks for a password.
+    # The registry that images are named after (host:port), where that asks for a password.
     registry: str = ""
+    # host:port at which this node reaches it, where that is another; empty: `registry`.
+    registry_at: str = ""
     registry_user: str = ""
     registry_password: SecretStr = SecretStr("")
     # Short and on the same path on the docker host; empty: a folder under the temporary directory.

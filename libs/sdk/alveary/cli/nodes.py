@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import importlib.util
 import os
+import shlex
 import socket
 import sys
 from pathlib import Path
@@ -23,10 +26,22 @@ def node_token(target: str, hours: Annotated[float, typer.Option(help="How long 
     """Print the command with which a machine joins a target."""
     from alveary.compute import ComputeTarget
 
-    endpoint, token = ComputeTarget(open_workspace(), target).create_join_token(hours * 3600)
-    if endpoint.startswith(("127.", "localhost")):
-        err.print("this works on the platform's own machine alone: `alveary up --bind ADDRESS` lets others reach it", markup=False)
-    print(f"alveary node join {endpoint} {token}")
+    workspace = open_workspace()
+    endpoint, token = ComputeTarget(workspace, target).create_join_token(hours * 3600)
+    if _loopback(endpoint):
+        err.print(
+            "this works on the platform's own machine alone: `alveary up --bind ADDRESS`, or with docker compose "
+            "`--host NAME --bind ADDRESS` of `make compose-init`, let others reach it", markup=False,
+        )  # fmt: skip
+    config = workspace._client.config
+    words = ["alveary node join", endpoint, token, *(["--tls"] if config.tls else [])]
+    if config.tls and config.ca:
+        words += ["--ca-data", base64.urlsafe_b64encode(config.ca.encode()).decode()]
+    print(*words)
+
+
+def _loopback(endpoint: str) -> bool:
+    return endpoint.startswith(("127.", "localhost:", "[::1]"))
 
 
 @node_app.command("join")
@@ -41,9 +56,9 @@ def node_join(
     gpu_ids: Annotated[str, typer.Option(help="Which of the machine's GPUs, by index: 2,5; default: the first.")] = "",
     label: Annotated[list[str] | None, typer.Option("--label", help="KEY=VALUE that runs may ask for; repeatable.")] = None,
     state_dir: Annotated[Path, typer.Option(help="Where runs work, and environments and data are kept.")] = Path("~/.alveary-node"),
-    runtime: Annotated[str, typer.Option(help="process or docker; default: as the platform's own.")] = "",
     tls: Annotated[bool, typer.Option("--tls", help="The platform's door speaks TLS.")] = False,
-    ca: Annotated[Path | None, typer.Option(help="Certificate that it is known by.")] = None,
+    ca: Annotated[Path | None, typer.Option(help="Certificate of the authority that it is known by, a PEM file.")] = None,
+    ca_data: Annotated[str, typer.Option(help="The same, as `alveary node token` prints it.")] = "",
 ) -> None:  # fmt: skip
     """Become a node, until Ctrl-C: then what runs here is attempted again elsewhere."""
     import json
@@ -55,9 +70,10 @@ def node_join(
     if importlib.util.find_spec("alveary_trainer") is None:
         raise AlvearyError("this machine lacks the trainer: pip install 'alveary[local]'", "FAILED_PRECONDITION")
     token = sys.stdin.readline().strip() if token == "-" else token
+    trusted = _authority(ca, ca_data)
 
     async def ask() -> pb.JoinNodeResponse:
-        client = Client(Config(endpoint, token, tls=tls, ca=ca.read_text() if ca else ""))
+        client = Client(Config(endpoint, token, tls=tls, ca=trusted))
         try:
             reply: pb.JoinNodeResponse = await client.call(client.nodes.JoinNode, pb.JoinNodeRequest(hostname=socket.gethostname()))
             return reply
@@ -66,6 +82,7 @@ def node_join(
 
     told = run(ask())
     folder = state_dir.expanduser().resolve()
+    folder.mkdir(parents=True, exist_ok=True)
     environment = {k: v for k, v in os.environ.items() if not k.startswith("ALVEARY_")} | dict(told.environment)
     environment |= {
         "ALVEARY_NODE": name or f"{told.target}-{socket.gethostname()}", "ALVEARY_STATE_DIR": str(folder),
@@ -74,7 +91,46 @@ def node_join(
     }  # fmt: skip
     if gpu_ids:
         environment["ALVEARY_GPU_IDS"] = f"[{gpu_ids}]"
-    if runtime:
-        environment["ALVEARY_RUNTIME"] = runtime
+    if trusted:
+        (folder / "ca.crt").write_text(trusted)
+        environment["ALVEARY_CA"] = str(folder / "ca.crt")
+        if told.environment.get("ALVEARY_RUNTIME") == "docker":
+            let_docker_trust(told.environment.get("ALVEARY_REGISTRY_AT", ""), folder / "ca.crt")
     print(f"node {environment['ALVEARY_NODE']} of {told.target} (workspace {told.workspace}); state in {folder}", flush=True)
     os.execve(sys.executable, [sys.executable, "-m", "alveary_trainer"], environment)
+
+
+def _authority(ca: Path | None, ca_data: str) -> str:
+    """PEM of the authority that the platform is known by; empty: a public one."""
+    if ca and ca_data:
+        raise AlvearyError("--ca and --ca-data: one of them", "INVALID_ARGUMENT")
+    try:
+        pem = ca.read_text() if ca else base64.b64decode(ca_data, altchars=b"-_", validate=True).decode()
+    except (OSError, binascii.Error, UnicodeDecodeError) as error:
+        raise AlvearyError(f"the platform's certificate cannot be read: {error}", "INVALID_ARGUMENT") from error
+    if (ca or ca_data) and "BEGIN CERTIFICATE" not in pem:
+        raise AlvearyError(f"{'--ca' if ca else '--ca-data'} holds no certificate in PEM", "INVALID_ARGUMENT")
+    return pem
+
+
+def let_docker_trust(registry: str, ca: Path, folder: Path = Path("/etc/docker/certs.d")) -> None:
+    """Let this machine's docker daemon pull from a registry whose certificate an authority of its own signed.
+
+    Docker looks below /etc/docker/certs.d/<host:port>, and asks nobody who it is on the loopback.
+
+    Raises:
+        AlvearyError: this user may not write there; the message has the command that may.
+    """
+    if not registry or _loopback(registry):
+        return
+    wanted = folder / registry / "ca.crt"
+    try:
+        if not wanted.exists() or wanted.read_text() != ca.read_text():
+            wanted.parent.mkdir(parents=True, exist_ok=True)
+            wanted.write_text(ca.read_text())
+            print(f"docker on this machine trusts {registry} from now on: {wanted}", flush=True)
+    except PermissionError as error:
+        raise AlvearyError(
+            f"docker on this machine does not trust {registry} yet, and only root can say that it shall: "
+            f"sudo install -D -m 644 {shlex.quote(str(ca))} {shlex.quote(str(wanted))}", "FAILED_PRECONDITION",
+        ) from error  # fmt: skip

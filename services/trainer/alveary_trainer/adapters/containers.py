@@ -85,6 +85,8 @@ class DockerRuntime:
             raise StagingFailed(
                 f"environment {digest[:12]} was built as a virtual environment, and this node runs containers: set the environment's rebuild_key"
             )
+        if self._settings.registry_at and image.startswith(f"{self._settings.registry}/"):
+            image = self._settings.registry_at + image.removeprefix(self._settings.registry)
         async with self._pulls.setdefault(image, asyncio.Lock()):
             if not await self._do(lambda: self._has(image)):
                 await self._pull(image, say)
@@ -106,7 +108,7 @@ class DockerRuntime:
         loop, stop = asyncio.get_running_loop(), threading.Event()
         await say(f"pulling {image}")
         auth = None
-        if self._settings.registry_user and image.startswith(f"{self._settings.registry}/"):
+        if self._settings.registry_user and image.startswith(f"{self._settings.registry_at or self._settings.registry}/"):
             auth = {"username": self._settings.registry_user, "password": self._settings.registry_password.get_secret_value()}
 
         def work() -> None:
