@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from nats.errors import Error as NatsError
@@ -16,7 +17,7 @@ from alveary_contracts.events.v1 import events_pb2 as ev
 from alveary_contracts.ids import new_id
 from alveary_core.aggregates import Aggregates
 from alveary_core.errors import Unavailable
-from alveary_core.eventlog import Conflict, EventLog, connect, ensure_streams
+from alveary_core.eventlog import LOGS, Conflict, EventLog, connect, ensure_streams
 from alveary_core.events import Event, Key
 from alveary_core.projection import Projection
 
@@ -205,3 +206,27 @@ def test_specifications_survive_the_journey() -> None:
     event = decode(key.subject("submitted"), headers, body(message), 1)
     assert event.message == message
     assert event.key == key
+
+
+async def test_who_follows_is_told_that_nothing_is_left_also_when_the_rest_was_purged(
+    bare_servers: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the making of a consumer and the first message that it sends, an archiver may have purged all of them."""
+    log = await open_log(bare_servers, "trainer")
+    subject = f"alveary-logs.w.{new_id()}"
+    for _ in range(3):
+        await log.js.publish(subject, b"")
+    add = log.js.add_consumer
+
+    async def purged_meanwhile(*arguments: Any, **options: Any) -> Any:
+        await log.js.purge_stream(LOGS, subject=subject)
+        info = await add(*arguments, **options)
+        info.num_pending = 3
+        return info
+
+    monkeypatch.setattr(log.js, "add_consumer", purged_meanwhile)
+    async with asyncio.timeout(20), contextlib.aclosing(log.follow([subject], 1, LOGS)) as stream:
+        assert await anext(stream) is None
+        await log.js.publish(subject, b"more")
+        assert (await anext(stream))[0].data == b"more" and await anext(stream) is None  # type: ignore[index]
+    await log.connection.close()

@@ -229,7 +229,8 @@ class EventLog:
                 name = info.name
                 pending = info.num_pending or 0
                 delivered = 0
-                if pending == 0:
+                behind = pending > 0
+                if not behind:
                     yield None
                 while True:
                     message = await subscription.next_msg(timeout=3 * _HEARTBEAT)
@@ -239,6 +240,10 @@ class EventLog:
                         last = message.headers.get("Nats-Last-Consumer")
                         if last is not None and int(last) != delivered:
                             raise _Gap(f"consumer is at {last}, {delivered} arrived")
+                        # What was still to come may have been purged: then no message says that it is the last.
+                        if behind and not message.reply and "Nats-Consumer-Stalled" not in message.headers:
+                            behind = False
+                            yield None
                         continue
                     meta = message.metadata
                     if meta.sequence.consumer != delivered + 1:
@@ -246,8 +251,9 @@ class EventLog:
                     delivered += 1
                     position = meta.sequence.stream
                     pause = 0.1
+                    behind = meta.num_pending > 0
                     yield message, position
-                    if meta.num_pending == 0:
+                    if not behind:
                         yield None
             except (_Gap, *_TRANSIENT) as error:
                 if self.connection.is_closed:
