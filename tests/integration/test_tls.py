@@ -95,8 +95,8 @@ async def test_a_server_that_nobody_vouches_for_is_refused_at_once(bus: Bus) -> 
         await connect(f"tls://0.0.0.0:{bus.port}", "trainer", bus.password, "x", patience=600, ca=bus.ca)
 
 
-async def test_no_password_is_sent_to_a_server_without_tls(bare_servers: object, bus: Bus, tmp_path: Path) -> None:
-    """A plain server, and one that says it could do TLS: nats-py alone would go on unencrypted with both."""
+async def test_no_password_is_sent_to_a_server_without_tls(bus: Bus, tmp_path: Path) -> None:
+    """nats-py alone would go on unencrypted."""
     config = tmp_path / "plain.conf"
     port = Ports.choose(0).nats
     config.write_text(

@@ -227,9 +227,8 @@ class EventLog:
                     ),
                 )  # fmt: skip
                 name = info.name
-                pending = info.num_pending or 0
                 delivered = 0
-                behind = pending > 0
+                behind = bool(info.num_pending)
                 if not behind:
                     yield None
                 while True:

@@ -44,7 +44,7 @@ class ComputeService(rpc.ComputeServiceServicer):
                 return pb.CreateTargetResponse(target=self._target(present))
             raise AlreadyExists("compute target", request.name, "with another specification; delete it first or choose another name")
         if spec.kind == "ray":
-            self._scheduler.joining.endpoint  # noqa: B018 - its nodes join: refuse where they could not
+            self._scheduler.joining.require_ray()
         sequence = await self._scheduler.append(Key(who.workspace, "target", request.name), ev.TargetCreated(spec=spec))
         target = self._scheduler.state.targets[who.workspace, request.name]
         return pb.CreateTargetResponse(target=self._target(target), sequence=sequence)

@@ -39,6 +39,18 @@ class Joining:
             )  # fmt: skip
         return s.join_endpoint
 
+    def require_ray(self) -> None:
+        """Make sure that nodes of Ray clusters, which are told an endpoint and a token alone, could join.
+
+        Raises:
+            FailedPrecondition: they could not; see also `endpoint`.
+        """
+        if self.endpoint and self._settings.join_tls:
+            raise FailedPrecondition(
+                "nodes of a Ray cluster do not speak TLS to the platform, and this one is reached with nothing else: use targets of "
+                "kind 'nodes' (`alveary node token`)", "platform/join",
+            )  # fmt: skip
+
     def admit(self, workspace: str, target: str) -> tuple[str, str]:
         """(endpoint, join token) for a machine that joins a target soon.
 

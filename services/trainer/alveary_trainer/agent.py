@@ -148,7 +148,7 @@ class Agent:
                         attempt.end("fenced")
                 if silent > max(_ABANDONED, 2 * s.lease_seconds):
                     telemetry.logger().warning("beat.abandoned", seconds=round(silent))
-                    self.done.set()  # nobody will ever ask for this node again
+                    self.leave()  # nobody will ever ask for this node again
                 await asyncio.sleep(min(0.3, s.beat_seconds))
                 continue
             self._answered = time.monotonic()
