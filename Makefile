@@ -74,4 +74,4 @@ lock:
 	$(UV) pip compile requirements.in -o requirements.txt --no-annotate --no-header
 
 clean:
-	rm -rf $(VENV) .demo
+	rm -rf $(VENV) .venv-generate .demo

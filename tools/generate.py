@@ -1,8 +1,15 @@
-"""Generate libs/contracts and docs/asyncapi.yaml from protos/. `--check` fails when what is committed is stale."""
+"""Generate libs/contracts and docs/asyncapi.json from protos/. `--check` fails when what is committed is stale.
+
+Generated code runs with the protobuf that generated it and every newer one, never with an older one: so protoc is the
+oldest that the SDK works with, in an environment of its own (.venv-generate, made when it is missing or outdated), and
+nobody who installs the SDK has to give up the protobuf that their other packages ask for.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import filecmp
+import os
 import re
 import shutil
 import subprocess
@@ -16,15 +23,44 @@ PACKAGE = ROOT / "libs/contracts/alveary_contracts"
 IMPORT = re.compile(r"^(\s*)(from|import) alveary\.", re.MULTILINE)
 USE = re.compile(r"\balveary\.(common|events|runs|images|scheduler|trainer|logs|registry)\.v1\.(\w+_pb2)")
 
+ENVIRONMENT = ROOT / ".venv-generate"
+UV = [sys.executable, str(ROOT / "libs/core/alveary_core/uv.py")]
+# grpcio-tools 1.64.3 holds protoc 26.1, whose code runs with protobuf 5.26.1 and newer. setuptools: it imports pkg_resources.
+REQUIREMENTS = ("grpcio-tools==1.64.3", "grpcio==1.64.3", "protobuf==5.26.1", "setuptools==80.10.2")
+# The last Python that there are wheels of grpcio-tools 1.64.3 for.
+NEWEST_PYTHON = (3, 12)
+
+
+def protoc_python() -> Path:
+    """The Python that has protoc; makes its environment where that is missing or outdated.
+
+    Raises:
+        SystemExit: they cannot be installed; uv's own message is above.
+    """
+    stamp = ENVIRONMENT / "requirements"
+    wanted = "\n".join(REQUIREMENTS) + "\n"
+    with Path(tempfile.gettempdir(), f"alveary-generate-{os.getuid()}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # `make generate` and `make lint` may run side by side
+        if not stamp.exists() or stamp.read_text() != wanted or not (ENVIRONMENT / "bin/python").exists():
+            shutil.rmtree(ENVIRONMENT, ignore_errors=True)
+            python = sys.executable if sys.version_info[:2] <= NEWEST_PYTHON else ".".join(map(str, NEWEST_PYTHON))
+            install = [*UV, "pip", "install", "--quiet", "--python", str(ENVIRONMENT / "bin/python"), *REQUIREMENTS]
+            for command in ([*UV, "venv", "--quiet", "--python", python, str(ENVIRONMENT)], install):
+                if subprocess.run(command).returncode:
+                    sys.exit(f"the environment that generates code cannot be made in {ENVIRONMENT} with Python {python}: {command[2:]}")
+            stamp.write_text(wanted)
+    return ENVIRONMENT / "bin/python"
+
 
 def generate(target: Path) -> None:
     """Write the generated packages under `target`."""
-    bin_dir = Path(sys.executable).parent
+    python = protoc_python()
+    bin_dir = Path(sys.executable).parent  # the stubs are for mypy, and mypy's plugins are beside it
     with tempfile.TemporaryDirectory() as scratch:
         protos = sorted(str(p.relative_to(ROOT / "protos")) for p in (ROOT / "protos").rglob("*.proto"))
         subprocess.run(
             [
-                sys.executable, "-m", "grpc_tools.protoc", "-I", str(ROOT / "protos"),
+                str(python), "-m", "grpc_tools.protoc", "-I", str(ROOT / "protos"),
                 f"--plugin=protoc-gen-mypy={bin_dir / 'protoc-gen-mypy'}",
                 f"--plugin=protoc-gen-mypy_grpc={bin_dir / 'protoc-gen-mypy_grpc'}",
                 f"--python_out={scratch}", f"--grpc_python_out={scratch}",

@@ -5,8 +5,10 @@ import warnings
 
 from alveary_contracts.runs.v1 import runs_pb2 as alveary_dot_runs_dot_v1_dot_runs__pb2
 
-GRPC_GENERATED_VERSION = '1.85.1'
+GRPC_GENERATED_VERSION = '1.64.3'
 GRPC_VERSION = grpc.__version__
+EXPECTED_ERROR_RELEASE = '1.65.0'
+SCHEDULED_RELEASE_DATE = 'June 25, 2024'
 _version_not_supported = False
 
 try:
@@ -16,16 +18,19 @@ except ImportError:
     _version_not_supported = True
 
 if _version_not_supported:
-    raise RuntimeError(
+    warnings.warn(
         f'The grpc package installed is at version {GRPC_VERSION},'
-        + ' but the generated code in alveary/runs/v1/runs_pb2_grpc.py depends on'
+        + f' but the generated code in alveary/runs/v1/runs_pb2_grpc.py depends on'
         + f' grpcio>={GRPC_GENERATED_VERSION}.'
         + f' Please upgrade your grpc module to grpcio>={GRPC_GENERATED_VERSION}'
         + f' or downgrade your generated code using grpcio-tools<={GRPC_VERSION}.'
+        + f' This warning will become an error in {EXPECTED_ERROR_RELEASE},'
+        + f' scheduled for release on {SCHEDULED_RELEASE_DATE}.',
+        RuntimeWarning
     )
 
 
-class RunServiceStub:
+class RunServiceStub(object):
     """Missing associated documentation comment in .proto file."""
 
     def __init__(self, channel):
@@ -96,7 +101,7 @@ class RunServiceStub:
                 _registered_method=True)
 
 
-class RunServiceServicer:
+class RunServiceServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def PrepareSnapshot(self, request, context):
@@ -251,7 +256,7 @@ def add_RunServiceServicer_to_server(servicer, server):
 
 
  # This class is part of an EXPERIMENTAL API.
-class RunService:
+class RunService(object):
     """Missing associated documentation comment in .proto file."""
 
     @staticmethod
@@ -579,7 +584,7 @@ class RunService:
             _registered_method=True)
 
 
-class ExperimentServiceStub:
+class ExperimentServiceStub(object):
     """Missing associated documentation comment in .proto file."""
 
     def __init__(self, channel):
@@ -595,7 +600,7 @@ class ExperimentServiceStub:
                 _registered_method=True)
 
 
-class ExperimentServiceServicer:
+class ExperimentServiceServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def ListExperiments(self, request, context):
@@ -620,7 +625,7 @@ def add_ExperimentServiceServicer_to_server(servicer, server):
 
 
  # This class is part of an EXPERIMENTAL API.
-class ExperimentService:
+class ExperimentService(object):
     """Missing associated documentation comment in .proto file."""
 
     @staticmethod
@@ -651,7 +656,7 @@ class ExperimentService:
             _registered_method=True)
 
 
-class WorkspaceServiceStub:
+class WorkspaceServiceStub(object):
     """Missing associated documentation comment in .proto file."""
 
     def __init__(self, channel):
@@ -667,7 +672,7 @@ class WorkspaceServiceStub:
                 _registered_method=True)
 
 
-class WorkspaceServiceServicer:
+class WorkspaceServiceServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def GetWorkspace(self, request, context):
@@ -693,7 +698,7 @@ def add_WorkspaceServiceServicer_to_server(servicer, server):
 
 
  # This class is part of an EXPERIMENTAL API.
-class WorkspaceService:
+class WorkspaceService(object):
     """Missing associated documentation comment in .proto file."""
 
     @staticmethod
@@ -724,7 +729,7 @@ class WorkspaceService:
             _registered_method=True)
 
 
-class EventServiceStub:
+class EventServiceStub(object):
     """Everything that happened, for automations that would rather not speak NATS.
     """
 
@@ -741,7 +746,7 @@ class EventServiceStub:
                 _registered_method=True)
 
 
-class EventServiceServicer:
+class EventServiceServicer(object):
     """Everything that happened, for automations that would rather not speak NATS.
     """
 
@@ -769,7 +774,7 @@ def add_EventServiceServicer_to_server(servicer, server):
 
 
  # This class is part of an EXPERIMENTAL API.
-class EventService:
+class EventService(object):
     """Everything that happened, for automations that would rather not speak NATS.
     """
 

@@ -5,8 +5,10 @@ import warnings
 
 from alveary_contracts.scheduler.v1 import scheduler_pb2 as alveary_dot_scheduler_dot_v1_dot_scheduler__pb2
 
-GRPC_GENERATED_VERSION = '1.85.1'
+GRPC_GENERATED_VERSION = '1.64.3'
 GRPC_VERSION = grpc.__version__
+EXPECTED_ERROR_RELEASE = '1.65.0'
+SCHEDULED_RELEASE_DATE = 'June 25, 2024'
 _version_not_supported = False
 
 try:
@@ -16,16 +18,19 @@ except ImportError:
     _version_not_supported = True
 
 if _version_not_supported:
-    raise RuntimeError(
+    warnings.warn(
         f'The grpc package installed is at version {GRPC_VERSION},'
-        + ' but the generated code in alveary/scheduler/v1/scheduler_pb2_grpc.py depends on'
+        + f' but the generated code in alveary/scheduler/v1/scheduler_pb2_grpc.py depends on'
         + f' grpcio>={GRPC_GENERATED_VERSION}.'
         + f' Please upgrade your grpc module to grpcio>={GRPC_GENERATED_VERSION}'
         + f' or downgrade your generated code using grpcio-tools<={GRPC_VERSION}.'
+        + f' This warning will become an error in {EXPECTED_ERROR_RELEASE},'
+        + f' scheduled for release on {SCHEDULED_RELEASE_DATE}.',
+        RuntimeWarning
     )
 
 
-class ComputeServiceStub:
+class ComputeServiceStub(object):
     """Missing associated documentation comment in .proto file."""
 
     def __init__(self, channel):
@@ -61,7 +66,7 @@ class ComputeServiceStub:
                 _registered_method=True)
 
 
-class ComputeServiceServicer:
+class ComputeServiceServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def CreateTarget(self, request, context):
@@ -134,7 +139,7 @@ def add_ComputeServiceServicer_to_server(servicer, server):
 
 
  # This class is part of an EXPERIMENTAL API.
-class ComputeService:
+class ComputeService(object):
     """Missing associated documentation comment in .proto file."""
 
     @staticmethod
@@ -273,7 +278,7 @@ class ComputeService:
             _registered_method=True)
 
 
-class NodeServiceStub:
+class NodeServiceStub(object):
     """Missing associated documentation comment in .proto file."""
 
     def __init__(self, channel):
@@ -304,7 +309,7 @@ class NodeServiceStub:
                 _registered_method=True)
 
 
-class NodeServiceServicer:
+class NodeServiceServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def ListNodes(self, request, context):
@@ -366,7 +371,7 @@ def add_NodeServiceServicer_to_server(servicer, server):
 
 
  # This class is part of an EXPERIMENTAL API.
-class NodeService:
+class NodeService(object):
     """Missing associated documentation comment in .proto file."""
 
     @staticmethod
@@ -478,7 +483,7 @@ class NodeService:
             _registered_method=True)
 
 
-class QueueServiceStub:
+class QueueServiceStub(object):
     """Missing associated documentation comment in .proto file."""
 
     def __init__(self, channel):
@@ -499,7 +504,7 @@ class QueueServiceStub:
                 _registered_method=True)
 
 
-class QueueServiceServicer:
+class QueueServiceServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def ListQueue(self, request, context):
@@ -537,7 +542,7 @@ def add_QueueServiceServicer_to_server(servicer, server):
 
 
  # This class is part of an EXPERIMENTAL API.
-class QueueService:
+class QueueService(object):
     """Missing associated documentation comment in .proto file."""
 
     @staticmethod
