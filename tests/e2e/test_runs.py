@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import signal
@@ -31,6 +32,8 @@ def test_metrics_files_logs_and_tags_of_a_run(workspace: Workspace, source: Path
         for step in range(3):
             run.log("loss", 1.0 / (step + 1), step=step)
         run.log_list("sizes", [1, 2, 3])
+        run.log("diverged", 1.0); run.log("diverged", float("nan"))
+        run.log("limit", float("-inf"))
         run.log_row("confusion", a=1, b=2)
         run.log_table("table", {"x": [1, 2], "y": [3, 4]})
         open("picture.png", "wb").write(b"not really")
@@ -46,6 +49,8 @@ def test_metrics_files_logs_and_tags_of_a_run(workspace: Workspace, source: Path
     assert metrics["lr"] == 0.1
     assert metrics["loss"] == [1.0, 0.5, pytest.approx(1 / 3)]
     assert metrics["sizes"] == [1, 2, 3]
+    assert metrics["diverged"][0] == 1.0 and math.isnan(metrics["diverged"][1]) and metrics["limit"] == -math.inf
+    assert [r.id for r in workspace._call(workspace._client.list_runs(f'id = "{run.id}" AND metrics.diverged = nan'))] == [run.id]
     assert metrics["confusion"] == {"a": 1, "b": 2}
     assert metrics["table"] == {"x": [1, 2], "y": [3, 4]}
     assert metrics["plot"] == "outputs/images/plot.png"

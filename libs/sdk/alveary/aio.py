@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -142,22 +143,21 @@ class Client:
 
     async def watch(self, run_id: str) -> AsyncIterator[pb.Run]:
         """The run now and whenever it changes, to its final state; reconnects as often as needed."""
-        seen, pause = 0, 0.1
+        seen, again = 0, _Reconnect(self.config)
         while True:
             try:
                 stream = self.runs.WatchRun(pb.WatchRunRequest(run_id=run_id, after_sequence=seen), metadata=self.metadata)
                 async for reply in stream:
-                    seen, pause = reply.run.sequence, 0.1
+                    seen = reply.run.sequence
+                    again.progress()
                     yield reply.run
                     if reply.run.state in FINAL:
                         return
                 if (await self.get_run(run_id)).state in FINAL:
                     return
             except grpc.aio.AioRpcError as error:
-                if error.code() not in _RECONNECT:
-                    raise translate(error, self.config) from error
-            await asyncio.sleep(pause)
-            pause = min(pause * 2, 3.0)
+                again.failed(error)
+            await again.pause()
 
     async def wait(self, run_id: str) -> pb.Run:
         """The run in its final state."""
@@ -230,21 +230,19 @@ class Client:
         self, run_id: str, after: int = 0, follow: bool = True, streams: Sequence[str] = (), rank: int | None = None
     ) -> AsyncIterator[logs_pb2.TailLine]:
         """Log lines; reconnects behind the last line seen, so that none is missed or seen twice."""
-        pause = 0.1
+        again = _Reconnect(self.config)
         while True:
             try:
                 request = logs_pb2.TailRequest(run_id=run_id, after=after, follow=follow, streams=streams, rank=rank)
                 async for reply in self.logs.Tail(request, metadata=self.metadata):
-                    pause = 0.1
+                    again.progress()
                     for line in reply.lines:
                         after = line.cursor
                         yield line
                 return
             except grpc.aio.AioRpcError as error:
-                if error.code() not in _RECONNECT:
-                    raise translate(error, self.config) from error
-            await asyncio.sleep(pause)
-            pause = min(pause * 2, 3.0)
+                again.failed(error)
+            await again.pause()
 
     async def read_logs(
         self, run_id: str, after: int = 0, limit: int = 0, newest: bool = False, streams: Sequence[str] = (), rank: int | None = None
@@ -378,28 +376,60 @@ class Client:
         start = pb.SubscribeStart(pattern=pattern, durable=durable, from_sequence=from_sequence)
         if from_time is not None:
             start.from_time.FromDatetime(from_time)
-        pause = 0.1
+        again = _Reconnect(self.config)
         while True:
             stream = self.events.Subscribe(metadata=self.metadata)
             try:
                 await stream.write(pb.SubscribeRequest(start=start))
                 async for reply in stream:
-                    pause = 0.1
+                    again.progress()
                     await handler(reply.event)
                     await stream.write(pb.SubscribeRequest(ack=pb.SubscribeAck(sequences=[reply.event.sequence])))
                     if not durable:  # a new connection goes on behind what was seen
                         start.ClearField("from_time")
                         start.from_sequence = reply.event.sequence + 1
             except grpc.aio.AioRpcError as error:
-                if error.code() not in _RECONNECT:
-                    raise translate(error, self.config) from error
+                again.failed(error)
             finally:
                 stream.cancel()  # else the platform would go on handing events to a stream that nobody reads
-            await asyncio.sleep(pause)
-            pause = min(pause * 2, 3.0)
+            await again.pause()
 
 
-_RECONNECT = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INTERNAL, grpc.StatusCode.CANCELLED, grpc.StatusCode.UNKNOWN)
+class _Reconnect:
+    """When a stream that broke is opened again, and when its error is the caller's.
+
+    A platform that is down or being restarted (UNAVAILABLE) is waited for, `_PATIENCE` seconds at most. A connection that
+    is torn down under a call also shows as INTERNAL, UNKNOWN or CANCELLED, but so does a fault of the platform that every
+    repetition meets again: those are tried `_FAULTS` times. Each reply that arrives starts both counts again.
+    """
+
+    _PATIENCE = 3600.0
+    _FAULTS = 5
+    _FAULTY = (grpc.StatusCode.INTERNAL, grpc.StatusCode.CANCELLED, grpc.StatusCode.UNKNOWN)
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self.progress()
+
+    def progress(self) -> None:
+        """A reply arrived."""
+        self._pause, self._faults, self._since = 0.1, 0, time.monotonic()
+
+    def failed(self, error: grpc.aio.AioRpcError) -> None:
+        """The stream broke: returns where it is worth opening again.
+
+        Raises:
+            AlvearyError: it is not.
+        """
+        self._faults += error.code() in self._FAULTY
+        unavailable = error.code() == grpc.StatusCode.UNAVAILABLE and time.monotonic() - self._since < self._PATIENCE
+        if not unavailable and not (error.code() in self._FAULTY and self._faults < self._FAULTS):
+            raise translate(error, self._config) from error
+
+    async def pause(self) -> None:
+        """Wait before the next try, longer each time."""
+        await asyncio.sleep(self._pause)
+        self._pause = min(self._pause * 2, 3.0)
 
 
 def translate(error: grpc.aio.AioRpcError, config: Config) -> AlvearyError:

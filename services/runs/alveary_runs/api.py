@@ -136,22 +136,26 @@ class RunService(rpc.RunServiceServicer):
         who = auth.require("reader")
         await self._view.wait_for(request.min_sequence)
         condition, parameters = query.where(request.filter)
-        expression, direction, order_parameters = query.order(request.order_by)
+        metric, direction = query.order(request.order_by)
         size = request.page_size or 100
         if not 1 <= size <= 1000:
             raise InvalidArgument(("page_size", f"{size}: 1 to 1000"))
-        sql = f"SELECT id, proto, {expression} AS rank FROM runs WHERE workspace=? AND {condition}"
-        values = [*order_parameters, who.workspace, *parameters]
+        # A run's place: NaN comes last in both directions, then the value, then the id.
+        if metric:
+            sql = "SELECT id, proto, m.nan AS nan, m.value AS rank FROM runs JOIN newest m ON m.run = runs.id AND m.name = ?"
+        else:
+            sql = "SELECT id, proto, 0 AS nan, submitted_at AS rank FROM runs"
+        sql += f" WHERE workspace=? AND {condition}"
+        values = [*([metric] if metric else []), who.workspace, *parameters]
         if not request.include_archived:
             sql += " AND archived=0"
-        if expression != "submitted_at":
-            sql = f"SELECT * FROM ({sql}) WHERE rank IS NOT NULL"
         sql = f"SELECT * FROM ({sql})"
         if request.page_token:
-            sql += f" WHERE (rank, id) {'>' if direction == 'ASC' else '<'} (?, ?)"
-            values += query.decode_token(request.page_token)
-        rows = self._view.rows(f"{sql} ORDER BY rank {direction}, id {direction} LIMIT ?", [*values, size + 1])
-        token_text = query.encode_token([rows[size - 1]["rank"], rows[size - 1]["id"]]) if len(rows) > size else ""
+            nan, rank, last = query.decode_token(request.page_token)
+            sql += f" WHERE nan > ? OR (nan = ? AND (rank, id) {'>' if direction == 'ASC' else '<'} (?, ?))"
+            values += [nan, nan, rank, last]
+        rows = self._view.rows(f"{sql} ORDER BY nan, rank {direction}, id {direction} LIMIT ?", [*values, size + 1])
+        token_text = query.encode_token([rows[size - 1][name] for name in ("nan", "rank", "id")]) if len(rows) > size else ""
         return pb.ListRunsResponse(runs=[self._view.complete(r["proto"]) for r in rows[:size]], next_page_token=token_text)
 
     async def WatchRun(self, request: pb.WatchRunRequest, context: Context) -> AsyncIterator[pb.WatchRunResponse]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 from collections import OrderedDict
 
 from google.protobuf.message import DecodeError
@@ -30,11 +31,16 @@ def view(run_id: str, run: domain.Run) -> pb.Run:
     )  # fmt: skip
 
 
+def stored(value: float) -> tuple[float, int]:
+    """`value` and `nan` of a number, as the table `newest` keeps them: SQLite would make NaN a NULL."""
+    return (0.0, 1) if math.isnan(value) else (value, 0)
+
+
 class RunsProjection(Projection):
     """Runs, their metrics, images that are ready, targets that exist."""
 
     subjects = ("alveary.*.run.>", "alveary.*.image.>", "alveary.*.target.>", "alveary.*.dataset.*.registered")
-    version = 3
+    version = 4
     schema = """
     CREATE TABLE IF NOT EXISTS runs (
       id TEXT PRIMARY KEY, workspace TEXT, experiment TEXT, state INTEGER, submitted_at REAL, parent TEXT, name TEXT,
@@ -54,7 +60,8 @@ class RunsProjection(Projection):
     CREATE TABLE IF NOT EXISTS metrics (sequence INTEGER, part INTEGER, run TEXT, name TEXT, proto BLOB,
       PRIMARY KEY (sequence, part)) WITHOUT ROWID;
     CREATE INDEX IF NOT EXISTS metrics_run ON metrics (run, name);
-    CREATE TABLE IF NOT EXISTS newest (run TEXT, name TEXT, value REAL, PRIMARY KEY (run, name));
+    -- SQLite has no NaN: it is kept as value 0 with nan 1, which also gives every value its place in an order.
+    CREATE TABLE IF NOT EXISTS newest (run TEXT, name TEXT, value REAL NOT NULL, nan INTEGER NOT NULL, PRIMARY KEY (run, name));
     CREATE TABLE IF NOT EXISTS metrics_position (one INTEGER PRIMARY KEY CHECK (one = 1), sequence INTEGER, log TEXT);
     """
 
@@ -164,8 +171,8 @@ class RunsProjection(Projection):
     def complete(self, proto: bytes) -> pb.Run:
         """A stored run, with its newest metrics."""
         run = pb.Run.FromString(proto)
-        for row in self.rows("SELECT name, value FROM newest WHERE run=?", (run.id,)):
-            run.metrics[row["name"]] = row["value"]
+        for row in self.rows("SELECT name, value, nan FROM newest WHERE run=?", (run.id,)):
+            run.metrics[row["name"]] = math.nan if row["nan"] else row["value"]
         return run
 
     def target(self, workspace: str, name: str) -> ev.ComputeSpec | None:
@@ -216,7 +223,7 @@ class RunsProjection(Projection):
                     newest[run_id, point.name] = point.scalar
         self.db.execute("BEGIN IMMEDIATE")
         self.db.executemany("INSERT OR IGNORE INTO metrics VALUES (?,?,?,?,?)", rows)
-        self.db.executemany("INSERT OR REPLACE INTO newest VALUES (?,?,?)", [(r, n, v) for (r, n), v in newest.items()])
+        self.db.executemany("INSERT OR REPLACE INTO newest VALUES (?,?,?,?)", [(*key, *stored(value)) for key, value in newest.items()])
         self.db.execute("UPDATE metrics_position SET sequence=?", (batch[-1][0],))
         self.db.execute("COMMIT")
         self.metrics_position = batch[-1][0]

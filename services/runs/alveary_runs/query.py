@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import re
 from datetime import datetime
 from typing import Any
@@ -58,7 +59,8 @@ def _condition(field: str, operator: str, value: str) -> tuple[str, list[Any]]:
             number = float(value)
         except ValueError:
             raise InvalidArgument(("filter", f"{field} is compared with {value!r}, which is no number")) from None
-        return f"EXISTS (SELECT 1 FROM newest n WHERE n.run = runs.id AND n.name = ? AND n.value {operator} ?)", [name, number]
+        condition, more = _number(field, operator, number)
+        return f"EXISTS (SELECT 1 FROM newest n WHERE n.run = runs.id AND n.name = ? AND {condition})", [name, *more]
     if field == "state":
         state = _STATES.get(value.lower())
         if state is None or operator not in ("=", "!="):
@@ -75,8 +77,19 @@ def _condition(field: str, operator: str, value: str) -> tuple[str, list[Any]]:
     raise InvalidArgument(("filter", f"there is no field {field!r}; {_HELP}"))
 
 
-def order(text: str) -> tuple[str, str, list[Any]]:
-    """(SQL expression, "ASC" or "DESC", parameters) of an order_by.
+def _number(field: str, operator: str, number: float) -> tuple[str, list[Any]]:
+    """A comparison with a metric's value, as IEEE 754 has it; "= nan" asks whether it is NaN."""
+    if math.isnan(number):
+        if operator not in ("=", "!="):
+            raise InvalidArgument(("filter", f"{field} {operator} nan: no number is less or greater than nan; use = or !="))
+        return f"n.nan {operator} 1", []
+    if operator == "!=":
+        return "(n.nan OR n.value != ?)", [number]
+    return f"(NOT n.nan AND n.value {operator} ?)", [number]
+
+
+def order(text: str) -> tuple[str, str]:
+    """(name of a metric, or "" for the time of submission; "ASC" or "DESC") of an order_by.
 
     Raises:
         InvalidArgument: it cannot be read.
@@ -86,9 +99,9 @@ def order(text: str) -> tuple[str, str, list[Any]]:
     if direction not in ("ASC", "DESC"):
         raise InvalidArgument(("order_by", f"{text!r}: use '<field>' or '<field> desc'"))
     if field == "submitted_at":
-        return "submitted_at", direction, []
-    if field.startswith("metrics."):
-        return "(SELECT value FROM newest n WHERE n.run = runs.id AND n.name = ?)", direction, [field[8:]]
+        return "", direction
+    if field.startswith("metrics.") and len(field) > 8:
+        return field[8:], direction
     raise InvalidArgument(("order_by", f"{field!r}: use submitted_at or metrics.<name>"))
 
 
@@ -105,8 +118,8 @@ def decode_token(token: str) -> list[Any]:
     """
     try:
         value = json.loads(base64.urlsafe_b64decode(token.encode()))
-        if isinstance(value, list) and len(value) == 2:
-            return value
-    except ValueError:
-        pass
+    except (ValueError, RecursionError):
+        value = None
+    if isinstance(value, list) and [type(x) for x in value] in ([int, float, str], [int, int, str]):
+        return value
     raise InvalidArgument(("page_token", "not a token that ListRuns gave"))

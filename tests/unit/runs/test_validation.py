@@ -69,7 +69,7 @@ def test_filters_that_cannot_be_read_say_so(bad: str) -> None:
 
 
 def test_page_tokens_of_others_are_refused() -> None:
-    assert query.decode_token(query.encode_token([1.5, "x"])) == [1.5, "x"]
-    for bad in ("x", "e30=", ""):
+    assert query.decode_token(query.encode_token([0, 1.5, "x"])) == [0, 1.5, "x"]
+    for bad in ("x", "e30=", "", query.encode_token([0, {}, "x"]), query.encode_token([0, "1", 2]), query.encode_token([None, 1.5, "x"])):
         with pytest.raises(InvalidArgument):
             query.decode_token(bad)
