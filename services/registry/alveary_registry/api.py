@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import re
+import sqlite3
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -62,7 +64,9 @@ class ModelService(rpc.ModelServiceServicer):
     async def RegisterModel(self, request: pb.RegisterModelRequest, context: Any) -> pb.RegisterModelResponse:
         who = auth.require("writer")
         _check_name(request.name)
-        key_text = request.idempotency_key
+        digest = manifest_digest(request.manifest) if request.HasField("manifest") else ""
+        # A script's registration is repeated by its trainer, and made again by the next attempt: content decides, not the caller's key.
+        key_text = f"{request.run_id}/{digest}" if request.run_id and digest else request.idempotency_key
         if key_text:
             state, sequence = await self._models.load(self._models.key(who.workspace, request.name))
             if number := domain.by_key(state, key_text):
@@ -78,6 +82,8 @@ class ModelService(rpc.ModelServiceServicer):
             check_manifest(request.manifest)
             await require_blobs(self._store, "models", request.manifest.files)
             event.manifest.CopyFrom(request.manifest)
+            if request.run_id:
+                self._trace(await self._run(request.run_id), event)
         event.lineage.datasets.extend(d for d in request.datasets if d not in event.lineage.datasets)
         event.lineage.parent = request.parent
         await self._store.put("models", f"manifests/{manifest_digest(event.manifest)}.json", manifest_json(event.manifest))
@@ -87,10 +93,7 @@ class ModelService(rpc.ModelServiceServicer):
 
     async def _from_run(self, source: pb.RunOutput, event: ev.ModelRegistered) -> None:
         """Copy files of a run inside the store, and fill in where they come from."""
-        who = auth.require("writer")
-        row = self._view.row("SELECT * FROM runs WHERE run=? AND workspace=?", (source.run_id, who.workspace))
-        if row is None:
-            raise NotFound("run", source.run_id)
+        row = await self._run(source.run_id)
         if not row["manifest"]:
             raise FailedPrecondition(f"run {source.run_id} is not final or stored nothing: wait for its completion", f"run/{source.run_id}")
         prefix = f"{source.run_id}/{row['attempt']}/"
@@ -108,11 +111,30 @@ class ModelService(rpc.ModelServiceServicer):
                 await self._store.copy("models", f"blobs/{file.sha256}", "runs", prefix + file.path)
             name = file.path.rpartition("/")[2] if file.path == path else file.path.removeprefix(path + "/")
             event.manifest.files.append(c.FileEntry(path=name, size=file.size, sha256=file.sha256, executable=file.executable))
+        self._trace(row, event)
+
+    async def _run(self, run_id: str) -> sqlite3.Row:
+        """What is known of a run of the caller's workspace. One that was submitted a moment ago may not be in the view yet.
+
+        Raises:
+            NotFound: there is none.
+        """
+        who = auth.require("writer")
+        for pause in (0.02, 0.1, 0.5, 2.0, 0.0):
+            row = self._view.row("SELECT * FROM runs WHERE run=? AND workspace=?", (run_id, who.workspace))
+            if row is not None and row["submitted"] is not None:
+                return row
+            await asyncio.sleep(pause)
+        raise NotFound("run", run_id)
+
+    @staticmethod
+    def _trace(row: sqlite3.Row, event: ev.ModelRegistered) -> None:
+        """Fill in what of its run a version is remembered by."""
         submitted = ev.RunSubmitted.FromString(row["submitted"])
         spec = submitted.spec
         event.lineage.CopyFrom(
             ev.Lineage(
-                run_id=source.run_id, snapshot=spec.snapshot, image_digest=submitted.image_digest, experiment=spec.experiment,
+                run_id=row["run"], snapshot=spec.snapshot, image_digest=submitted.image_digest, experiment=spec.experiment,
                 datasets=[f"{i.dataset}:{i.version}" for i in spec.inputs], compute_target=spec.compute_target,
             )
         )  # fmt: skip

@@ -90,7 +90,7 @@ class Attempt:
         self._ending, self._fenced = asyncio.Event(), asyncio.Event()
         self._tail: deque[str] = deque(maxlen=20)
         self._logs = Shipper(node.log.js, f"alveary-logs.{token(key.workspace)}.{token(key.id)}", log_chunk)
-        self._metrics = Shipper(node.log.js, f"alveary-metrics.{token(key.workspace)}.{token(key.id)}", metric_batch)
+        self._metrics = Shipper(node.log.js, f"alveary-metrics.{token(key.workspace)}.{token(key.id)}", metric_batch(self.number))
         self._reports: asyncio.Queue[Message | None] = asyncio.Queue()
         self._uploaded: dict[str, c.FileEntry] = {}
         self._held = AsyncExitStack()

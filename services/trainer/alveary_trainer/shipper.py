@@ -108,9 +108,9 @@ def log_chunk(lines: list[Message]) -> Message:
     return logs_pb2.LogChunk(lines=lines)  # type: ignore[arg-type]
 
 
-def metric_batch(points: list[Message]) -> Message:
-    """Points as one message of the stream of metrics."""
-    return runs_pb2.MetricBatch(points=points)  # type: ignore[arg-type]
+def metric_batch(attempt: int) -> Callable[[list[Message]], Message]:
+    """Makes one message of the stream of metrics of points that an attempt logged."""
+    return lambda points: runs_pb2.MetricBatch(points=points, attempt=attempt)  # type: ignore[arg-type]
 
 
 class Lines:

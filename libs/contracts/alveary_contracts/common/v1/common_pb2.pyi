@@ -608,7 +608,7 @@ class ExitStatus(_message.Message):
     """Signal number that ended it, where one did."""
     reason: _builtins.str
     """One of: "exited", "signal", "out_of_memory", "timeout", "canceled", "preempted", "staging_failed", "upload_failed",
-    "trainer_lost", "launch_failed".
+    "trainer_lost", "launch_failed", "internal_error" (the trainer failed on it: a bug).
     """
     message: _builtins.str
     """A sentence for the user."""

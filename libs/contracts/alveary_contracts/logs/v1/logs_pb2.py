@@ -15,7 +15,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x61lveary/logs/v1/logs.proto\x12\x0f\x61lveary.logs.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"3\n\x08LogChunk\x12\'\n\x05lines\x18\x01 \x03(\x0b\x32\x18.alveary.logs.v1.LogLine\"\x81\x01\n\x07LogLine\x12(\n\x04time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06stream\x18\x02 \x01(\t\x12\x0c\n\x04rank\x18\x03 \x01(\x05\x12\x0f\n\x07\x61ttempt\x18\x04 \x01(\x05\x12\x0c\n\x04\x64\x61ta\x18\x05 \x01(\x0c\x12\x0f\n\x07partial\x18\x06 \x01(\x08\"i\n\x0bTailRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\r\n\x05\x61\x66ter\x18\x02 \x01(\x03\x12\x0e\n\x06\x66ollow\x18\x03 \x01(\x08\x12\x0f\n\x07streams\x18\x04 \x03(\t\x12\x11\n\x04rank\x18\x05 \x01(\x05H\x00\x88\x01\x01\x42\x07\n\x05_rank\"8\n\x0cTailResponse\x12(\n\x05lines\x18\x01 \x03(\x0b\x32\x19.alveary.logs.v1.TailLine\"B\n\x08TailLine\x12\x0e\n\x06\x63ursor\x18\x01 \x01(\x03\x12&\n\x04line\x18\x02 \x01(\x0b\x32\x18.alveary.logs.v1.LogLine\"x\n\x0bReadRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\r\n\x05\x61\x66ter\x18\x02 \x01(\x03\x12\r\n\x05limit\x18\x03 \x01(\x05\x12\x0e\n\x06newest\x18\x04 \x01(\x08\x12\x0f\n\x07streams\x18\x05 \x03(\t\x12\x11\n\x04rank\x18\x06 \x01(\x05H\x00\x88\x01\x01\x42\x07\n\x05_rank\"F\n\x0cReadResponse\x12(\n\x05lines\x18\x01 \x03(\x0b\x32\x19.alveary.logs.v1.TailLine\x12\x0c\n\x04next\x18\x02 \x01(\x03\"\x8d\x01\n\rSearchRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x13\n\x0bignore_case\x18\x03 \x01(\x08\x12\x0f\n\x07streams\x18\x04 \x03(\t\x12\x11\n\x04rank\x18\x05 \x01(\x05H\x00\x88\x01\x01\x12\r\n\x05\x61\x66ter\x18\x06 \x01(\x03\x12\r\n\x05limit\x18\x07 \x01(\x05\x42\x07\n\x05_rank\"H\n\x0eSearchResponse\x12(\n\x05lines\x18\x01 \x03(\x0b\x32\x19.alveary.logs.v1.TailLine\x12\x0c\n\x04next\x18\x02 \x01(\x03\"!\n\x0f\x44ownloadRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\">\n\x10\x44ownloadResponse\x12\x0b\n\x03url\x18\x01 \x01(\t\x12\r\n\x05lines\x18\x02 \x01(\x03\x12\x0e\n\x06sha256\x18\x03 \x01(\t2\xb4\x02\n\nLogService\x12\x45\n\x04Tail\x12\x1c.alveary.logs.v1.TailRequest\x1a\x1d.alveary.logs.v1.TailResponse0\x01\x12\x43\n\x04Read\x12\x1c.alveary.logs.v1.ReadRequest\x1a\x1d.alveary.logs.v1.ReadResponse\x12I\n\x06Search\x12\x1e.alveary.logs.v1.SearchRequest\x1a\x1f.alveary.logs.v1.SearchResponse\x12O\n\x08\x44ownload\x12 .alveary.logs.v1.DownloadRequest\x1a!.alveary.logs.v1.DownloadResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x61lveary/logs/v1/logs.proto\x12\x0f\x61lveary.logs.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"3\n\x08LogChunk\x12\'\n\x05lines\x18\x01 \x03(\x0b\x32\x18.alveary.logs.v1.LogLine\"\x96\x01\n\x07LogLine\x12(\n\x04time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06stream\x18\x02 \x01(\t\x12\x0c\n\x04rank\x18\x03 \x01(\x05\x12\x0f\n\x07\x61ttempt\x18\x04 \x01(\x05\x12\x0c\n\x04\x64\x61ta\x18\x05 \x01(\x0c\x12\x0f\n\x07partial\x18\x06 \x01(\x08\x12\x13\n\x0bprovisional\x18\x07 \x01(\x08\"~\n\x0bTailRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\r\n\x05\x61\x66ter\x18\x02 \x01(\x03\x12\x0e\n\x06\x66ollow\x18\x03 \x01(\x08\x12\x0f\n\x07streams\x18\x04 \x03(\t\x12\x11\n\x04rank\x18\x05 \x01(\x05H\x00\x88\x01\x01\x12\x13\n\x0bprovisional\x18\x06 \x01(\x08\x42\x07\n\x05_rank\"8\n\x0cTailResponse\x12(\n\x05lines\x18\x01 \x03(\x0b\x32\x19.alveary.logs.v1.TailLine\"B\n\x08TailLine\x12\x0e\n\x06\x63ursor\x18\x01 \x01(\x03\x12&\n\x04line\x18\x02 \x01(\x0b\x32\x18.alveary.logs.v1.LogLine\"x\n\x0bReadRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\r\n\x05\x61\x66ter\x18\x02 \x01(\x03\x12\r\n\x05limit\x18\x03 \x01(\x05\x12\x0e\n\x06newest\x18\x04 \x01(\x08\x12\x0f\n\x07streams\x18\x05 \x03(\t\x12\x11\n\x04rank\x18\x06 \x01(\x05H\x00\x88\x01\x01\x42\x07\n\x05_rank\"F\n\x0cReadResponse\x12(\n\x05lines\x18\x01 \x03(\x0b\x32\x19.alveary.logs.v1.TailLine\x12\x0c\n\x04next\x18\x02 \x01(\x03\"\x8d\x01\n\rSearchRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x13\n\x0bignore_case\x18\x03 \x01(\x08\x12\x0f\n\x07streams\x18\x04 \x03(\t\x12\x11\n\x04rank\x18\x05 \x01(\x05H\x00\x88\x01\x01\x12\r\n\x05\x61\x66ter\x18\x06 \x01(\x03\x12\r\n\x05limit\x18\x07 \x01(\x05\x42\x07\n\x05_rank\"H\n\x0eSearchResponse\x12(\n\x05lines\x18\x01 \x03(\x0b\x32\x19.alveary.logs.v1.TailLine\x12\x0c\n\x04next\x18\x02 \x01(\x03\"!\n\x0f\x44ownloadRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\">\n\x10\x44ownloadResponse\x12\x0b\n\x03url\x18\x01 \x01(\t\x12\r\n\x05lines\x18\x02 \x01(\x03\x12\x0e\n\x06sha256\x18\x03 \x01(\t2\xb4\x02\n\nLogService\x12\x45\n\x04Tail\x12\x1c.alveary.logs.v1.TailRequest\x1a\x1d.alveary.logs.v1.TailResponse0\x01\x12\x43\n\x04Read\x12\x1c.alveary.logs.v1.ReadRequest\x1a\x1d.alveary.logs.v1.ReadResponse\x12I\n\x06Search\x12\x1e.alveary.logs.v1.SearchRequest\x1a\x1f.alveary.logs.v1.SearchResponse\x12O\n\x08\x44ownload\x12 .alveary.logs.v1.DownloadRequest\x1a!.alveary.logs.v1.DownloadResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -25,25 +25,25 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LOGCHUNK']._serialized_start=80
   _globals['_LOGCHUNK']._serialized_end=131
   _globals['_LOGLINE']._serialized_start=134
-  _globals['_LOGLINE']._serialized_end=263
-  _globals['_TAILREQUEST']._serialized_start=265
-  _globals['_TAILREQUEST']._serialized_end=370
-  _globals['_TAILRESPONSE']._serialized_start=372
-  _globals['_TAILRESPONSE']._serialized_end=428
-  _globals['_TAILLINE']._serialized_start=430
-  _globals['_TAILLINE']._serialized_end=496
-  _globals['_READREQUEST']._serialized_start=498
-  _globals['_READREQUEST']._serialized_end=618
-  _globals['_READRESPONSE']._serialized_start=620
-  _globals['_READRESPONSE']._serialized_end=690
-  _globals['_SEARCHREQUEST']._serialized_start=693
-  _globals['_SEARCHREQUEST']._serialized_end=834
-  _globals['_SEARCHRESPONSE']._serialized_start=836
-  _globals['_SEARCHRESPONSE']._serialized_end=908
-  _globals['_DOWNLOADREQUEST']._serialized_start=910
-  _globals['_DOWNLOADREQUEST']._serialized_end=943
-  _globals['_DOWNLOADRESPONSE']._serialized_start=945
-  _globals['_DOWNLOADRESPONSE']._serialized_end=1007
-  _globals['_LOGSERVICE']._serialized_start=1010
-  _globals['_LOGSERVICE']._serialized_end=1318
+  _globals['_LOGLINE']._serialized_end=284
+  _globals['_TAILREQUEST']._serialized_start=286
+  _globals['_TAILREQUEST']._serialized_end=412
+  _globals['_TAILRESPONSE']._serialized_start=414
+  _globals['_TAILRESPONSE']._serialized_end=470
+  _globals['_TAILLINE']._serialized_start=472
+  _globals['_TAILLINE']._serialized_end=538
+  _globals['_READREQUEST']._serialized_start=540
+  _globals['_READREQUEST']._serialized_end=660
+  _globals['_READRESPONSE']._serialized_start=662
+  _globals['_READRESPONSE']._serialized_end=732
+  _globals['_SEARCHREQUEST']._serialized_start=735
+  _globals['_SEARCHREQUEST']._serialized_end=876
+  _globals['_SEARCHRESPONSE']._serialized_start=878
+  _globals['_SEARCHRESPONSE']._serialized_end=950
+  _globals['_DOWNLOADREQUEST']._serialized_start=952
+  _globals['_DOWNLOADREQUEST']._serialized_end=985
+  _globals['_DOWNLOADRESPONSE']._serialized_start=987
+  _globals['_DOWNLOADRESPONSE']._serialized_end=1049
+  _globals['_LOGSERVICE']._serialized_start=1052
+  _globals['_LOGSERVICE']._serialized_end=1360
 # @@protoc_insertion_point(module_scope)

@@ -51,14 +51,22 @@ class LogLine(_message.Message):
     ATTEMPT_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
     PARTIAL_FIELD_NUMBER: _builtins.int
+    PROVISIONAL_FIELD_NUMBER: _builtins.int
     stream: _builtins.str
     """"stdout", "stderr", "prepare" (image build), "system" (what the platform has to say), or "logs/<path>"."""
     rank: _builtins.int
     attempt: _builtins.int
     data: _builtins.bytes
-    """Bytes as they were written, without the line end; not necessarily UTF-8."""
+    """Bytes as they were written, without the line end; not necessarily UTF-8. Of text that carriage returns overwrote,
+    what was left at the end.
+    """
     partial: _builtins.bool
     """The line goes on in the next LogLine of the same stream, rank and attempt (longer than 256 KiB)."""
+    provisional: _builtins.bool
+    """What an unfinished line shows at this moment (a progress bar, a prompt), at most 2,000 bytes of it. The next LogLine
+    of the same stream, rank and attempt replaces it. Archives keep none; Read shows the newest of a line that is still
+    unfinished, Search none.
+    """
     @_builtins.property
     def time(self) -> _timestamp_pb2.Timestamp: ...
     def __init__(
@@ -70,10 +78,11 @@ class LogLine(_message.Message):
         attempt: _builtins.int = ...,
         data: _builtins.bytes = ...,
         partial: _builtins.bool = ...,
+        provisional: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["time", b"time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "data", b"data", "partial", b"partial", "rank", b"rank", "stream", b"stream", "time", b"time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "data", b"data", "partial", b"partial", "provisional", b"provisional", "rank", b"rank", "stream", b"stream", "time", b"time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -88,11 +97,14 @@ class TailRequest(_message.Message):
     FOLLOW_FIELD_NUMBER: _builtins.int
     STREAMS_FIELD_NUMBER: _builtins.int
     RANK_FIELD_NUMBER: _builtins.int
+    PROVISIONAL_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     after: _builtins.int
     """Cursor of the last line seen; 0: from the beginning."""
     follow: _builtins.bool
     rank: _builtins.int
+    provisional: _builtins.bool
+    """Send provisional lines too."""
     @_builtins.property
     def streams(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Empty: all. "logs/*" is every file under ./logs."""
@@ -105,10 +117,11 @@ class TailRequest(_message.Message):
         follow: _builtins.bool = ...,
         streams: _abc.Iterable[_builtins.str] | None = ...,
         rank: _builtins.int | None = ...,
+        provisional: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_rank", b"_rank", "rank", b"rank"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_rank", b"_rank", "after", b"after", "follow", b"follow", "rank", b"rank", "run_id", b"run_id", "streams", b"streams"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_rank", b"_rank", "after", b"after", "follow", b"follow", "provisional", b"provisional", "rank", b"rank", "run_id", b"run_id", "streams", b"streams"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__rank: _TypeAlias = _typing.Literal["rank"]  # noqa: Y015
     _WhichOneofArgType__rank: _TypeAlias = _typing.Literal["_rank", b"_rank"]  # noqa: Y015

@@ -232,12 +232,17 @@ class RegisterModelRequest(_message.Message):
     DATASETS_FIELD_NUMBER: _builtins.int
     PARENT_FIELD_NUMBER: _builtins.int
     ENVIRONMENT_FIELD_NUMBER: _builtins.int
+    RUN_ID_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     description: _builtins.str
     framework: _builtins.str
     framework_version: _builtins.str
     idempotency_key: _builtins.str
     parent: _builtins.str
+    run_id: _builtins.str
+    """With `manifest`: the run whose script registers it. Lineage, environment and entry script are the run's, as with
+    `run_output`, and the same content under the same name is one version of that run, whatever the idempotency_key.
+    """
     @_builtins.property
     def run_output(self) -> Global___RunOutput: ...
     @_builtins.property
@@ -267,10 +272,11 @@ class RegisterModelRequest(_message.Message):
         datasets: _abc.Iterable[_builtins.str] | None = ...,
         parent: _builtins.str = ...,
         environment: _common_pb2.Environment | None = ...,
+        run_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["environment", b"environment", "manifest", b"manifest", "run_output", b"run_output", "source", b"source"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["datasets", b"datasets", "description", b"description", "environment", b"environment", "framework", b"framework", "framework_version", b"framework_version", "idempotency_key", b"idempotency_key", "manifest", b"manifest", "name", b"name", "parent", b"parent", "properties", b"properties", "run_output", b"run_output", "source", b"source", "tags", b"tags"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["datasets", b"datasets", "description", b"description", "environment", b"environment", "framework", b"framework", "framework_version", b"framework_version", "idempotency_key", b"idempotency_key", "manifest", b"manifest", "name", b"name", "parent", b"parent", "properties", b"properties", "run_id", b"run_id", "run_output", b"run_output", "source", b"source", "tags", b"tags"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_source: _TypeAlias = _typing.Literal["run_output", "manifest"]  # noqa: Y015
     _WhichOneofArgType_source: _TypeAlias = _typing.Literal["source", b"source"]  # noqa: Y015

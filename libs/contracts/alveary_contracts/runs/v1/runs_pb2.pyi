@@ -702,6 +702,7 @@ class MetricBatch(_message.Message):
     POINTS_FIELD_NUMBER: _builtins.int
     ATTEMPT_FIELD_NUMBER: _builtins.int
     attempt: _builtins.int
+    """The attempt whose script logged them; 0: logged from outside."""
     @_builtins.property
     def points(self) -> _containers.RepeatedCompositeFieldContainer[Global___MetricPoint]: ...
     def __init__(
