@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import sys
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
@@ -18,6 +19,8 @@ from alveary_core.settings import CoreSettings
 
 # Longest wait of each step of closing, seconds.
 _CLOSING = 10.0
+# How long a thread may hold the interpreter while another wants it.
+_SWITCH_SECONDS = 0.0005
 
 
 class Service:
@@ -29,6 +32,8 @@ class Service:
         self._own_server = server is None
         self._tasks: set[asyncio.Task[None]] = set()
         self._closers: list[Callable[[], Awaitable[None]]] = []
+        # Queries run in threads beside the event loop, which shall not wait 5 ms for each of them to let go.
+        sys.setswitchinterval(_SWITCH_SECONDS)
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.connection: Client
         self.log: EventLog
