@@ -11,7 +11,7 @@ from typing import Any
 from nats.aio.client import Client
 from prometheus_client import start_http_server
 
-from alveary_core import telemetry
+from alveary_core import stalls, telemetry
 from alveary_core.eventlog import EventLog, connect, ensure_streams
 from alveary_core.objectstore import ObjectStore
 from alveary_core.server import Server
@@ -111,7 +111,9 @@ async def serve(name: str, settings: CoreSettings, start: Callable[[Service], Aw
     if settings.metrics_port:
         start_http_server(settings.metrics_port)
     telemetry.logger().info("serving", service=name, port=port)
+    monitor = stalls.watch()
     await until(stop, service)
+    monitor.stop()
     await service.close()
     if service.failed.done():
         service.failed.result()

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import tempfile
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
 from fnmatch import fnmatchcase
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from nats.js.errors import NotFoundError
@@ -18,7 +16,7 @@ from alveary_contracts.events.v1 import events_pb2 as ev
 from alveary_contracts.logs.v1 import logs_pb2 as pb
 from alveary_contracts.logs.v1 import logs_pb2_grpc as rpc
 from alveary_contracts.names import token
-from alveary_core import auth
+from alveary_core import auth, scratch
 from alveary_core.aggregates import Aggregates
 from alveary_core.errors import FailedPrecondition, InvalidArgument, NotFound
 from alveary_core.eventlog import LOGS, EventLog
@@ -81,8 +79,8 @@ class Archiver:
             return
         subject = f"alveary-logs.{token(event.key.workspace)}.{token(event.key.id)}"
         name = f"{event.key.id}/log.binpb.zst"
-        with tempfile.TemporaryDirectory(prefix="alveary-log-") as folder:
-            path = Path(folder, "log")
+        async with scratch.folder("alveary-log-") as folder:
+            path = folder / "log"
             writer = archive.Writer(path)
             try:
                 async with contextlib.aclosing(stored(self._log, subject)) as chunks:
@@ -162,8 +160,8 @@ class LogService(rpc.LogServiceServicer):
 
     async def _archived(self, run_id: str, archived: ev.LogArchived, after: int) -> AsyncGenerator[list[pb.TailLine], None]:
         """Lines of an archive behind a cursor, a batch at a time."""
-        with tempfile.TemporaryDirectory(prefix="alveary-log-") as folder:
-            path = Path(folder, "log")
+        async with scratch.folder("alveary-log-") as folder:
+            path = folder / "log"
             try:
                 await self._store.get_file("runs", archived.key, path, archived.sha256)
             except DigestMismatch as error:
