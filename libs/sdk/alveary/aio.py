@@ -5,28 +5,38 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import grpc.aio
-from google.protobuf.json_format import MessageToDict
 
+from alveary._lazy import LazyModule
 from alveary.config import Config
 from alveary.errors import AlvearyError
-from alveary.source import manifest_of
-from alveary.transfer import Transfers
 from alveary_contracts.common.v1 import common_pb2 as c
-from alveary_contracts.events.v1 import events_pb2 as ev
 from alveary_contracts.ids import new_id
-from alveary_contracts.images.v1 import images_pb2_grpc
-from alveary_contracts.logs.v1 import logs_pb2, logs_pb2_grpc
-from alveary_contracts.registry.v1 import registry_pb2 as reg
-from alveary_contracts.registry.v1 import registry_pb2_grpc
 from alveary_contracts.runs.v1 import runs_pb2 as pb
 from alveary_contracts.runs.v1 import runs_pb2_grpc
-from alveary_contracts.scheduler.v1 import scheduler_pb2_grpc
+
+# What not every call needs is imported by the call that does: a list of runs is to cost no more than a list of runs.
+if TYPE_CHECKING:
+    from alveary import source as sources
+    from alveary import transfer as transfers
+    from alveary_contracts.events.v1 import events_pb2 as ev
+    from alveary_contracts.images.v1 import images_pb2_grpc
+    from alveary_contracts.logs.v1 import logs_pb2, logs_pb2_grpc
+    from alveary_contracts.registry.v1 import registry_pb2 as reg
+    from alveary_contracts.registry.v1 import registry_pb2_grpc
+    from alveary_contracts.scheduler.v1 import scheduler_pb2_grpc
+else:
+    sources, transfers = LazyModule("alveary.source"), LazyModule("alveary.transfer")
+    images_pb2_grpc = LazyModule("alveary_contracts.images.v1.images_pb2_grpc")
+    logs_pb2, logs_pb2_grpc = (LazyModule(f"alveary_contracts.logs.v1.logs_{kind}") for kind in ("pb2", "pb2_grpc"))
+    reg, registry_pb2_grpc = (LazyModule(f"alveary_contracts.registry.v1.registry_{kind}") for kind in ("pb2", "pb2_grpc"))
+    scheduler_pb2_grpc = LazyModule("alveary_contracts.scheduler.v1.scheduler_pb2_grpc")
 
 FINAL = (c.RUN_STATE_COMPLETED, c.RUN_STATE_FAILED, c.RUN_STATE_CANCELED)
 TIMEOUT = 60.0
@@ -40,6 +50,8 @@ def state_name(state: int) -> str:
 
 def run_details(run: pb.Run) -> dict[str, Any]:
     """A run as plain data."""
+    from google.protobuf.json_format import MessageToDict
+
     plain: dict[str, Any] = MessageToDict(run, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
     plain["status"] = state_name(run.state)
     plain["runId"] = run.id
@@ -66,24 +78,70 @@ class Client:
         else:
             channels = {e: grpc.aio.insecure_channel(e, options=options) for e in endpoints}
         self._channels = channels
-
-        def at(service: str) -> grpc.aio.Channel:
-            return channels[config.endpoints.get(service, config.endpoint)]
-
-        self.runs = runs_pb2_grpc.RunServiceStub(at("runs"))
-        self.experiments = runs_pb2_grpc.ExperimentServiceStub(at("runs"))
-        self.workspaces = runs_pb2_grpc.WorkspaceServiceStub(at("runs"))
-        self.events = runs_pb2_grpc.EventServiceStub(at("runs"))
-        self.images = images_pb2_grpc.ImageServiceStub(at("images"))
-        self.compute = scheduler_pb2_grpc.ComputeServiceStub(at("scheduler"))
-        self.nodes = scheduler_pb2_grpc.NodeServiceStub(at("scheduler"))
-        self.queue = scheduler_pb2_grpc.QueueServiceStub(at("scheduler"))
-        self.logs = logs_pb2_grpc.LogServiceStub(at("logs"))
-        self.models = registry_pb2_grpc.ModelServiceStub(at("registry"))
-        self.datasets = registry_pb2_grpc.DatasetServiceStub(at("registry"))
         self.metadata = (("authorization", f"Bearer {config.token}"),)
-        transfers = Transfers(config.ca)
-        self._upload, self.download, self.download_all = transfers.upload, transfers.download, transfers.download_all
+
+    def _at(self, service: str) -> grpc.aio.Channel:
+        return self._channels[self.config.endpoints.get(service, self.config.endpoint)]
+
+    @cached_property
+    def runs(self) -> runs_pb2_grpc.RunServiceAsyncStub:
+        return runs_pb2_grpc.RunServiceStub(self._at("runs"))
+
+    @cached_property
+    def experiments(self) -> runs_pb2_grpc.ExperimentServiceAsyncStub:
+        return runs_pb2_grpc.ExperimentServiceStub(self._at("runs"))
+
+    @cached_property
+    def workspaces(self) -> runs_pb2_grpc.WorkspaceServiceAsyncStub:
+        return runs_pb2_grpc.WorkspaceServiceStub(self._at("runs"))
+
+    @cached_property
+    def events(self) -> runs_pb2_grpc.EventServiceAsyncStub:
+        return runs_pb2_grpc.EventServiceStub(self._at("runs"))
+
+    @cached_property
+    def images(self) -> images_pb2_grpc.ImageServiceAsyncStub:
+        return images_pb2_grpc.ImageServiceStub(self._at("images"))
+
+    @cached_property
+    def compute(self) -> scheduler_pb2_grpc.ComputeServiceAsyncStub:
+        return scheduler_pb2_grpc.ComputeServiceStub(self._at("scheduler"))
+
+    @cached_property
+    def nodes(self) -> scheduler_pb2_grpc.NodeServiceAsyncStub:
+        return scheduler_pb2_grpc.NodeServiceStub(self._at("scheduler"))
+
+    @cached_property
+    def queue(self) -> scheduler_pb2_grpc.QueueServiceAsyncStub:
+        return scheduler_pb2_grpc.QueueServiceStub(self._at("scheduler"))
+
+    @cached_property
+    def logs(self) -> logs_pb2_grpc.LogServiceAsyncStub:
+        return logs_pb2_grpc.LogServiceStub(self._at("logs"))
+
+    @cached_property
+    def models(self) -> registry_pb2_grpc.ModelServiceAsyncStub:
+        return registry_pb2_grpc.ModelServiceStub(self._at("registry"))
+
+    @cached_property
+    def datasets(self) -> registry_pb2_grpc.DatasetServiceAsyncStub:
+        return registry_pb2_grpc.DatasetServiceStub(self._at("registry"))
+
+    @cached_property
+    def _transfers(self) -> transfers.Transfers:
+        return transfers.Transfers(self.config.ca)
+
+    @property
+    def _upload(self) -> Callable[..., Coroutine[Any, Any, None]]:
+        return self._transfers.upload
+
+    @property
+    def download(self) -> Callable[..., Coroutine[Any, Any, None]]:
+        return self._transfers.download
+
+    @property
+    def download_all(self) -> Callable[..., Coroutine[Any, Any, None]]:
+        return self._transfers.download_all
 
     async def close(self) -> None:
         """Close the connections."""
@@ -119,7 +177,7 @@ class Client:
 
     async def upload_snapshot(self, source: Path, progress: Callable[[int, int], None] | None = None) -> str:
         """Digest of a source directory, stored."""
-        manifest, paths = await asyncio.to_thread(manifest_of, source, True)
+        manifest, paths = await asyncio.to_thread(sources.manifest_of, source, True)
         reply = await self.call(self.runs.PrepareSnapshot, pb.PrepareSnapshotRequest(manifest=manifest))
         await self._upload(reply.slots, manifest, paths, progress)
         return str((await self.call(self.runs.CommitSnapshot, pb.CommitSnapshotRequest(manifest=manifest))).digest)
@@ -323,7 +381,7 @@ class Client:
         framework: str = "", environment: c.Environment | None = None, progress: Callable[[int, int], None] | None = None,
     ) -> reg.ModelVersion:  # fmt: skip
         """The next version of a model, from a file or folder here."""
-        manifest, paths = await asyncio.to_thread(manifest_of, path, False)
+        manifest, paths = await asyncio.to_thread(sources.manifest_of, path, False)
         reply = await self.call(self.models.PrepareModel, reg.PrepareModelRequest(manifest=manifest))
         await self._upload(reply.slots, manifest, paths, progress)
         request = reg.RegisterModelRequest(
@@ -360,7 +418,7 @@ class Client:
         progress: Callable[[int, int], None] | None = None,
     ) -> reg.DatasetVersion:  # fmt: skip
         """Register a folder; identical content answers with the version that has it."""
-        manifest, paths = await asyncio.to_thread(manifest_of, folder, False)
+        manifest, paths = await asyncio.to_thread(sources.manifest_of, folder, False)
         reply = await self.call(self.datasets.PrepareDataset, reg.PrepareDatasetRequest(manifest=manifest))
         await self._upload(reply.slots, manifest, paths, progress)
         request = reg.RegisterDatasetRequest(name=name, manifest=manifest, description=description, tags=tags)

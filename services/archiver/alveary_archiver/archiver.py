@@ -41,8 +41,7 @@ async def covered(store: ObjectStore, stream: str) -> list[Segment]:
 async def records(store: ObjectStore, segments: list[Segment]) -> AsyncIterator[Record]:
     """All records of segments, in order."""
     for segment in segments:
-        data = await store.get(BUCKET, segment.key)
-        for record in await asyncio.to_thread(lambda segment=segment, data=data: list(unpack(segment, data))):  # type: ignore[misc]
+        for record in unpack(segment, await store.get(BUCKET, segment.key)):
             yield record
 
 

@@ -1,52 +1,61 @@
 """The command line: `alveary --help`.
 
 Exit codes: 0 it worked; 1 the platform refused or failed; 2 the command line is wrong; 3 the run Failed; 4 the run
-was Canceled; 5 no platform runs.
+was Canceled; 5 no platform runs; 130 interrupted with Ctrl-C.
+
+A command that reads costs what it reads: modules are imported when a command is used (`alveary.cli.lazy`), and those that
+talk to the platform inside of the commands.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 
-import typer
+import click
 
-from alveary.cli import stack
-from alveary.cli.admin import admin_app
-from alveary.cli.common import NO_PLATFORM, err
-from alveary.cli.compute import compute_app
-from alveary.cli.events import events_app
-from alveary.cli.images import image_app
-from alveary.cli.models import dataset_app, model_app
-from alveary.cli.nodes import node_app
-from alveary.cli.runs import run_app
+from alveary import __version__
+from alveary.cli.common import INTERRUPTED, NO_PLATFORM, say
+from alveary.cli.lazy import LazyGroup
 from alveary.errors import AlvearyError
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Train PyTorch models at scale and register them.")
-app.command("up")(stack.up)
-app.command("down")(stack.down)
-app.command("status")(stack.status_command)
-for _name, _group in (
-    ("run", run_app),
-    ("compute", compute_app),
-    ("node", node_app),
-    ("image", image_app),
-    ("model", model_app),
-    ("dataset", dataset_app),
-    ("admin", admin_app),
-    ("events", events_app),
-):
-    app.add_typer(_group, name=_name)
+app = LazyGroup(
+    "alveary",
+    help="Train PyTorch models at scale and register them.",
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    lazy={
+        "up": ("alveary.cli.stack:up", "Start the whole platform on this machine."),
+        "down": ("alveary.cli.stack:down", "Stop the platform on this machine."),
+        "status": ("alveary.cli.stack:status", "Say whether the platform runs, and what it has to do."),
+        "run": ("alveary.cli.runs:run", "Submit, look at and end runs."),
+        "compute": ("alveary.cli.compute:compute", "Compute targets."),
+        "node": ("alveary.cli.nodes:node", "Make machines nodes of a compute target of kind `nodes`."),
+        "image": ("alveary.cli.images:image", "Images of environments."),
+        "model": ("alveary.cli.models:model", "Models."),
+        "dataset": ("alveary.cli.models:dataset", "Datasets."),
+        "admin": ("alveary.cli.admin:admin", "Verify the second copy of the event log; restore from it."),
+        "events": ("alveary.cli.events:events", "Events."),
+        "completion": ("alveary.cli.completion:completion", "Print the shell's code that completes commands and options."),
+    },
+)
+click.version_option(__version__, prog_name="alveary", message="%(prog)s %(version)s")(app)
 
 
 def main() -> None:
     """Entry point: errors are sentences, never tracebacks."""
     try:
-        app()
+        code = app.main(prog_name="alveary", standalone_mode=False)
     except AlvearyError as error:
-        err.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(NO_PLATFORM if "start it with `alveary up`" in str(error) or "no config.json" in str(error) else 1)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except KeyboardInterrupt:
-        sys.exit(130)
+        say(f"error: {error}", red=True)
+        code = NO_PLATFORM if "start it with `alveary up`" in str(error) or "no config.json" in str(error) else 1
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except click.Abort:
+        code = INTERRUPTED
+    except OSError as error:
+        if error.filename is None and error.strerror is None:
+            raise
+        say(f"error: {error.filename or 'input or output'}: {error.strerror}", red=True)
+        code = 1
+    sys.exit(code if isinstance(code, int) else 0)

@@ -5,23 +5,29 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
-import typer
+import click
 
-from alveary.cli.common import StateDir, err, state_folder
+from alveary.cli.common import state_dir_option, state_folder
+from alveary.errors import AlvearyError
 
-admin_app = typer.Typer(no_args_is_help=True, help="Verify the second copy of the event log; restore from it.")
+
+@click.group(no_args_is_help=True)
+def admin() -> None:
+    """Verify the second copy of the event log; restore from it."""
 
 
 def _run(what: str, environment: dict[str, str]) -> None:
     """The archiver's own program: this command needs nothing of it but its settings."""
     code = subprocess.run([sys.executable, "-m", "alveary_archiver", what], env=os.environ | environment).returncode
     if code:
-        raise typer.Exit(code)
+        raise click.exceptions.Exit(code)
 
 
-@admin_app.command("verify")
-def admin_verify(state_dir: StateDir = None) -> None:
+@admin.command()
+@state_dir_option
+def verify(state_dir: Path | None) -> None:
     """Compare the event log and the metrics with their second copy. The platform may be running.
 
     Without --state-dir, and with ALVEARY_NATS_URL set, that platform; else the embedded stack.
@@ -41,8 +47,9 @@ def admin_verify(state_dir: StateDir = None) -> None:
         _run("verify", layout.environment("archiver"))
 
 
-@admin_app.command("restore")
-def admin_restore(state_dir: StateDir = None) -> None:
+@admin.command()
+@state_dir_option
+def restore(state_dir: Path | None) -> None:
     """Rebuild the event log and the metrics from their second copy, on a server that has lost them. Nothing else may run."""
     if state_dir is None and "ALVEARY_NATS_URL" in os.environ:
         _run("restore", {})
@@ -52,8 +59,7 @@ def admin_restore(state_dir: StateDir = None) -> None:
 
     folder = state_folder(state_dir)
     if status(folder) is not None:
-        err.print("the stack is running: stop it with `alveary down` first", markup=False)
-        raise typer.Exit(1)
+        raise AlvearyError("the stack is running: stop it with `alveary down` first", "FAILED_PRECONDITION")
     layout = Layout.open(folder, None)
     with servers(layout):
         _run("restore", layout.environment("restore"))

@@ -1,27 +1,41 @@
-"""What the commands share: output, errors, small parsers."""
+"""What the commands share: output, options, small parsers."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import typer
-from google.protobuf.message import Message
-from rich.console import Console
+import click
 
 from alveary.config import default_state_dir
+from alveary.text import printable
 
 if TYPE_CHECKING:
+    from google.protobuf.message import Message
+
     from alveary.workspace import Workspace
 
-out = Console()
-err = Console(stderr=True)
-FAILED, CANCELED, NO_PLATFORM = 3, 4, 5
-StateDir = Annotated[Path | None, typer.Option("--state-dir", help="Directory of the stack; default $ALVEARY_HOME or ~/.alveary.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+FAILED, CANCELED, NO_PLATFORM, INTERRUPTED = 3, 4, 5, 130
+F = TypeVar("F", bound=Callable[..., Any])
+FOLDER = click.Path(path_type=Path)
+
+
+def json_option(command: F) -> F:
+    """--json, as `as_json`."""
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)
+
+
+def state_dir_option(command: F) -> F:
+    """--state-dir, as `state_dir`: a Path or None."""
+    return click.option("--state-dir", type=FOLDER, help="Directory of the stack; default $ALVEARY_HOME or ~/.alveary.")(command)
+
+
+def say(text: str, red: bool = False) -> None:
+    """A line to people, on standard error. What terminals would act on is shown as its escape."""
+    click.secho(printable(text, keep="\n\t"), err=True, fg="red" if red else None)
 
 
 def state_folder(given: Path | None) -> Path:
@@ -30,33 +44,26 @@ def state_folder(given: Path | None) -> Path:
 
 
 def open_workspace() -> Workspace:
+    """The workspace of the config that applies here (see `alveary.config.find`)."""
     from alveary.workspace import Workspace
 
     return Workspace.from_config()
 
 
 def plain(message: Message) -> dict[str, Any]:
+    """A message as `--json` shows it."""
     from google.protobuf.json_format import MessageToDict
 
     return dict(MessageToDict(message, preserving_proto_field_name=True))
 
 
-def show(rows: Sequence[dict[str, Any]], columns: Sequence[str], as_json: bool, raw: Sequence[Any] | None = None) -> None:
-    if as_json:
-        print(json.dumps(raw if raw is not None else rows, indent=1, default=str))
-    elif out.is_terminal:
-        from rich.table import Table
-
-        table = Table(*columns, box=None, pad_edge=False, header_style="bold")
-        for row in rows:
-            table.add_row(*(str(row.get(c, "")) for c in columns))
-        out.print(table)
-    else:
-        for row in rows:
-            print("\t".join(str(row.get(c, "")) for c in columns))
+def print_json(value: Any) -> None:
+    """As JSON; what is not JSON's (times, paths) as text."""
+    click.echo(json.dumps(value, indent=1, default=str))
 
 
 def ago(stamp: Any) -> str:
+    """How long ago a protobuf Timestamp is, in the largest unit of which it has one."""
     if not stamp.seconds:
         return ""
     seconds = int(time.time() - stamp.seconds)
@@ -67,16 +74,22 @@ def ago(stamp: Any) -> str:
 
 
 def pairs(values: Iterable[str] | None, what: str) -> dict[str, str]:
+    """A dict of "KEY=VALUE" texts.
+
+    Raises:
+        click.BadParameter: one is none; `what` names the option.
+    """
     found = {}
     for value in values or ():
         key, sign, text = value.partition("=")
         if not sign or not key:
-            raise typer.BadParameter(f"{what} {value!r}: use KEY=VALUE")
+            raise click.BadParameter(f"{what} {value!r}: use KEY=VALUE")
         found[key] = text
     return found
 
 
 def download(workspace: Workspace, links: Sequence[Any], to: Path) -> None:
+    """Store files here, with a bar, and say how many they are."""
     from alveary.progress import upload_progress
 
     total, done = sum(x.file.size for x in links), 0
@@ -88,17 +101,23 @@ def download(workspace: Workspace, links: Sequence[Any], to: Path) -> None:
             progress(done, total)
 
         workspace._call(workspace._client.download_all(links, to, update))
-    print(f"{len(links)} files, {total / 1e6:.1f} MB in {to}")
+    click.echo(f"{len(links)} files, {total / 1e6:.1f} MB in {to}")
 
 
 def split(reference: str) -> tuple[str, int | None]:
+    """Name and version of NAME or NAME:VERSION.
+
+    Raises:
+        click.BadParameter: it is neither.
+    """
     name, _, version = reference.partition(":")
     if version and not version.isdecimal():
-        raise typer.BadParameter(f"{reference!r}: use NAME or NAME:VERSION")
+        raise click.BadParameter(f"{reference!r}: use NAME or NAME:VERSION")
     return name, int(version) if version else None
 
 
 def target_row(t: Any) -> dict[str, Any]:
+    """A compute target as a row of a table."""
     return {
         "name": t.name, "kind": t.spec.kind, "vm_size": t.spec.vm_size, "state": t.state, "nodes": f"{t.current_nodes}/{t.spec.max_nodes}",
         "cpus": t.spec.node_resources.cpus, "gpus": t.spec.node_resources.gpus, "running": t.running, "waiting": t.waiting,

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from typing import Annotated, Any
+from typing import Any
 
-import typer
+import click
 
-from alveary.cli.common import AsJson, ago, open_workspace, plain, show
+from alveary.cli.common import ago, json_option, open_workspace, plain, print_json
+from alveary.cli.table import show
 from alveary.errors import AlvearyError
+from alveary.text import printable
 
-image_app = typer.Typer(no_args_is_help=True, help="Images of environments.")
+
+@click.group(no_args_is_help=True)
+def image() -> None:
+    """Images of environments."""
 
 
 def _state(image: Any) -> str:
@@ -20,8 +24,9 @@ def _state(image: Any) -> str:
     return pb.ImageState.Name(image.state).removeprefix("IMAGE_STATE_").capitalize()
 
 
-@image_app.command("list")
-def image_list(as_json: AsJson = False) -> None:
+@image.command("list")
+@json_option
+def list_images(as_json: bool) -> None:
     """All images, newest use first."""
     from alveary_contracts.images.v1 import images_pb2 as pb
 
@@ -35,62 +40,69 @@ def image_list(as_json: AsJson = False) -> None:
         }
         for i in images
     ]  # fmt: skip
-    show(rows, ("digest", "state", "environment", "python", "packages", "size", "used"), as_json, [plain(i) for i in images])
+    columns = ("digest", "state", "environment", "python", "packages", "size", "used")
+    show(rows, columns, as_json, [plain(i) for i in images] if as_json else None, elastic=("environment",))
 
 
-@image_app.command("show")
-def image_show(digest: Annotated[str, typer.Argument(help="Or its first characters.")], as_json: AsJson = False) -> None:
-    """One image: what is in it."""
+@image.command("show")
+@click.argument("digest")
+@json_option
+def show_image(digest: str, as_json: bool) -> None:
+    """One image, by its digest or the first characters of it: what is in it."""
     from alveary_contracts.images.v1 import images_pb2 as pb
 
     workspace = open_workspace()
     client = workspace._client
-    image = workspace._call(client.call(client.images.GetImage, pb.GetImageRequest(digest=digest))).image
+    found = workspace._call(client.call(client.images.GetImage, pb.GetImageRequest(digest=digest))).image
     if as_json:
-        print(json.dumps(plain(image), indent=1))
+        print_json(plain(found))
         return
     lines = {
-        "digest": image.digest, "state": _state(image), "reason": image.reason, "builder": image.builder, "image": image.image,
-        "python": image.python_version, "size": f"{image.size / 1e6:.0f} MB" if image.size else "", "built in": f"{image.build_seconds:.1f} s",
+        "digest": found.digest, "state": _state(found), "reason": found.reason, "builder": found.builder, "image": found.image,
+        "python": found.python_version, "size": f"{found.size / 1e6:.0f} MB" if found.size else "", "built in": f"{found.build_seconds:.1f} s",
     }  # fmt: skip
     for name, value in lines.items():
         if value:
-            print(f"{name:<9} {value}")
-    print("packages", *image.packages, sep="\n  ")
+            click.echo(f"{name:<9} {printable(value)}")
+    click.echo("\n  ".join(["packages", *map(printable, found.packages)]))
 
 
-@image_app.command("login")
-def image_login(
-    registry: Annotated[str, typer.Argument(help="host or host:port, as references begin.")],
-    username: Annotated[str, typer.Option()],
-    password_stdin: Annotated[bool, typer.Option("--password-stdin", help="Read the password from standard input.")] = False,
-) -> None:
-    """Give the platform the credentials of a private registry, for base images and images of your own."""
+@image.command()
+@click.argument("registry")
+@click.option("--username", required=True)
+@click.option("--password-stdin", is_flag=True, help="Read the password from standard input.")
+def login(registry: str, username: str, password_stdin: bool) -> None:
+    """Give the platform the credentials of a private registry, for base images and images of your own.
+
+    REGISTRY is host or host:port, as references begin.
+    """
     from alveary_contracts.images.v1 import images_pb2 as pb
 
-    password = sys.stdin.readline().rstrip("\n") if password_stdin else typer.prompt("password", hide_input=True)
+    password = sys.stdin.readline().rstrip("\n") if password_stdin else click.prompt("password", hide_input=True)
     if not password:
         raise AlvearyError("an empty password: use `alveary image logout` to remove credentials", "INVALID_ARGUMENT")
     workspace = open_workspace()
     client = workspace._client
     request = pb.SetRegistryCredentialsRequest(registry=registry, username=username, password=password)
     workspace._call(client.call(client.images.SetRegistryCredentials, request))
-    print(f"the platform can pull from {registry}")
+    click.echo(f"the platform can pull from {registry}")
 
 
-@image_app.command("logout")
-def image_logout(registry: str) -> None:
+@image.command()
+@click.argument("registry")
+def logout(registry: str) -> None:
     """Forget the credentials of a registry."""
     from alveary_contracts.images.v1 import images_pb2 as pb
 
     workspace = open_workspace()
     client = workspace._client
     workspace._call(client.call(client.images.SetRegistryCredentials, pb.SetRegistryCredentialsRequest(registry=registry)))
-    print("forgotten")
+    click.echo("forgotten")
 
 
-@image_app.command("logins")
-def image_logins(as_json: AsJson = False) -> None:
+@image.command()
+@json_option
+def logins(as_json: bool) -> None:
     """Registries that the platform has credentials of."""
     from alveary_contracts.images.v1 import images_pb2 as pb
 

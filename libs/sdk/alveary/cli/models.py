@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING
 
-import typer
+import click
 
-from alveary.cli.common import AsJson, ago, download, open_workspace, pairs, plain, show, split
+from alveary.cli.common import FOLDER, ago, download, json_option, open_workspace, pairs, plain, print_json, split
+from alveary.cli.table import show
 
-model_app = typer.Typer(no_args_is_help=True, help="Models.")
-dataset_app = typer.Typer(no_args_is_help=True, help="Datasets.")
+if TYPE_CHECKING:
+    from alveary.model import Model
 
 
-def _model(reference: str) -> Any:
+@click.group(no_args_is_help=True)
+def model() -> None:
+    """Models."""
+
+
+def _find(reference: str) -> Model:
     from alveary.model import Model
 
     name, version = split(reference)
     return Model(open_workspace(), name, version=version)
 
 
-@model_app.command("list")
-def model_list(name: Annotated[str, typer.Argument()] = "", as_json: AsJson = False) -> None:
-    """Model versions."""
+@model.command("list")
+@click.argument("name", default="")
+@json_option
+def list_models(name: str, as_json: bool) -> None:
+    """Model versions: of all models, or of the one that is named."""
     from alveary.model import Model
 
     models = Model.list(open_workspace(), name or None)
@@ -34,51 +41,69 @@ def model_list(name: Annotated[str, typer.Argument()] = "", as_json: AsJson = Fa
         }
         for m in models
     ]  # fmt: skip
-    show(rows, ("model", "run", "aliases", "onnx", "registered", "tags"), as_json, [plain(m._found) for m in models])
+    columns = ("model", "run", "aliases", "onnx", "registered", "tags")
+    show(rows, columns, as_json, [plain(m._found) for m in models] if as_json else None, elastic=("model", "aliases", "tags"))
 
 
-@model_app.command("show")
-def model_show(reference: Annotated[str, typer.Argument(help="NAME or NAME:VERSION")]) -> None:
+@model.command("show")
+@click.argument("reference", metavar="NAME[:VERSION]")
+@json_option
+def show_model(reference: str, as_json: bool) -> None:
     """One version, as JSON."""
-    print(json.dumps(plain(_model(reference)._found), indent=1))
+    print_json(plain(_find(reference)._found))
 
 
-@model_app.command("register")
-def model_register(
-    name: str, path: Annotated[str, typer.Argument(help="With --run a path among its files, else a path here.")] = "outputs",
-    run: Annotated[str, typer.Option(help="Take it from this run.")] = "", tag: Annotated[list[str] | None, typer.Option("--tag")] = None,
-    description: str = "",
-) -> None:  # fmt: skip
-    """Register the next version of a model."""
+@model.command()
+@click.argument("name")
+@click.argument("path", default="outputs")
+@click.option("--run", default="", help="Take it from this run.")
+@click.option("--tag", multiple=True, help="KEY=VALUE; repeatable.")
+@click.option("--description", default="")
+def register(name: str, path: str, run: str, tag: tuple[str, ...], description: str) -> None:
+    """Register the next version of a model: with --run from PATH among its files, else from PATH here."""
     from alveary.model import Model
 
     workspace, tags = open_workspace(), pairs(tag, "--tag")
     if run:
-        print(workspace.get_run(run).register_model(name, path, tags=tags, description=description).id)
+        made = workspace.get_run(run).register_model(name, path, tags=tags, description=description)
     else:
-        print(Model.register(workspace, path, name, tags=tags, description=description).id)
+        made = Model.register(workspace, path, name, tags=tags, description=description)
+    click.echo(made.id)
 
 
-@model_app.command("export")
-def model_export(
-    reference: str, shape: Annotated[str, typer.Option(help="Of one input, a batch of one, like 1,3,224,224.")] = "",
-    file: str = "", opset: int = 0, factory: str = "", target: str = "",
-) -> None:  # fmt: skip
+@model.command()
+@click.argument("reference", metavar="NAME[:VERSION]")
+@click.option("--shape", default="", help="Of one input, a batch of one, like 1,3,224,224.")
+@click.option("--file", default="", help="Which of the model's files, if there are several.")
+@click.option("--opset", default=0, help="ONNX opset; 0: the exporter's.")
+@click.option("--factory", default="", help="module:callable of the run's source that builds the model of a state_dict.")
+@click.option("--target", default="", help="Compute target; default: the run's.")
+def export(reference: str, shape: str, file: str, opset: int, factory: str, target: str) -> None:
     """Export a version to ONNX, and wait for it."""
-    sizes = [int(s) for s in shape.split(",") if s.strip()]
-    model = _model(reference).export_onnx(sizes, file=file, opset=opset, factory=factory, compute_target=target)
-    print(json.dumps(model.onnx, indent=1))
+    try:
+        sizes = [int(s) for s in shape.split(",") if s.strip()]
+    except ValueError as error:
+        raise click.BadParameter(f"--shape {shape}: numbers with commas between them, like 1,3,224,224") from error
+    print_json(_find(reference).export_onnx(sizes, file=file, opset=opset, factory=factory, compute_target=target).onnx)
 
 
-@model_app.command("download")
-def model_download(reference: str, to: Annotated[Path, typer.Option("--to")] = Path()) -> None:
+@model.command("download")
+@click.argument("reference", metavar="NAME[:VERSION]")
+@click.option("--to", type=FOLDER, default=".", show_default=True, help="Folder that they are stored in.")
+def download_model(reference: str, to: Path) -> None:
     """Store a version's files here, its ONNX export among them."""
-    model = _model(reference)
-    download(model.workspace, model._links(), to)
+    found = _find(reference)
+    download(found.workspace, found._links(), to)
 
 
-@dataset_app.command("list")
-def dataset_list(as_json: AsJson = False) -> None:
+@click.group(no_args_is_help=True)
+def dataset() -> None:
+    """Datasets."""
+
+
+@dataset.command("list")
+@json_option
+def list_datasets(as_json: bool) -> None:
     """Dataset versions."""
     from alveary.dataset import Dataset
 
@@ -86,21 +111,25 @@ def dataset_list(as_json: AsJson = False) -> None:
         {"dataset": f"{d.name}:{d.version}", "files": d.file_count, "size": d.total_size, "digest": d.id[:12]}
         for d in Dataset.list(open_workspace())
     ]
-    show(rows, ("dataset", "files", "size", "digest"), as_json)
+    show(rows, ("dataset", "files", "size", "digest"), as_json, elastic=("dataset",))
 
 
-@dataset_app.command("upload")
-def dataset_upload(name: str, path: Path) -> None:
-    """Register a folder."""
+@dataset.command()
+@click.argument("name")
+@click.argument("path", type=FOLDER)
+def upload(name: str, path: Path) -> None:
+    """Register a folder as the next version of a dataset."""
     from alveary.dataset import Dataset
 
-    print(Dataset.upload(open_workspace(), str(path), name))
+    click.echo(Dataset.upload(open_workspace(), str(path), name))
 
 
-@dataset_app.command("download")
-def dataset_download(reference: str, to: Annotated[Path, typer.Option("--to")] = Path()) -> None:
+@dataset.command("download")
+@click.argument("reference", metavar="NAME[:VERSION]")
+@click.option("--to", type=FOLDER, default=".", show_default=True, help="Folder that they are stored in.")
+def download_dataset(reference: str, to: Path) -> None:
     """Store a version's files here."""
     from alveary.dataset import Dataset
 
     name, version = split(reference)
-    print(Dataset.get_by_name(open_workspace(), name, version or "latest").download(str(to)))
+    click.echo(Dataset.get_by_name(open_workspace(), name, version or "latest").download(str(to)))

@@ -10,57 +10,70 @@ import shlex
 import socket
 import sys
 from pathlib import Path
-from typing import Annotated
 
-import typer
+import click
 
-from alveary.cli.common import err, open_workspace, pairs
+from alveary.cli.common import FOLDER, open_workspace, pairs, say
 from alveary.config import Config
 from alveary.errors import AlvearyError
 
-node_app = typer.Typer(no_args_is_help=True, help="Make machines nodes of a compute target of kind `nodes`.")
+
+@click.group(no_args_is_help=True)
+def node() -> None:
+    """Make machines nodes of a compute target of kind `nodes`."""
 
 
-@node_app.command("token")
-def node_token(target: str, hours: Annotated[float, typer.Option(help="How long machines may join with it.")] = 24.0) -> None:
+@node.command("token")
+@click.argument("target")
+@click.option("--hours", default=24.0, show_default=True, help="How long machines may join with it.")
+def print_token(target: str, hours: float) -> None:
     """Print the command with which a machine joins a target."""
     from alveary.compute import ComputeTarget
 
     workspace = open_workspace()
     endpoint, token = ComputeTarget(workspace, target).create_join_token(hours * 3600)
     if _loopback(endpoint):
-        err.print(
+        say(
             "this works on the platform's own machine alone: `alveary up --bind ADDRESS`, or with docker compose "
-            "`--host NAME --bind ADDRESS` of `make compose-init`, let others reach it", markup=False,
-        )  # fmt: skip
+            "`--host NAME --bind ADDRESS` of `make compose-init`, let others reach it"
+        )
     config = workspace._client.config
     words = ["alveary node join", endpoint, token, *(["--tls"] if config.tls else [])]
     if config.tls and config.ca:
         words += ["--ca-data", base64.urlsafe_b64encode(config.ca.encode()).decode()]
-    print(*words)
+    click.echo(" ".join(words))
 
 
 def _loopback(endpoint: str) -> bool:
     return endpoint.startswith(("127.", "localhost:", "[::1]"))
 
 
-@node_app.command("join")
-def node_join(
-    endpoint: Annotated[str, typer.Argument(help="HOST:PORT of the platform.")],
-    token: Annotated[str, typer.Argument(help="Join token; `-` reads it from standard input.")],
-    name: Annotated[str, typer.Option(help="Of the node; default: <target>-<host name>.")] = "",
-    address: Annotated[str, typer.Option(help="By which other nodes reach this machine; default: where connections to the platform leave from.")] = "",
-    cpus: Annotated[float, typer.Option(help="Cores for runs; 0: all.")] = 0,
-    memory_gb: Annotated[float, typer.Option(help="Memory for runs; 0: all.")] = 0,
-    gpus: Annotated[int, typer.Option(help="GPUs for runs; -1: all.")] = -1,
-    gpu_ids: Annotated[str, typer.Option(help="Which of the machine's GPUs, by index: 2,5; default: the first.")] = "",
-    label: Annotated[list[str] | None, typer.Option("--label", help="KEY=VALUE that runs may ask for; repeatable.")] = None,
-    state_dir: Annotated[Path, typer.Option(help="Where runs work, and environments and data are kept.")] = Path("~/.alveary-node"),
-    tls: Annotated[bool, typer.Option("--tls", help="The platform's door speaks TLS.")] = False,
-    ca: Annotated[Path | None, typer.Option(help="Certificate of the authority that it is known by, a PEM file.")] = None,
-    ca_data: Annotated[str, typer.Option(help="The same, as `alveary node token` prints it.")] = "",
+@node.command()
+@click.argument("endpoint")
+@click.argument("token")
+@click.option("--name", default="", help="Of the node; default: <target>-<host name>.")
+@click.option(
+    "--address", default="", help="By which other nodes reach this machine; default: where connections to the platform leave from."
+)
+@click.option("--cpus", default=0.0, help="Cores for runs; 0: all.")
+@click.option("--memory-gb", default=0.0, help="Memory for runs; 0: all.")
+@click.option("--gpus", default=-1, help="GPUs for runs; -1: all.")
+@click.option("--gpu-ids", default="", help="Which of the machine's GPUs, by index: 2,5; default: the first.")
+@click.option("--label", multiple=True, help="KEY=VALUE that runs may ask for; repeatable.")
+@click.option(
+    "--state-dir", type=FOLDER, default="~/.alveary-node", show_default=True, help="Where runs work, and environments and data are kept."
+)
+@click.option("--tls", is_flag=True, help="The platform's door speaks TLS.")
+@click.option("--ca", type=FOLDER, help="Certificate of the authority that it is known by, a PEM file.")
+@click.option("--ca-data", default="", help="The same, as `alveary node token` prints it.")
+def join(
+    endpoint: str, token: str, name: str, address: str, cpus: float, memory_gb: float, gpus: int, gpu_ids: str, label: tuple[str, ...],
+    state_dir: Path, tls: bool, ca: Path | None, ca_data: str,
 ) -> None:  # fmt: skip
-    """Become a node, until Ctrl-C: then what runs here is attempted again elsewhere."""
+    """Become a node, until Ctrl-C: then what runs here is attempted again elsewhere.
+
+    ENDPOINT is HOST:PORT of the platform; TOKEN the join token, which `-` reads from standard input.
+    """
     import json
 
     from alveary._loop import run
@@ -96,7 +109,7 @@ def node_join(
         environment["ALVEARY_CA"] = str(folder / "ca.crt")
         if told.environment.get("ALVEARY_RUNTIME") == "docker":
             let_docker_trust(told.environment.get("ALVEARY_REGISTRY_AT", ""), folder / "ca.crt")
-    print(f"node {environment['ALVEARY_NODE']} of {told.target} (workspace {told.workspace}); state in {folder}", flush=True)
+    click.echo(f"node {environment['ALVEARY_NODE']} of {told.target} (workspace {told.workspace}); state in {folder}")
     os.execve(sys.executable, [sys.executable, "-m", "alveary_trainer"], environment)
 
 

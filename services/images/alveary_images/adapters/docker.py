@@ -45,7 +45,8 @@ class DockerBuilder:
         """See Builder."""
         if problems := faults(environment):
             raise BuildFailed("; ".join(problems))
-        async with workplace() as work:
+        with workplace() as folder:
+            work = Path(folder)
             resolved = Resolved(python_of(environment))
             python = f"{ENV}/bin/python"
             base = environment.base_image or self._settings.base_image.format(python=python_of(environment))
@@ -95,7 +96,7 @@ class DockerBuilder:
                 await self._store.get_file(BUCKET, f"wheels/{wheel['sha256']}", wheels / wheel["file"], wheel["sha256"])
             for local in resolved.local:
                 with contextlib.suppress(FileNotFoundError):  # of an older resolution: it may be on an index as well
-                    await asyncio.to_thread(shutil.copy, local, wheels)
+                    shutil.copy(local, wheels)
             folders.append(("wheels", wheels))
             files |= {"lock.txt": resolved.requirements.encode(), "env.sh": index_settings().encode(), "ca.pem": certificates()}
         extra = horovod.RUN_PACKAGES if any(w["name"] == horovod.NAME for w in resolved.wheels) else ()
@@ -112,7 +113,7 @@ class DockerBuilder:
         wheels.mkdir()
         for file in local:
             with contextlib.suppress(FileNotFoundError):
-                await asyncio.to_thread(shutil.copy, file, wheels)
+                shutil.copy(file, wheels)
         packages = " ".join(horovod.BUILD_PACKAGES)
         text = (
             f"FROM {base}\nRUN apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends {packages}\n"
