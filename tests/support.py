@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import shutil
 import subprocess
@@ -78,14 +79,30 @@ def launch(
     command += ["--runtime", runtime] if runtime else []
     command += ["--bind", bind] if bind else []
     log = state_dir / "up.log"
+    # Blocking calls on an event loop raise in the services (ALVEARY_TRAINER_GUARD_LOOP: in trainers); see alveary_core.stalls.
+    guarded = {"ALVEARY_GUARD_LOOP": "1"} | os.environ
     with log.open("wb") as opened:
-        process = subprocess.Popen(command, stdout=opened, stderr=opened, stdin=subprocess.DEVNULL, start_new_session=True)
+        process = subprocess.Popen(command, env=guarded, stdout=opened, stderr=opened, stdin=subprocess.DEVNULL, start_new_session=True)
     deadline = time.monotonic() + 90
     while "ready after" not in log.read_text():
         assert process.poll() is None, f"alveary up ended: {log.read_text()}"
         assert time.monotonic() < deadline, f"alveary up is not ready: {log.read_text()}"
         time.sleep(0.05)
     return Embedded(state_dir, process)
+
+
+def blocked(state_dir: Path, *services: str) -> list[str]:
+    """What blocked the event loops of a stack's processes so far, one stack trace for each time; of `services` only, if any are given."""
+    found = []
+    for log in [*(state_dir / "logs").glob("*.log"), *(state_dir / "services" / "nodes").glob("*.log")]:
+        for line in log.read_text(errors="replace").splitlines():
+            if '"loop.blocked"' in line:
+                told = json.loads(line)
+                if not services or told["service"] in services:
+                    found.append(f"{told['service']}: {told['cpu']} s of CPU in {told['seconds']} s\n{told['stack']}")
+            elif "BlockingCall" in line:
+                found.append(f"{log.name}: {line[-2000:]}")
+    return found
 
 
 def halt(stack: Embedded) -> None:

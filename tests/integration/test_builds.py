@@ -61,6 +61,7 @@ async def replica(layout: Layout, folder: Path, builder: SlowBuilder, build_seco
     service.spawn(view.run(service.log), "projection")
     service.spawn(service.log.consume("images", SUBJECTS, handlers), "handlers")
     service.spawn(handlers.recover(), "recover")
+    service.spawn(handlers.stop_unwanted(), "unwanted")
     await view.caught_up.wait()
     try:
         yield handlers

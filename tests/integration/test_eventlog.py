@@ -119,15 +119,15 @@ async def test_a_projection_goes_on_where_it_was_and_a_lost_file_is_made_anew(lo
     last = await log.append(key, [tagged("1"), tagged("2")], 0)
     async with running(view := Tags(tmp_path / "a.sqlite", key), log):
         await view.wait_for(last.sequence)
-        assert len(view.rows("SELECT * FROM seen")) == 2
+        assert len(await view.rows("SELECT * FROM seen")) == 2
     last = await log.append(key, [tagged("3")], last.sequence)
     async with running(view := Tags(tmp_path / "a.sqlite", key), log):
         await view.wait_for(last.sequence)
-        rows = view.rows("SELECT * FROM seen ORDER BY sequence")
+        rows = await view.rows("SELECT * FROM seen ORDER BY sequence")
         assert len(rows) == 3  # an INSERT of an event seen before would have failed
     async with running(fresh := Tags(tmp_path / "b.sqlite", key), log):
         await fresh.wait_for(last.sequence)
-        assert [tuple(r) for r in fresh.rows("SELECT * FROM seen ORDER BY sequence")] == [tuple(r) for r in rows]
+        assert [tuple(r) for r in await fresh.rows("SELECT * FROM seen ORDER BY sequence")] == [tuple(r) for r in rows]
 
 
 async def test_reads_of_ones_own_writes_wait_and_give_up_with_a_reason(log: EventLog, tmp_path: Path) -> None:
@@ -153,8 +153,8 @@ async def test_a_failing_apply_leaves_event_and_position_unwritten(log: EventLog
     await log.append(key, [tagged("1")], 0)
     with pytest.raises(RuntimeError):
         await view.run(log)
-    assert view.rows("SELECT * FROM seen") == []
-    assert view.row("SELECT sequence FROM position")[0] == 0  # type: ignore[index]
+    assert await view.rows("SELECT * FROM seen") == []
+    assert (await view.row("SELECT sequence FROM position"))[0] == 0  # type: ignore[index]
 
 
 async def test_a_follower_survives_the_loss_of_its_consumer(log: EventLog) -> None:
@@ -193,7 +193,7 @@ async def test_an_unknown_event_is_skipped_and_unknown_fields_are_ignored(log: E
     ack = await log.js.publish(key.subject("tagged"), b'{"set": {"n": "1"}, "newField": 3}', headers=headers)
     async with running(view := Tags(tmp_path / "a.sqlite", key), log):
         await view.wait_for(ack.seq)
-        assert len(view.rows("SELECT * FROM seen")) == 1
+        assert len(await view.rows("SELECT * FROM seen")) == 1
 
 
 def test_specifications_survive_the_journey() -> None:

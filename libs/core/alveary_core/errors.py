@@ -116,3 +116,9 @@ class Unavailable(AlvearyError):
     """Something that is needed does not answer now; trying again may help."""
 
     code = code_pb2.UNAVAILABLE
+
+
+class DeadlineExceeded(AlvearyError):
+    """It takes longer than it may."""
+
+    code = code_pb2.DEADLINE_EXCEEDED

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import sys
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 from nats.aio.client import Client
 from prometheus_client import start_http_server
 
-from alveary_core import telemetry
+from alveary_core import stalls, telemetry
 from alveary_core.eventlog import EventLog, connect, ensure_streams
 from alveary_core.objectstore import ObjectStore
 from alveary_core.server import Server
@@ -18,6 +19,8 @@ from alveary_core.settings import CoreSettings
 
 # Longest wait of each step of closing, seconds.
 _CLOSING = 10.0
+# How long a thread may hold the interpreter while another wants it.
+_SWITCH_SECONDS = 0.0005
 
 
 class Service:
@@ -29,6 +32,8 @@ class Service:
         self._own_server = server is None
         self._tasks: set[asyncio.Task[None]] = set()
         self._closers: list[Callable[[], Awaitable[None]]] = []
+        # Queries run in threads beside the event loop, which shall not wait 5 ms for each of them to let go.
+        sys.setswitchinterval(_SWITCH_SECONDS)
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.connection: Client
         self.log: EventLog
@@ -106,7 +111,9 @@ async def serve(name: str, settings: CoreSettings, start: Callable[[Service], Aw
     if settings.metrics_port:
         start_http_server(settings.metrics_port)
     telemetry.logger().info("serving", service=name, port=port)
+    monitor = stalls.watch()
     await until(stop, service)
+    monitor.stop()
     await service.close()
     if service.failed.done():
         service.failed.result()

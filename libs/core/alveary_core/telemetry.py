@@ -29,6 +29,9 @@ NODES = Gauge("alveary_nodes", "Nodes that beat", ["workspace", "target"])
 BUILDS = Gauge("alveary_builds_running", "Images being built by this replica")
 ATTEMPTS = Gauge("alveary_attempts_running", "Attempts on this node")
 HANDLED = Counter("alveary_events_handled_total", "Events handled", ["handler", "outcome"])
+DEAD_LETTERS = Counter("alveary_dead_letters_total", "Events that could not be handled and were set aside", ["consumer"])
+STALL = Gauge("alveary_loop_stall_seconds", "Longest delay of the event loop, s, in the last minute and since the start", ["window"])
+STALLS = Counter("alveary_loop_stalls_total", "Delays of the event loop above 0.1 s")
 
 
 def start_trace(parent: str = "") -> str:

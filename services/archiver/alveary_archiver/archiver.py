@@ -41,7 +41,8 @@ async def covered(store: ObjectStore, stream: str) -> list[Segment]:
 async def records(store: ObjectStore, segments: list[Segment]) -> AsyncIterator[Record]:
     """All records of segments, in order."""
     for segment in segments:
-        for record in unpack(segment, await store.get(BUCKET, segment.key)):
+        data = await store.get(BUCKET, segment.key)
+        for record in await asyncio.to_thread(lambda segment=segment, data=data: list(unpack(segment, data))):  # type: ignore[misc]
             yield record
 
 

@@ -38,6 +38,7 @@ async def start(service: Service) -> None:
     service.spawn(service.log.consume("images", SUBJECTS, handlers), "handlers")
     service.spawn(handlers.recover(), "recover")
     service.spawn(handlers.collect(), "collect")
+    service.spawn(handlers.stop_unwanted(), "unwanted")
     await projection.caught_up.wait()
 
 

@@ -27,13 +27,13 @@ class ImageService(rpc.ImageServiceServicer):
     async def GetImage(self, request: pb.GetImageRequest, context: Any) -> pb.GetImageResponse:
         who = auth.require("reader")
         await self._view.wait_for(request.min_sequence)
-        image = self._view.get(who.workspace, request.digest)
+        image = await self._view.get(who.workspace, request.digest)
         if image is None:
             raise NotFound("image", request.digest)
         return pb.GetImageResponse(image=image)
 
     async def ListImages(self, request: pb.ListImagesRequest, context: Any) -> pb.ListImagesResponse:
-        return pb.ListImagesResponse(images=self._view.all(auth.require("reader").workspace))
+        return pb.ListImagesResponse(images=await self._view.all(auth.require("reader").workspace))
 
     async def BuildImage(self, request: pb.BuildImageRequest, context: Any) -> pb.BuildImageResponse:
         who = auth.require("writer")

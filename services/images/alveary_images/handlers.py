@@ -38,6 +38,7 @@ class Handlers:
         self._me = new_id()
         self._builds: dict[Key, asyncio.Task[None]] = {}
         self._slots = asyncio.Semaphore(_PARALLEL)
+        self._unwanted = asyncio.Event()
         projection.on_event(self.on_view)
 
     async def __call__(self, event: Event) -> None:
@@ -50,9 +51,16 @@ class Handlers:
 
     def on_view(self, event: Event) -> None:
         """Stop builds that nobody waits for. Called in every replica, so in the one that builds."""
-        if event.key.aggregate == "run" and event.name in ("cancel_requested", "canceled", "failed"):
+        if event.key.aggregate == "run" and event.name in ("cancel_requested", "canceled", "failed") and self._builds:
+            self._unwanted.set()
+
+    async def stop_unwanted(self) -> None:
+        """For ever: cancel builds that nobody waits for any more."""
+        while True:
+            await self._unwanted.wait()
+            self._unwanted.clear()
             for key, task in list(self._builds.items()):
-                if not self._view.waiting(key.workspace, key.id) and not self._view.wanted_anyway(key):
+                if not await self._view.waiting(key.workspace, key.id) and not await self._view.wanted_anyway(key):
                     task.cancel("no run waits for it any more")
 
     async def request(self, workspace: str, digest: str, environment: c.Environment, run_id: str) -> domain.Image:
@@ -126,7 +134,9 @@ class Handlers:
         await self._view.caught_up.wait()
         settings = self._settings
         while True:
-            for workspace, digest, reason in self._view.superfluous(time.time() - settings.images_days * 86400, settings.images_bytes):
+            for workspace, digest, reason in await self._view.superfluous(
+                time.time() - settings.images_days * 86400, settings.images_bytes
+            ):
                 key = self._images.key(workspace, digest)
                 evicted: list[str] = []
 
@@ -153,7 +163,7 @@ class Handlers:
         line = logs_pb2.LogLine(stream="prepare", data=text.encode())
         line.time.GetCurrentTime()
         data = logs_pb2.LogChunk(lines=[line]).SerializeToString()
-        for run_id in self._view.waiting(key.workspace, key.id):
+        for run_id in await self._view.waiting(key.workspace, key.id):
             subject = f"alveary-logs.{token(key.workspace)}.{token(run_id)}"
             await self._service.log.js.publish(subject, data, headers={"Nats-Msg-Id": new_id()})
 
@@ -161,7 +171,7 @@ class Handlers:
         """For ever: take up builds whose builder died."""
         await self._view.caught_up.wait()
         while True:
-            for workspace, digest in self._view.unfinished():
+            for workspace, digest in await self._view.unfinished():
                 key = self._images.key(workspace, digest)
                 image, _ = await self._images.load(key)
                 dead = image.state == pb.IMAGE_STATE_BUILDING and image.lease_until < time.time()

@@ -36,7 +36,7 @@ class ImagesProjection(Projection):
             elif event.name in ("failed", "canceled", "completed"):
                 self.db.execute("DELETE FROM runs WHERE run=?", (key.id,))
             return
-        image = self.get(key.workspace, key.id) or pb.Image(digest=key.id)
+        image = self._one(self.db, key.workspace, key.id) or pb.Image(digest=key.id)
         match event.message:
             case ev.ImageRequested() as asked:
                 image.state = pb.IMAGE_STATE_REQUESTED
@@ -76,18 +76,25 @@ class ImagesProjection(Projection):
         image.last_used_at.FromNanoseconds(int(row["used"] * 1e6) * 1000)
         return image
 
-    def get(self, workspace: str, digest: str) -> pb.Image | None:
-        """One image; the beginning of its digest is enough where only one begins so."""
+    @classmethod
+    def _one(cls, db: sqlite3.Connection, workspace: str, digest: str) -> pb.Image | None:
         sql = "SELECT proto, used FROM images WHERE workspace=? AND digest BETWEEN ? AND ? LIMIT 2"
-        rows = self.rows(sql, (workspace, digest, digest + "g")) if digest else []
-        return self._shown(rows[0]) if len(rows) == 1 else None
+        rows = db.execute(sql, (workspace, digest, digest + "g")).fetchall() if digest else []
+        return cls._shown(rows[0]) if len(rows) == 1 else None
 
-    def all(self, workspace: str) -> list[pb.Image]:
+    async def get(self, workspace: str, digest: str) -> pb.Image | None:
+        """One image; the beginning of its digest is enough where only one begins so."""
+        return await self.read(lambda db: self._one(db, workspace, digest))
+
+    async def all(self, workspace: str) -> list[pb.Image]:
         """All images of a workspace, newest use first."""
-        rows = self.rows("SELECT proto, used FROM images WHERE workspace=? ORDER BY used DESC", (workspace,))
-        return [self._shown(r) for r in rows]
 
-    def superfluous(self, before: float, limit: int) -> list[tuple[str, str, str]]:
+        def find(db: sqlite3.Connection) -> list[pb.Image]:
+            return [self._shown(r) for r in db.execute("SELECT proto, used FROM images WHERE workspace=? ORDER BY used DESC", (workspace,))]
+
+        return await self.read(find, slow=True)
+
+    async def superfluous(self, before: float, limit: int) -> list[tuple[str, str, str]]:
         """(workspace, digest, why) of ready images that may go: not used since `before`, or beyond `limit` bytes in all.
 
         Those of runs that are not over stay. A ready image counts nothing: its layers are others' as well.
@@ -97,7 +104,7 @@ class ImagesProjection(Projection):
             "AND NOT EXISTS (SELECT 1 FROM runs r WHERE r.workspace = i.workspace AND r.digest = i.digest) ORDER BY used DESC"
         )
         found, total = [], 0
-        for workspace, digest, used, size in self.rows(sql, (pb.IMAGE_STATE_READY,)):
+        for workspace, digest, used, size in await self.rows(sql, (pb.IMAGE_STATE_READY,), slow=True):
             total += size
             if used < before:
                 found.append((workspace, digest, "no run asked for it in long"))
@@ -105,17 +112,18 @@ class ImagesProjection(Projection):
                 found.append((workspace, digest, "room is needed, and others were used since"))
         return found
 
-    def waiting(self, workspace: str, digest: str) -> list[str]:
+    async def waiting(self, workspace: str, digest: str) -> list[str]:
         """Runs that wait for an image."""
-        return [r["run"] for r in self.rows("SELECT run FROM runs WHERE workspace=? AND digest=? AND waits", (workspace, digest))]
+        rows = await self.rows("SELECT run FROM runs WHERE workspace=? AND digest=? AND waits", (workspace, digest))
+        return [r["run"] for r in rows]
 
-    def wanted_anyway(self, key: Key) -> bool:
+    async def wanted_anyway(self, key: Key) -> bool:
         """Whether somebody asked for the image without a run."""
-        row = self.row("SELECT asked FROM images WHERE workspace=? AND digest=?", (key.workspace, key.id))
+        row = await self.row("SELECT asked FROM images WHERE workspace=? AND digest=?", (key.workspace, key.id))
         return bool(row and row["asked"])
 
-    def unfinished(self) -> list[tuple[str, str]]:
+    async def unfinished(self) -> list[tuple[str, str]]:
         """(workspace, digest) of images that are requested or being built."""
         sql = "SELECT workspace, digest FROM images WHERE state IN (?,?)"
-        rows = self.rows(sql, (pb.IMAGE_STATE_REQUESTED, pb.IMAGE_STATE_BUILDING))
+        rows = await self.rows(sql, (pb.IMAGE_STATE_REQUESTED, pb.IMAGE_STATE_BUILDING))
         return [(r["workspace"], r["digest"]) for r in rows]

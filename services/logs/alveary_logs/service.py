@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import tempfile
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
 from fnmatch import fnmatchcase
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from nats.js.errors import NotFoundError
@@ -18,7 +16,7 @@ from alveary_contracts.events.v1 import events_pb2 as ev
 from alveary_contracts.logs.v1 import logs_pb2 as pb
 from alveary_contracts.logs.v1 import logs_pb2_grpc as rpc
 from alveary_contracts.names import token
-from alveary_core import auth
+from alveary_core import auth, scratch
 from alveary_core.aggregates import Aggregates
 from alveary_core.errors import FailedPrecondition, InvalidArgument, NotFound
 from alveary_core.eventlog import LOGS, EventLog
@@ -61,9 +59,9 @@ class LogsProjection(Projection):
             case _:
                 self.db.execute("UPDATE runs SET final=1 WHERE run=?", (event.key.id,))
 
-    def archive(self, run_id: str) -> ev.LogArchived | None:
+    async def archive(self, run_id: str) -> ev.LogArchived | None:
         """The archive of a run, where there is one."""
-        row = self.row("SELECT archive FROM runs WHERE run=?", (run_id,))
+        row = await self.row("SELECT archive FROM runs WHERE run=?", (run_id,))
         return ev.LogArchived.FromString(row["archive"]) if row and row["archive"] is not None else None
 
 
@@ -81,8 +79,8 @@ class Archiver:
             return
         subject = f"alveary-logs.{token(event.key.workspace)}.{token(event.key.id)}"
         name = f"{event.key.id}/log.binpb.zst"
-        with tempfile.TemporaryDirectory(prefix="alveary-log-") as folder:
-            path = Path(folder, "log")
+        async with scratch.folder("alveary-log-") as folder:
+            path = folder / "log"
             writer = archive.Writer(path)
             try:
                 async with contextlib.aclosing(stored(self._log, subject)) as chunks:
@@ -126,7 +124,7 @@ class LogService(rpc.LogServiceServicer):
         # A run that was submitted a moment ago may not be in the view yet.
         await self._view.wait_for(0)
         for _ in range(100):
-            row = self._view.row("SELECT workspace FROM runs WHERE run=?", (run_id,))
+            row = await self._view.row("SELECT workspace FROM runs WHERE run=?", (run_id,))
             if row is not None and row["workspace"] == who.workspace:
                 return who.workspace
             await asyncio.sleep(0.02)
@@ -137,7 +135,7 @@ class LogService(rpc.LogServiceServicer):
             raise InvalidArgument(("after", "a cursor that Tail gave, or 0"))
         workspace = await self._require(request.run_id)
         last = request.after
-        if self._view.archive(request.run_id) is None:
+        if await self._view.archive(request.run_id) is None:
             async for lines in self._live(workspace, request):
                 last = lines[-1].cursor
                 wanted = [one for one in lines if self._wanted(one, request)]
@@ -154,7 +152,7 @@ class LogService(rpc.LogServiceServicer):
 
     async def _archive_of(self, workspace: str, run_id: str) -> ev.LogArchived | None:
         """The archive, asked of the log itself where the view has none: lines are purged once it is there."""
-        known = self._view.archive(run_id)
+        known = await self._view.archive(run_id)
         if known is None:
             for event in await self._log.read(Key(workspace, "log", run_id)):
                 known = event.message if isinstance(event.message, ev.LogArchived) else None
@@ -162,8 +160,8 @@ class LogService(rpc.LogServiceServicer):
 
     async def _archived(self, run_id: str, archived: ev.LogArchived, after: int) -> AsyncGenerator[list[pb.TailLine], None]:
         """Lines of an archive behind a cursor, a batch at a time."""
-        with tempfile.TemporaryDirectory(prefix="alveary-log-") as folder:
-            path = Path(folder, "log")
+        async with scratch.folder("alveary-log-") as folder:
+            path = folder / "log"
             try:
                 await self._store.get_file("runs", archived.key, path, archived.sha256)
             except DigestMismatch as error:
@@ -180,7 +178,7 @@ class LogService(rpc.LogServiceServicer):
         """All lines there are now behind a cursor, wherever they are."""
         workspace = await self._require(run_id)
         last = after
-        if self._view.archive(run_id) is None:
+        if await self._view.archive(run_id) is None:
             subject = f"alveary-logs.{token(workspace)}.{token(run_id)}"
             async with contextlib.aclosing(stored(self._log, subject, max(sequence_of(after), 1))) as chunks:
                 async for lines in chunks:
@@ -242,8 +240,8 @@ class LogService(rpc.LogServiceServicer):
                         await queue.put(lines)
 
         async def archived() -> None:
-            async for _ in self._view.changes(timeout=5):
-                if self._view.archive(request.run_id) is not None:
+            async for _ in self._view.changes(request.run_id, timeout=5):
+                if await self._view.archive(request.run_id) is not None:
                     return
 
         tasks: list[asyncio.Task[Any]] = [asyncio.create_task(feed()), asyncio.create_task(archived())]
@@ -277,7 +275,7 @@ class LogService(rpc.LogServiceServicer):
 
     async def Download(self, request: pb.DownloadRequest, context: Any) -> pb.DownloadResponse:
         await self._require(request.run_id)
-        archived = self._view.archive(request.run_id)
+        archived = await self._view.archive(request.run_id)
         if archived is None:
             raise FailedPrecondition(f"run {request.run_id} is not final yet: its log is not archived; use Tail", f"run/{request.run_id}")
         return pb.DownloadResponse(url=self._store.get_url("runs", archived.key), lines=archived.lines, sha256=archived.sha256)

@@ -48,9 +48,9 @@ class ModelService(rpc.ModelServiceServicer):
         await self._view.wait_for(sequence)
         return state, sequence
 
-    def _model(self, name: str, version: int = 0) -> pb.ModelVersion:
+    async def _model(self, name: str, version: int = 0) -> pb.ModelVersion:
         who = auth.require("reader")
-        found = self._view.model(who.workspace, name, version)
+        found = await self._view.model(who.workspace, name, version)
         if found is None:
             raise NotFound("model", name + (f":{version}" if version else ""), "`alveary model list` shows those there are")
         return found
@@ -70,7 +70,7 @@ class ModelService(rpc.ModelServiceServicer):
         if key_text:
             state, sequence = await self._models.load(self._models.key(who.workspace, request.name))
             if number := domain.by_key(state, key_text):
-                return pb.RegisterModelResponse(model=self._model(request.name, number), sequence=sequence)
+                return pb.RegisterModelResponse(model=await self._model(request.name, number), sequence=sequence)
         event = ev.ModelRegistered(
             description=request.description, tags=request.tags, properties=request.properties,
             framework=request.framework, framework_version=request.framework_version, registered_by=who.subject,
@@ -89,7 +89,7 @@ class ModelService(rpc.ModelServiceServicer):
         await self._store.put("models", f"manifests/{manifest_digest(event.manifest)}.json", manifest_json(event.manifest))
         state, sequence = await self._execute(request.name, lambda model: domain.register(model, event))
         number = domain.by_key(state, key_text) if key_text else event.version
-        return pb.RegisterModelResponse(model=self._model(request.name, number), sequence=sequence)
+        return pb.RegisterModelResponse(model=await self._model(request.name, number), sequence=sequence)
 
     async def _from_run(self, source: pb.RunOutput, event: ev.ModelRegistered) -> None:
         """Copy files of a run inside the store, and fill in where they come from."""
@@ -121,7 +121,7 @@ class ModelService(rpc.ModelServiceServicer):
         """
         who = auth.require("writer")
         for pause in (0.02, 0.1, 0.5, 2.0, 0.0):
-            row = self._view.row("SELECT * FROM runs WHERE run=? AND workspace=?", (run_id, who.workspace))
+            row = await self._view.row("SELECT * FROM runs WHERE run=? AND workspace=?", (run_id, who.workspace))
             if row is not None and row["submitted"] is not None:
                 return row
             await asyncio.sleep(pause)
@@ -146,11 +146,11 @@ class ModelService(rpc.ModelServiceServicer):
         auth.require("reader")
         await self._view.wait_for(request.min_sequence)
         if request.alias:
-            found = [m for m in self._view.versions(auth.require("reader").workspace, request.name) if request.alias in m.aliases]
+            found = [m for m in await self._view.versions(auth.require("reader").workspace, request.name) if request.alias in m.aliases]
             if not found:
                 raise NotFound("model", f"{request.name}@{request.alias}")
             return pb.GetModelResponse(model=found[0])
-        return pb.GetModelResponse(model=self._model(request.name, request.version))
+        return pb.GetModelResponse(model=await self._model(request.name, request.version))
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Any) -> pb.ListModelsResponse:
         who = auth.require("reader")
@@ -173,32 +173,32 @@ class ModelService(rpc.ModelServiceServicer):
             values += [key, value]
         if request.latest_only:
             sql += " AND version=(SELECT max(version) FROM models x WHERE x.workspace=m.workspace AND x.name=m.name)"
-        rows = self._view.rows(sql + " ORDER BY name, version DESC LIMIT ? OFFSET ?", [*values, size + 1, offset])
+        rows = await self._view.rows(sql + " ORDER BY name, version DESC LIMIT ? OFFSET ?", [*values, size + 1, offset], slow=True)
         more = str(offset + size) if len(rows) > size else ""
         return pb.ListModelsResponse(models=[pb.ModelVersion.FromString(r["proto"]) for r in rows[:size]], next_page_token=more)
 
     async def TagModel(self, request: pb.TagModelRequest, context: Any) -> pb.TagModelResponse:
-        version = self._model(request.name, request.version).version
+        version = (await self._model(request.name, request.version)).version
         event = ev.ModelTagged(version=version, set=request.set, removed=request.remove, properties=request.properties)
         if request.HasField("description"):
             event.description = request.description
         _, sequence = await self._execute(request.name, lambda model: domain.tag(model, event))
-        return pb.TagModelResponse(model=self._model(request.name, version), sequence=sequence)
+        return pb.TagModelResponse(model=await self._model(request.name, version), sequence=sequence)
 
     async def SetAlias(self, request: pb.SetAliasRequest, context: Any) -> pb.SetAliasResponse:
-        self._model(request.name)
+        await self._model(request.name)
         if not _ALIAS.fullmatch(request.alias):
             raise InvalidArgument(("alias", f"{request.alias[:80]!r}: a letter, then up to 63 letters, digits, '_' or '-'"))
         _, sequence = await self._execute(request.name, lambda m: domain.set_alias(m, request.alias, request.version))
         return pb.SetAliasResponse(sequence=sequence)
 
     async def ArchiveModel(self, request: pb.ArchiveModelRequest, context: Any) -> pb.ArchiveModelResponse:
-        version = self._model(request.name, request.version).version
+        version = (await self._model(request.name, request.version)).version
         _, sequence = await self._execute(request.name, lambda model: domain.archive(model, version))
         return pb.ArchiveModelResponse(sequence=sequence)
 
     async def ListModelFiles(self, request: pb.ListModelFilesRequest, context: Any) -> pb.ListModelFilesResponse:
-        model = self._model(request.name, request.version)
+        model = await self._model(request.name, request.version)
         files = list(model.manifest.files)
         if model.HasField("export"):
             exported = c.FileEntry()
@@ -210,7 +210,7 @@ class ModelService(rpc.ModelServiceServicer):
 
     async def ExportModel(self, request: pb.ExportModelRequest, context: Any) -> pb.ExportModelResponse:
         who = auth.require("writer")
-        model = self._model(request.name, request.version)
+        model = await self._model(request.name, request.version)
         state, _ = await self._models.load(self._models.key(who.workspace, request.name))
         registered = state.version(model.version).registered
         event = export.request(request.name, registered, request.spec, who.subject)
@@ -247,11 +247,11 @@ class DatasetService(rpc.DatasetServiceServicer):
         state, sequence = await self._datasets.execute(key, lambda d: domain.register_dataset(d, event))
         await self._view.wait_for(sequence)
         number = next(v.version for v in state.versions if v.manifest_digest == digest)
-        return pb.RegisterDatasetResponse(dataset=self._shown(request.name, number), sequence=sequence)
+        return pb.RegisterDatasetResponse(dataset=await self._shown(request.name, number), sequence=sequence)
 
-    def _shown(self, name: str, version: int) -> pb.DatasetVersion:
+    async def _shown(self, name: str, version: int) -> pb.DatasetVersion:
         who = auth.require("reader")
-        found = self._view.dataset(who.workspace, name, version)
+        found = await self._view.dataset(who.workspace, name, version)
         if found is None:
             raise NotFound("dataset", name + (f":{version}" if version else ""), "`alveary dataset list` shows those there are")
         return _view(name, *found)
@@ -259,18 +259,19 @@ class DatasetService(rpc.DatasetServiceServicer):
     async def GetDataset(self, request: pb.GetDatasetRequest, context: Any) -> pb.GetDatasetResponse:
         auth.require("reader")
         await self._view.wait_for(request.min_sequence)
-        return pb.GetDatasetResponse(dataset=self._shown(request.name, request.version))
+        return pb.GetDatasetResponse(dataset=await self._shown(request.name, request.version))
 
     async def ListDatasets(self, request: pb.ListDatasetsRequest, context: Any) -> pb.ListDatasetsResponse:
         who = auth.require("reader")
-        rows = self._view.rows(
+        rows = await self._view.rows(
             "SELECT name, proto, at FROM datasets WHERE workspace=? AND (?='' OR name=?) ORDER BY name, version DESC",
             (who.workspace, request.name, request.name),
+            slow=True,
         )
         return pb.ListDatasetsResponse(datasets=[_view(r["name"], ev.DatasetRegistered.FromString(r["proto"]), r["at"]) for r in rows])
 
     async def ListDatasetFiles(self, request: pb.ListDatasetFilesRequest, context: Any) -> pb.ListDatasetFilesResponse:
-        shown = self._shown(request.name, request.version)
+        shown = await self._shown(request.name, request.version)
         data = await self._store.get("datasets", f"manifests/{shown.manifest_digest}.json")
         files = manifest_from_json(data).files
         return pb.ListDatasetFilesResponse(

@@ -6,7 +6,6 @@ import asyncio
 import json
 import re
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from alveary_contracts.digests import environment_digest, manifest_digest, manif
 from alveary_contracts.events.v1 import events_pb2 as ev
 from alveary_contracts.ids import new_id
 from alveary_contracts.names import path_problem
-from alveary_core import telemetry
+from alveary_core import scratch, telemetry
 from alveary_core.aggregates import Aggregates
 from alveary_core.errors import InvalidArgument
 from alveary_core.events import Event
@@ -137,8 +136,8 @@ class ExportHandler:
         onnx = files.get("outputs/model.onnx")
         if onnx is None:
             raise ExportFailed("the export run left no outputs/model.onnx")
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, "model.onnx")
+        async with scratch.folder("alveary-export-") as folder:
+            path = folder / "model.onnx"
             await self._store.get_file("runs", f"{prefix}outputs/model.onnx", path, onnx.sha256)
             await check(path)
         await self._store.copy("models", f"blobs/{onnx.sha256}", "runs", f"{prefix}outputs/model.onnx")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sqlite3
+
 from alveary_contracts.common.v1 import common_pb2 as c
 from alveary_contracts.events.v1 import events_pb2 as ev
 from alveary_contracts.registry.v1 import registry_pb2 as pb
@@ -60,14 +62,14 @@ class RegistryProjection(Projection):
             shown.registered_at.FromNanoseconds(int(event.time * 1e6) * 1000)
             self._put(key.workspace, shown, event.time)
         elif isinstance(message, ev.ModelAliasSet):
-            for model in self.versions(key.workspace, key.id):
+            for model in _versions(self.db, key.workspace, key.id):
                 aliases = [a for a in model.aliases if a != message.alias]
                 aliases += [message.alias] if model.version == message.version else []
                 if list(model.aliases) != aliases:
                     model.aliases[:] = aliases
                     self._put(key.workspace, model)
         elif key.aggregate == "model":
-            shown_now = self.model(key.workspace, key.id, message.version)  # type: ignore[attr-defined]
+            shown_now = _model(self.db, key.workspace, key.id, message.version)  # type: ignore[attr-defined]
             if shown_now is not None:
                 self._change(shown_now, message)
                 self._put(key.workspace, shown_now)
@@ -102,23 +104,31 @@ class RegistryProjection(Projection):
         self.db.execute("DELETE FROM model_tags WHERE workspace=? AND name=? AND version=?", name)
         self.db.executemany("INSERT INTO model_tags VALUES (?,?,?,?,?)", [(*name, k, v) for k, v in shown.tags.items()])
 
-    def model(self, workspace: str, name: str, version: int = 0) -> pb.ModelVersion | None:
+    async def model(self, workspace: str, name: str, version: int = 0) -> pb.ModelVersion | None:
         """A version; 0: the latest."""
-        row = self.row(
-            "SELECT proto FROM models WHERE workspace=? AND name=? AND (?=0 OR version=?) ORDER BY version DESC LIMIT 1",
-            (workspace, name, version, version),
-        )
-        return pb.ModelVersion.FromString(row["proto"]) if row else None
+        return await self.read(lambda db: _model(db, workspace, name, version))
 
-    def versions(self, workspace: str, name: str) -> list[pb.ModelVersion]:
+    async def versions(self, workspace: str, name: str) -> list[pb.ModelVersion]:
         """All versions of a name."""
-        rows = self.rows("SELECT proto FROM models WHERE workspace=? AND name=? ORDER BY version", (workspace, name))
-        return [pb.ModelVersion.FromString(r["proto"]) for r in rows]
+        return await self.read(lambda db: _versions(db, workspace, name), slow=True)
 
-    def dataset(self, workspace: str, name: str, version: int = 0) -> tuple[ev.DatasetRegistered, float] | None:
+    async def dataset(self, workspace: str, name: str, version: int = 0) -> tuple[ev.DatasetRegistered, float] | None:
         """A version and when it was registered; 0: the latest."""
-        row = self.row(
+        row = await self.row(
             "SELECT proto, at FROM datasets WHERE workspace=? AND name=? AND (?=0 OR version=?) ORDER BY version DESC LIMIT 1",
             (workspace, name, version, version),
         )
         return (ev.DatasetRegistered.FromString(row["proto"]), row["at"]) if row else None
+
+
+def _model(db: sqlite3.Connection, workspace: str, name: str, version: int = 0) -> pb.ModelVersion | None:
+    row = db.execute(
+        "SELECT proto FROM models WHERE workspace=? AND name=? AND (?=0 OR version=?) ORDER BY version DESC LIMIT 1",
+        (workspace, name, version, version),
+    ).fetchone()
+    return pb.ModelVersion.FromString(row["proto"]) if row else None
+
+
+def _versions(db: sqlite3.Connection, workspace: str, name: str) -> list[pb.ModelVersion]:
+    rows = db.execute("SELECT proto FROM models WHERE workspace=? AND name=? ORDER BY version", (workspace, name))
+    return [pb.ModelVersion.FromString(r["proto"]) for r in rows]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import sqlite3
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -65,15 +66,15 @@ class RunService(rpc.RunServiceServicer):
             run_id = id_from_key(who.workspace, key_text)
             state, sequence = await self._runs.load(self._runs.key(who.workspace, run_id))
             if sequence:
-                return pb.SubmitRunResponse(run=self._shown(who.workspace, run_id, state), sequence=sequence)
+                return pb.SubmitRunResponse(run=await self._shown(who.workspace, run_id, state), sequence=sequence)
         spec = await self._checked(who.workspace, request.spec)
         digest = image_digest(spec.environment, run_id)
-        number = self._view.row("SELECT count(*) FROM runs WHERE workspace=? AND experiment=?", (who.workspace, spec.experiment))
+        number = await self._view.row("SELECT count(*) FROM runs WHERE workspace=? AND experiment=?", (who.workspace, spec.experiment))
         submitted = ev.RunSubmitted(
             spec=spec, submitted_by=who.subject, image_digest=digest, idempotency_key=key_text,
             number=(number[0] if number else 0) + 1,
         )  # fmt: skip
-        ready = self._view.image_state(who.workspace, digest) == "ready"
+        ready = await self._view.image_state(who.workspace, digest) == "ready"
 
         def decide(run: domain.Run) -> list[Message]:
             events: list[Message] = list(domain.submit(run, submitted))
@@ -87,11 +88,11 @@ class RunService(rpc.RunServiceServicer):
     async def _checked(self, workspace: str, asked: c.RunSpec) -> c.RunSpec:
         spec = with_defaults(asked)
         manifest = await self._snapshots.find(spec.snapshot) if re.fullmatch(r"[0-9a-f]{64}", spec.snapshot) else None
-        names = [r["name"] for r in self._view.rows("SELECT name FROM targets WHERE workspace=?", (workspace,))]
+        names = [r["name"] for r in await self._view.rows("SELECT name FROM targets WHERE workspace=?", (workspace,))]
         files = {f.path for f in manifest.files} if manifest else None
-        found = problems(spec, self._view.target(workspace, spec.compute_target), names, files, internal=False)
+        found = problems(spec, await self._view.target(workspace, spec.compute_target), names, files, internal=False)
         for item in spec.inputs:
-            row = self._view.row(
+            row = await self._view.row(
                 "SELECT max(version), digest FROM datasets WHERE workspace=? AND name=? AND (?=0 OR version=?)",
                 (workspace, item.dataset, item.version, item.version),
             )
@@ -102,30 +103,30 @@ class RunService(rpc.RunServiceServicer):
                 item.version, item.manifest_digest = row[0], row[1]
         spec.resume_attempt = 0
         if spec.resume_from:
-            earlier = self._view.get(workspace, spec.resume_from)
+            earlier = await self._view.get(workspace, spec.resume_from)
             if earlier is None or not earlier.attempt:
                 found.append(("spec.resume_from", f"there is no run {spec.resume_from!r} that has begun: nothing to resume from"))
             else:
                 spec.resume_attempt = earlier.attempt
-        if spec.parent_run_id and self._view.get(workspace, spec.parent_run_id) is None:
+        if spec.parent_run_id and await self._view.get(workspace, spec.parent_run_id) is None:
             found.append(("spec.parent_run_id", f"there is no run {spec.parent_run_id!r}"))
         if found:
             raise InvalidArgument(*found)
         return spec
 
-    def _shown(self, workspace: str, run_id: str, state: domain.Run) -> pb.Run:
-        return self._view.get(workspace, run_id) or view(run_id, state)
+    async def _shown(self, workspace: str, run_id: str, state: domain.Run) -> pb.Run:
+        return await self._view.get(workspace, run_id) or view(run_id, state)
 
     async def _get(self, run_id: str, min_sequence: int = 0) -> tuple[str, pb.Run]:
         who = auth.require("reader")
         await self._view.wait_for(min_sequence)
-        run = self._view.get(who.workspace, run_id)
+        run = await self._view.get(who.workspace, run_id)
         if run is None:  # submitted a moment ago, perhaps
             state, sequence = await self._runs.load(self._runs.key(who.workspace, run_id)) if is_id(run_id) else (None, 0)
             if not sequence or state is None:
                 raise NotFound("run", run_id, f"in workspace {who.workspace}; `alveary run list` shows those there are")
             await self._view.wait_for(sequence)
-            run = self._view.get(who.workspace, run_id) or view(run_id, state)
+            run = await self._view.get(who.workspace, run_id) or view(run_id, state)
         return who.workspace, run
 
     async def GetRun(self, request: pb.GetRunRequest, context: Context) -> pb.GetRunResponse:
@@ -154,15 +155,19 @@ class RunService(rpc.RunServiceServicer):
             nan, rank, last = query.decode_token(request.page_token)
             sql += f" WHERE nan > ? OR (nan = ? AND (rank, id) {'>' if direction == 'ASC' else '<'} (?, ?))"
             values += [nan, nan, rank, last]
-        rows = self._view.rows(f"{sql} ORDER BY nan, rank {direction}, id {direction} LIMIT ?", [*values, size + 1])
-        token_text = query.encode_token([rows[size - 1][name] for name in ("nan", "rank", "id")]) if len(rows) > size else ""
-        return pb.ListRunsResponse(runs=[self._view.complete(r["proto"]) for r in rows[:size]], next_page_token=token_text)
+
+        def page(db: sqlite3.Connection) -> pb.ListRunsResponse:
+            rows = db.execute(f"{sql} ORDER BY nan, rank {direction}, id {direction} LIMIT ?", [*values, size + 1]).fetchall()
+            token_text = query.encode_token([rows[size - 1][name] for name in ("nan", "rank", "id")]) if len(rows) > size else ""
+            return pb.ListRunsResponse(runs=[self._view.complete(db, r["proto"]) for r in rows[:size]], next_page_token=token_text)
+
+        return await self._view.read(page, slow=True)
 
     async def WatchRun(self, request: pb.WatchRunRequest, context: Context) -> AsyncIterator[pb.WatchRunResponse]:
         workspace, run = await self._get(request.run_id)
         seen = request.after_sequence
-        async for _ in self._view.changes(timeout=15):
-            current = self._view.get(workspace, run.id)
+        async for _ in self._view.changes(run.id, timeout=15):
+            current = await self._view.get(workspace, run.id)
             if current is None:
                 continue
             if current.sequence > seen:
@@ -198,7 +203,7 @@ class RunService(rpc.RunServiceServicer):
         except domain.Rejected as error:
             raise FailedPrecondition(f"run {request.run_id}: {error}", f"run/{request.run_id}") from error
         await self._view.wait_for(sequence)
-        return pb.TagRunResponse(run=self._shown(who.workspace, request.run_id, state), sequence=sequence)
+        return pb.TagRunResponse(run=await self._shown(who.workspace, request.run_id, state), sequence=sequence)
 
     async def LogMetrics(self, request_iterator: AsyncIterator[pb.LogMetricsRequest], context: Context) -> pb.LogMetricsResponse:
         who = auth.require("writer")
@@ -207,7 +212,7 @@ class RunService(rpc.RunServiceServicer):
             await self._get(request.run_id)
             if any(not p.name for p in request.points):
                 raise InvalidArgument(("points.name", "a metric needs a name"))
-            count = self._view.row("SELECT count(*) FROM metrics WHERE run=?", (request.run_id,))
+            count = await self._view.row("SELECT count(*) FROM metrics WHERE run=?", (request.run_id,))
             if count and count[0] + len(request.points) > MAX_POINTS:
                 raise FailedPrecondition(f"run {request.run_id} has its {MAX_POINTS} metric points already")
             batch = pb.MetricBatch(points=request.points)
@@ -227,11 +232,11 @@ class RunService(rpc.RunServiceServicer):
         wanted = [run.id]
         if request.recursive:
             children = "SELECT id FROM runs WHERE parent=? ORDER BY id"
-            wanted += [r["id"] for r in self._view.rows(children, (run.id,))]
+            wanted += [r["id"] for r in await self._view.rows(children, (run.id,))]
         series: dict[tuple[str, str], pb.MetricSeries] = {}
         for run_id in wanted:
             sql = "SELECT name, proto FROM metrics WHERE run=? AND (?='' OR name=?) ORDER BY sequence, part"
-            for row in self._view.rows(sql, (run_id, request.name, request.name)):
+            for row in await self._view.rows(sql, (run_id, request.name, request.name), slow=True):
                 one = series.setdefault((run_id, row["name"]), pb.MetricSeries(name=row["name"], run_id=run_id))
                 one.points.append(pb.MetricPoint.FromString(row["proto"]))
         return pb.GetMetricsResponse(series=series.values())
@@ -265,7 +270,7 @@ class ExperimentService(rpc.ExperimentServiceServicer):
         who = auth.require("reader")
         sql = "SELECT experiment, count(*), max(submitted_at) FROM runs WHERE workspace=? GROUP BY 1 ORDER BY 1"
         found = []
-        for name, count, newest in self._view.rows(sql, (who.workspace,)):
+        for name, count, newest in await self._view.rows(sql, (who.workspace,), slow=True):
             one = pb.Experiment(name=name, run_count=count)
             one.last_submitted_at.FromNanoseconds(int(newest * 1e6) * 1000)
             found.append(one)

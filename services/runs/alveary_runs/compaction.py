@@ -50,8 +50,8 @@ class Compaction:
             "WHERE r.state IN (?,?,?) AND x.run IS NULL AND r.submitted_at < ? ORDER BY r.submitted_at LIMIT ?"
         )
         count = 0
-        for workspace, run_id in self._view.rows(sql, (*_FINAL, now - self._after, _BATCH)):
-            shown, first = self._view.get(workspace, run_id), self._view.submission(run_id)
+        for workspace, run_id in await self._view.rows(sql, (*_FINAL, now - self._after, _BATCH), slow=True):
+            shown, first = await self._view.get(workspace, run_id), await self._view.submission(run_id)
             if shown is None or first is None or shown.ended_at.ToNanoseconds() / 1e9 > now - self._after:
                 continue
             names = [name for name in ("submitted_at", "started_at", "ended_at") if shown.HasField(name)]  # type: ignore[arg-type]
@@ -64,12 +64,15 @@ class Compaction:
 
     async def purge(self) -> int:
         """Remove what compacted runs no longer need; returns of how many."""
-        rows = self._view.rows("SELECT run, workspace, sequence FROM compacted WHERE purged=0 LIMIT ?", (_BATCH,))
+        rows = await self._view.rows("SELECT run, workspace, sequence FROM compacted WHERE purged=0 LIMIT ?", (_BATCH,))
+        done: list[tuple[str]] = []
         for run_id, workspace, sequence in rows:
-            shown = self._view.get(workspace, run_id)
+            shown = await self._view.get(workspace, run_id)
             await self._log.purge(Key(workspace, "run", run_id), before=sequence)
             await self._log.purge(Key(workspace, "placement", run_id), before=sequence)
             for attempt in range(1, (shown.attempt if shown else 0) + 1):
                 await self._log.purge(Key(workspace, "attempt", f"{run_id}-{attempt}"), before=sequence)
-            self._view.db.execute("UPDATE compacted SET purged=1 WHERE run=?", (run_id,))
+            done.append((run_id,))
+        if done:
+            await self._view.write(lambda db: db.executemany("UPDATE compacted SET purged=1 WHERE run=?", done))
         return len(rows)

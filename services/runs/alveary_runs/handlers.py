@@ -52,14 +52,14 @@ class Handlers:
         # A cached image: the images service has nothing to do, and nothing to say.
         await self._projection.wait_for(event.sequence)
         digest = event.message.image_digest  # type: ignore[attr-defined]
-        if self._projection.image_state(event.key.workspace, digest) == "ready":
+        if await self._projection.image_state(event.key.workspace, digest) == "ready":
             await self._do(event, event.key.id, lambda run: domain.prepared(run, digest, cached=True))
 
     async def _on_image(self, event: Event) -> None:
         # Every run that asked before this event is in the view once the view includes it.
         await self._projection.wait_for(event.sequence)
         digest = event.key.id
-        for run_id in self._projection.waiting_for_image(event.key.workspace, digest):
+        for run_id in await self._projection.waiting_for_image(event.key.workspace, digest):
             key = self._runs.key(event.key.workspace, run_id)
             match event.message:
                 case ev.ImageBuildStarted():
@@ -114,5 +114,5 @@ class Handlers:
 async def settle(runs: Aggregates[domain.Run], projection: RunsProjection) -> None:
     """At boot: end what a death between two events left half done."""
     await projection.caught_up.wait()
-    for row in projection.rows("SELECT workspace, id FROM runs WHERE state=?", (c.RUN_STATE_NOT_RESPONDING,)):
+    for row in await projection.rows("SELECT workspace, id FROM runs WHERE state=?", (c.RUN_STATE_NOT_RESPONDING,)):
         await runs.execute(runs.key(row["workspace"], row["id"]), domain.resume_after_loss)

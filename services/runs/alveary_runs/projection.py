@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import sqlite3
 from collections import OrderedDict
 
 from google.protobuf.message import DecodeError
@@ -68,7 +69,7 @@ class RunsProjection(Projection):
     def __init__(self, path: str) -> None:
         super().__init__(path)
         self._live: OrderedDict[str, domain.Run] = OrderedDict()
-        row = self.row("SELECT sequence FROM metrics_position")
+        row = self.db.execute("SELECT sequence FROM metrics_position").fetchone()
         self.metrics_position = int(row[0]) if row else 0
         self._metrics_changed = asyncio.Condition()
 
@@ -90,12 +91,12 @@ class RunsProjection(Projection):
             case _ if key.aggregate == "run":
                 self._apply_run(event)
 
-    def _fold(self, run_id: str) -> domain.Run:
+    def _state(self, run_id: str) -> domain.Run:
         """The run's state up to here, from memory or from the rows of its events."""
         if run_id in self._live:
             return self._live[run_id]
         run = domain.Run()
-        for row in self.rows("SELECT name, body FROM run_events WHERE run=? ORDER BY sequence", (run_id,)):
+        for row in self.db.execute("SELECT name, body FROM run_events WHERE run=? ORDER BY sequence", (run_id,)):
             message = getattr(ev, row["name"])()
             message.ParseFromString(row["body"])
             run = domain.evolve(run, message)
@@ -103,7 +104,7 @@ class RunsProjection(Projection):
 
     def _apply_run(self, event: Event) -> None:
         run_id = event.key.id
-        run = domain.evolve(self._fold(run_id), event.message)
+        run = domain.evolve(self._state(run_id), event.message)
         self._live[run_id] = run
         self._live.move_to_end(run_id)
         while len(self._live) > 2000:
@@ -118,7 +119,7 @@ class RunsProjection(Projection):
             (run_id, event.sequence, event.message.DESCRIPTOR.name, event.time, event.message.SerializeToString()),
         )
         shown = view(run_id, run)
-        old = self.row("SELECT proto FROM runs WHERE id=?", (run_id,))
+        old = self.db.execute("SELECT proto FROM runs WHERE id=?", (run_id,)).fetchone()
         before = pb.Run.FromString(old["proto"]) if old else pb.Run()
         for name in ("submitted_at", "started_at", "ended_at", "state_since"):
             getattr(shown, name).CopyFrom(getattr(before, name)) if before.HasField(name) else None
@@ -158,47 +159,60 @@ class RunsProjection(Projection):
             labels += [(run_id, "properties", k, v) for k, v in run.properties.items()]
             self.db.executemany("INSERT INTO labels VALUES (?,?,?,?)", labels)
 
-    def submission(self, run_id: str) -> ev.RunSubmitted | None:
+    def forget(self) -> None:
+        """The transaction was rolled back."""
+        self._live.clear()
+
+    async def submission(self, run_id: str) -> ev.RunSubmitted | None:
         """The first event of a run that is not compacted."""
-        row = self.row("SELECT body FROM run_events WHERE run=? AND name='RunSubmitted'", (run_id,))
+        row = await self.row("SELECT body FROM run_events WHERE run=? AND name='RunSubmitted'", (run_id,))
         return ev.RunSubmitted.FromString(row["body"]) if row else None
 
-    def get(self, workspace: str, run_id: str) -> pb.Run | None:
+    async def get(self, workspace: str, run_id: str) -> pb.Run | None:
         """A run with its newest metrics."""
-        row = self.row("SELECT proto FROM runs WHERE id=? AND workspace=?", (run_id, workspace))
-        return self.complete(row["proto"]) if row else None
 
-    def complete(self, proto: bytes) -> pb.Run:
+        def find(db: sqlite3.Connection) -> pb.Run | None:
+            row = db.execute("SELECT proto FROM runs WHERE id=? AND workspace=?", (run_id, workspace)).fetchone()
+            return self.complete(db, row["proto"]) if row else None
+
+        return await self.read(find)
+
+    @staticmethod
+    def complete(db: sqlite3.Connection, proto: bytes) -> pb.Run:
         """A stored run, with its newest metrics."""
         run = pb.Run.FromString(proto)
-        for row in self.rows("SELECT name, value, nan FROM newest WHERE run=?", (run.id,)):
+        for row in db.execute("SELECT name, value, nan FROM newest WHERE run=?", (run.id,)):
             run.metrics[row["name"]] = math.nan if row["nan"] else row["value"]
         return run
 
-    def target(self, workspace: str, name: str) -> ev.ComputeSpec | None:
+    async def target(self, workspace: str, name: str) -> ev.ComputeSpec | None:
         """Specification of a target."""
-        row = self.row("SELECT proto FROM targets WHERE workspace=? AND name=?", (workspace, name))
+        row = await self.row("SELECT proto FROM targets WHERE workspace=? AND name=?", (workspace, name))
         return ev.ComputeSpec.FromString(row["proto"]) if row else None
 
-    def image_state(self, workspace: str, digest: str) -> str:
+    async def image_state(self, workspace: str, digest: str) -> str:
         """Name of the newest event of an image; empty: none."""
-        row = self.row("SELECT state FROM images WHERE workspace=? AND digest=?", (workspace, digest))
+        row = await self.row("SELECT state FROM images WHERE workspace=? AND digest=?", (workspace, digest))
         return str(row["state"]) if row else ""
 
-    def waiting_for_image(self, workspace: str, digest: str) -> list[str]:
+    async def waiting_for_image(self, workspace: str, digest: str) -> list[str]:
         """Runs that wait for an image."""
         sql = "SELECT id FROM runs WHERE state IN (?,?) AND image=? AND workspace=? ORDER BY id"
-        return [r["id"] for r in self.rows(sql, (c.RUN_STATE_NOT_STARTED, c.RUN_STATE_PREPARING, digest, workspace))]
+        return [r["id"] for r in await self.rows(sql, (c.RUN_STATE_NOT_STARTED, c.RUN_STATE_PREPARING, digest, workspace))]
 
     async def run_metrics(self, log: EventLog) -> None:
         """Follow the stream of metrics for ever."""
         info = await log.js.stream_info(METRICS)
-        row = self.row("SELECT log FROM metrics_position")
-        if (row and row[0] != str(info.created)) or self.metrics_position > info.state.last_seq:
-            for table in ("metrics", "newest", "metrics_position"):
-                self.db.execute(f"DELETE FROM {table}")
-            self.metrics_position = 0
-        self.db.execute("INSERT OR IGNORE INTO metrics_position VALUES (1, 0, ?)", (str(info.created),))
+
+        def begin(db: sqlite3.Connection) -> None:
+            row = db.execute("SELECT log FROM metrics_position").fetchone()
+            if (row and row[0] != str(info.created)) or self.metrics_position > info.state.last_seq:
+                for table in ("metrics", "newest", "metrics_position"):
+                    db.execute(f"DELETE FROM {table}")
+                self.metrics_position = 0
+            db.execute("INSERT OR IGNORE INTO metrics_position VALUES (1, 0, ?)", (str(info.created),))
+
+        await self.write(begin)
         batch: list[tuple[int, str, pb.MetricBatch]] = []
         async with contextlib.aclosing(log.follow(["alveary-metrics.>"], self.metrics_position + 1, METRICS)) as stream:
             async for item in stream:
@@ -209,8 +223,9 @@ class RunsProjection(Projection):
                     if len(batch) < 200:
                         continue
                 if batch:
-                    self._write_metrics(batch)
-                    batch.clear()
+                    await self.write(lambda db, batch=batch: self._write_metrics(batch))  # type: ignore[misc]
+                    self.metrics_position = batch[-1][0]
+                    batch = []
                 async with self._metrics_changed:
                     self._metrics_changed.notify_all()
 
@@ -221,12 +236,9 @@ class RunsProjection(Projection):
                 rows.append((sequence, part, run_id, point.name, point.SerializeToString()))
                 if point.WhichOneof("value") == "scalar":
                     newest[run_id, point.name] = point.scalar
-        self.db.execute("BEGIN IMMEDIATE")
         self.db.executemany("INSERT OR IGNORE INTO metrics VALUES (?,?,?,?,?)", rows)
         self.db.executemany("INSERT OR REPLACE INTO newest VALUES (?,?,?,?)", [(*key, *stored(value)) for key, value in newest.items()])
         self.db.execute("UPDATE metrics_position SET sequence=?", (batch[-1][0],))
-        self.db.execute("COMMIT")
-        self.metrics_position = batch[-1][0]
 
     async def wait_for_metrics(self, sequence: int, patience: float = 10.0) -> None:
         """Return once the metrics up to `sequence` are in.

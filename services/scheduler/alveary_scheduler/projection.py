@@ -13,6 +13,8 @@ class SchedulerProjection(Projection):
 
     subjects = ("alveary.*.target.>", "alveary.*.node.>", "alveary.*.placement.>", "alveary.*.run.>")
     version = 1
+    # The state belongs to the scheduler's decisions, which are made on the event loop.
+    inline = True
     schema = """
     CREATE TABLE IF NOT EXISTS live (sequence INTEGER PRIMARY KEY, workspace TEXT, aggregate TEXT, id TEXT, name TEXT,
       time REAL, message TEXT, body BLOB);
@@ -23,7 +25,7 @@ class SchedulerProjection(Projection):
         super().__init__(path)
         self.state = domain.State()
         self.specs: dict[str, Event] = {}
-        for row in self.rows("SELECT * FROM live ORDER BY sequence"):
+        for row in self.db.execute("SELECT * FROM live ORDER BY sequence"):
             message = getattr(ev, row["message"])()
             message.ParseFromString(row["body"])
             key = Key(row["workspace"], row["aggregate"], row["id"])

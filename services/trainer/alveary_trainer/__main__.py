@@ -17,7 +17,7 @@ from prometheus_client import start_http_server
 
 from alveary_contracts.ids import new_id
 from alveary_contracts.trainer.v1 import trainer_pb2, trainer_pb2_grpc
-from alveary_core import telemetry
+from alveary_core import stalls, telemetry
 from alveary_core.objectstore import ObjectStore
 from alveary_core.service import Service, until
 from alveary_trainer.adapters.environments import Environments
@@ -161,7 +161,9 @@ async def main() -> bool:
     start = await service.log.last_sequence() + 1
     service.spawn(agent.follow(start), "follow")
     service.spawn(agent.beat(), "beat")
+    monitor = stalls.watch()
     await until(agent.done, service)
+    monitor.stop()
     await agent.stop()
     await service.close()
     shutil.rmtree(context.sockets_dir, ignore_errors=True)

@@ -17,7 +17,7 @@ import alveary_logs.__main__ as logs
 import alveary_registry.__main__ as registry
 import alveary_runs.__main__ as runs
 import alveary_scheduler.__main__ as scheduler
-from alveary_core import telemetry
+from alveary_core import stalls, telemetry
 from alveary_core.server import Server
 from alveary_core.service import Service, until
 from alveary_core.settings import CoreSettings
@@ -49,7 +49,9 @@ async def main() -> None:
     telemetry.logger().info("serving", port=server.port)
     gc.collect()
     gc.freeze()  # what is there now stays: later collections need not look at it
+    monitor = stalls.watch()
     await until(stop, *services)
+    monitor.stop()
     await server.stop()
     await asyncio.gather(*(s.close() for s in services))
     for service in services:

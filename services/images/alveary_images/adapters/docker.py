@@ -45,8 +45,7 @@ class DockerBuilder:
         """See Builder."""
         if problems := faults(environment):
             raise BuildFailed("; ".join(problems))
-        with workplace() as folder:
-            work = Path(folder)
+        async with workplace() as work:
             resolved = Resolved(python_of(environment))
             python = f"{ENV}/bin/python"
             base = environment.base_image or self._settings.base_image.format(python=python_of(environment))
@@ -96,7 +95,7 @@ class DockerBuilder:
                 await self._store.get_file(BUCKET, f"wheels/{wheel['sha256']}", wheels / wheel["file"], wheel["sha256"])
             for local in resolved.local:
                 with contextlib.suppress(FileNotFoundError):  # of an older resolution: it may be on an index as well
-                    shutil.copy(local, wheels)
+                    await asyncio.to_thread(shutil.copy, local, wheels)
             folders.append(("wheels", wheels))
             files |= {"lock.txt": resolved.requirements.encode(), "env.sh": index_settings().encode(), "ca.pem": certificates()}
         extra = horovod.RUN_PACKAGES if any(w["name"] == horovod.NAME for w in resolved.wheels) else ()
@@ -113,7 +112,7 @@ class DockerBuilder:
         wheels.mkdir()
         for file in local:
             with contextlib.suppress(FileNotFoundError):
-                shutil.copy(file, wheels)
+                await asyncio.to_thread(shutil.copy, file, wheels)
         packages = " ".join(horovod.BUILD_PACKAGES)
         text = (
             f"FROM {base}\nRUN apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends {packages}\n"

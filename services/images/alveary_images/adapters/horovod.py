@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+from alveary_core import scratch
 from alveary_core.errors import NotFound
 from alveary_core.objectstore import ObjectStore
 from alveary_core.uv import uv_binary, uv_environment
@@ -97,8 +98,7 @@ async def wheel(work: Path, requirements: str, python: str, base: str, store: Ob
     folder.mkdir()
     (folder / "lock.txt").write_text(without(requirements))
     built = await build(folder, version, python, say)
-    with built.open("rb") as opened:
-        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    digest = await scratch.sha256_of(built)
     await store.put_file(BUCKET, f"wheels/{digest}", built)
     found = {"name": NAME, "version": built.name.split("-")[1], "file": built.name, "sha256": digest}
     await store.put(BUCKET, key, json.dumps(found, sort_keys=True).encode())

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import json
 import os
 import re
 import shutil
 import signal
 import sys
-import tempfile
 import tomllib
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -20,6 +18,7 @@ from urllib.parse import unquote
 
 from alveary_contracts.common.v1 import common_pb2 as c
 from alveary_contracts.digests import lock_digest, lock_key
+from alveary_core import scratch
 from alveary_core.errors import NotFound
 from alveary_core.objectstore import ObjectStore
 from alveary_core.uv import clean_environment, uv_binary, uv_environment
@@ -42,9 +41,9 @@ def work_below(folder: Path) -> None:
     _folder = folder
 
 
-def workplace() -> tempfile.TemporaryDirectory[str]:
+def workplace() -> contextlib.AbstractAsyncContextManager[Path]:
     """A folder for one build, which goes with it."""
-    return tempfile.TemporaryDirectory(prefix="build-", dir=_folder, ignore_cleanup_errors=True)
+    return scratch.folder("build-", _folder)
 
 
 class BuildFailed(Exception):
@@ -114,8 +113,7 @@ async def resolve(
 async def _resolve(environment: c.Environment, workspace: str, store: ObjectStore, say: Say, special: Special, python: str) -> Resolved:
     if not environment.pip_packages:
         return Resolved(python)
-    with workplace() as folder:
-        work = Path(folder)
+    async with workplace() as work:
         (work / "requirements.in").write_text("".join(f"{p}\n" for p in environment.pip_packages))
         pins = await _pins_of(workspace, environment.extends_digest, store)
         (work / "constraints.txt").write_text("".join(f"{p}\n" for p in pins))
@@ -178,11 +176,10 @@ async def _build_sources(work: Path, python: str, store: ObjectStore, say: Say, 
         pip = [str(work / "build-env/bin/python"), "-m", "pip", "wheel", "--no-deps", "-w", str(out)]
         await run_tool([*pip, *wanted], work, say, clean_environment())
         for wheel in out.glob("*.whl"):
-            with wheel.open("rb") as opened:
-                digest = hashlib.file_digest(opened, "sha256").hexdigest()
+            digest = await scratch.sha256_of(wheel)
             entry = await store.put_file(BUCKET, f"wheels/{digest}", wheel)
             built.append({"name": name, "version": wheel.name.split("-")[1], "file": wheel.name, "sha256": entry.sha256})
-        shutil.rmtree(out)
+        await asyncio.to_thread(shutil.rmtree, out)
     return built
 
 
