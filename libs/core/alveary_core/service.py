@@ -12,6 +12,7 @@ from nats.aio.client import Client
 from prometheus_client import start_http_server
 
 from alveary_core import stalls, telemetry
+from alveary_core.disk import DiskGuard
 from alveary_core.eventlog import EventLog, connect, ensure_streams
 from alveary_core.objectstore import ObjectStore
 from alveary_core.server import Server
@@ -34,6 +35,7 @@ class Service:
         self._closers: list[Callable[[], Awaitable[None]]] = []
         # Queries run in threads beside the event loop, which shall not wait 5 ms for each of them to let go.
         sys.setswitchinterval(_SWITCH_SECONDS)
+        self.disk = DiskGuard(settings.state_dir, settings.disk_reserve_bytes, settings.disk_reserve_fraction)
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.connection: Client
         self.log: EventLog

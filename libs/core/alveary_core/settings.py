@@ -34,6 +34,10 @@ class CoreSettings(BaseSettings):
     metrics_port: int = 0
     state_dir: Path = Path(".alveary")
     log_level: str = "info"
+    # What is kept free of a disk, the smaller of the two: with less, a node takes no new runs and a service no new uploads,
+    # and with less than half of it the run that fills the disk is ended. 0: nothing.
+    disk_reserve_bytes: int = Field(default=2**30, ge=0)
+    disk_reserve_fraction: float = Field(default=0.05, ge=0.0, le=0.5)
     # How long a node may be silent before it is lost, and how long a trainer goes on unanswered, seconds.
     lease_seconds: float = Field(default=30.0, ge=1.0)
     beat_seconds: float = Field(default=1.0, gt=0.0)

@@ -6,10 +6,12 @@ alone.
 
 from __future__ import annotations
 
+import asyncio
 import configparser
 import os
 import shutil
 import sys
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 # pip's option -> uv's variable (https://docs.astral.sh/uv/reference/environment/)
@@ -76,6 +78,38 @@ def uv_binary() -> str:
     if not found:
         raise FileNotFoundError("uv is not installed: pip install uv")
     return found
+
+
+async def find_python(version: str) -> str | None:
+    """An interpreter of this machine for `version` ("3.12", "3.12.1"), as a path; None: there is none.
+
+    uv by itself knows the interpreters on the PATH and its own. The one that the platform runs on may be neither: a pyenv,
+    conda or own build that was started by its path. So that one serves its own version, and what uv finds the others.
+    """
+    if version in (".".join(map(str, sys.version_info[:parts])) for parts in (2, 3)):
+        return sys.executable
+    process = await asyncio.create_subprocess_exec(
+        uv_binary(), "python", "find", "--system", "--no-python-downloads", version, env=uv_environment(),
+        stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        async with asyncio.timeout(60):
+            found, _ = await process.communicate()
+    except BaseException:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+        raise
+    return found.decode().strip() if process.returncode == 0 else None
+
+
+async def python_for(version: str, say: Callable[[str], Awaitable[None]]) -> str:
+    """What to give uv as `--python`: an interpreter of this machine, else `version` itself, which uv downloads; `say` is told so."""
+    found = await find_python(version)
+    if found is None:
+        own = ".".join(map(str, sys.version_info[:3]))
+        await say(f"Python {version} is not on this machine (the platform runs on {own}, and the PATH has none): it is downloaded")
+    return found or version
 
 
 if __name__ == "__main__":

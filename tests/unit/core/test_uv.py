@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import platform
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from alveary_core.uv import clean_environment, uv_environment
+from alveary_core.uv import clean_environment, find_python, python_for, uv_environment
 
 
 @pytest.fixture
@@ -47,3 +50,44 @@ def test_a_build_sees_nothing_of_the_platforms_secrets(monkeypatch: pytest.Monke
     monkeypatch.setenv("ALVEARY_TOKEN_SECRET", "hidden")
     for env in (clean_environment(), uv_environment()):
         assert "hidden" not in env.values()
+
+
+async def test_the_interpreter_that_the_platform_runs_on_serves_its_own_version_wherever_it_is(
+    no_settings: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    for version in (f"{sys.version_info.major}.{sys.version_info.minor}", ".".join(map(str, sys.version_info[:3]))):
+        assert await find_python(version) == sys.executable
+        assert await python_for(version, fail) == sys.executable
+
+
+async def test_another_version_comes_from_the_path_before_it_is_downloaded(
+    no_settings: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("UV_PYTHON_INSTALL_DIR", str(tmp_path / "none"))
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    # Stands for an interpreter of another version, as uv asks each that it meets what it is.
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / f"python{version}").symlink_to(Path(sys.base_prefix, "bin", f"python{version}"))
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setattr("alveary_core.uv.sys", SimpleNamespace(version_info=(3, 2, 1), executable=sys.executable, prefix=sys.prefix))
+    found = await python_for(version, fail)
+    assert Path(found).samefile(Path(sys.base_prefix, "bin", f"python{version}"))
+
+
+async def test_a_download_is_said(no_settings: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setenv("UV_PYTHON_INSTALL_DIR", str(tmp_path / "none"))
+    said: list[str] = []
+
+    async def say(text: str) -> None:
+        said.append(text)
+
+    assert await python_for("3.5", say) == "3.5"
+    assert said == [
+        f"Python 3.5 is not on this machine (the platform runs on {platform.python_version()}, and the PATH has none): it is downloaded"
+    ]
+
+
+async def fail(text: str) -> None:
+    raise AssertionError(text)

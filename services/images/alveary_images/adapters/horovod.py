@@ -17,7 +17,7 @@ from pathlib import Path
 from alveary_core import scratch
 from alveary_core.errors import NotFound
 from alveary_core.objectstore import ObjectStore
-from alveary_core.uv import uv_binary, uv_environment
+from alveary_core.uv import python_for, uv_binary, uv_environment
 from alveary_images.adapters.builder import Say
 from alveary_images.adapters.resolve import BUCKET, BuildFailed, run_tool
 
@@ -119,7 +119,7 @@ async def on_this_machine(folder: Path, version: str, python: str, say: Say) -> 
         )
     out = folder / "out"
     env = uv_environment() | {
-        "UV": uv_binary(), "PYTHON_VERSION": python, "HOROVOD_VERSION": version, "OUT": str(out), "HOME": os.environ.get("HOME", "/tmp"),
+        "UV": uv_binary(), "PYTHON_VERSION": await python_for(python, say), "HOROVOD_VERSION": version, "OUT": str(out), "HOME": os.environ.get("HOME", "/tmp"),
     }  # fmt: skip
     await run_tool(["sh", "-c", SCRIPT], folder, say, env)
     return the_wheel(out)

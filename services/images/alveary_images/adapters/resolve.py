@@ -21,7 +21,7 @@ from alveary_contracts.digests import lock_digest, lock_key
 from alveary_core import scratch
 from alveary_core.errors import NotFound
 from alveary_core.objectstore import ObjectStore
-from alveary_core.uv import clean_environment, uv_binary, uv_environment
+from alveary_core.uv import clean_environment, find_python, python_for, uv_binary, uv_environment
 
 Say = Callable[[str], Awaitable[None]]
 BUCKET = "images"
@@ -119,6 +119,8 @@ async def _resolve(environment: c.Environment, workspace: str, store: ObjectStor
         (work / "constraints.txt").write_text("".join(f"{p}\n" for p in pins))
         await say(f"resolving {len(environment.pip_packages)} requirements for Python {python}")
         compile_args = ["pip", "compile", "requirements.in", "--python-version", python, "--no-header", "--no-annotate"]
+        if (interpreter := await find_python(python)) is not None:  # by itself uv would take one of another version
+            compile_args += ["--python", interpreter]
         if pins:
             compile_args += ["--constraint", "constraints.txt"]
         await _uv([*compile_args, "--generate-hashes", "-o", "lock.txt"], work, say, show=False)
@@ -171,7 +173,7 @@ async def _build_sources(work: Path, python: str, store: ObjectStore, say: Say, 
         wanted = ["--no-binary", name, f"{name}=={package['version']}"] if direct is None else [f"{name} @ {direct}"]
         await say(f"building a wheel of {name} {package.get('version', '')} from source")
         if not (work / "build-env").exists():
-            await _uv(["venv", "--quiet", "--seed", "--python", python, "build-env"], work, say)
+            await _uv(["venv", "--quiet", "--seed", "--python", await python_for(python, say), "build-env"], work, say)
         out = work / "wheels"
         pip = [str(work / "build-env/bin/python"), "-m", "pip", "wheel", "--no-deps", "-w", str(out)]
         await run_tool([*pip, *wanted], work, say, clean_environment())

@@ -16,7 +16,7 @@ from pathlib import Path
 from alveary_contracts.digests import lock_key
 from alveary_core.errors import NotFound
 from alveary_core.objectstore import ObjectStore
-from alveary_core.uv import uv_binary, uv_environment
+from alveary_core.uv import python_for, uv_binary, uv_environment
 from alveary_trainer.adapters.runtime import Say, StagingFailed
 from alveary_trainer.adapters.shared_cache import SharedCache
 
@@ -51,7 +51,8 @@ class Environments:
         except NotFound as error:
             raise StagingFailed(f"the lock of environment {digest[:12]} is gone from the object store") from error
         await say(f"environment {digest[:12]}: installing {len(lock['packages'])} packages")
-        await self._uv(["venv", "--quiet", "--allow-existing", "--python", lock["python_version"], str(part)], part)
+        python = await python_for(lock["python_version"], say)
+        await self._uv(["venv", "--quiet", "--allow-existing", "--python", python, str(part)], part)
         if lock["packages"]:
             (part / "lock.txt").write_text(lock["requirements"])
             wheels = part / "wheels"
