@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import subprocess
 import sys
 import time
@@ -11,6 +13,7 @@ import click
 
 from alveary.cli.common import NO_PLATFORM, json_option, print_json, say, state_dir_option, state_folder, target_row
 from alveary.cli.table import show
+from alveary.errors import AlvearyError
 
 
 @click.command()
@@ -24,59 +27,111 @@ from alveary.cli.table import show
 @click.option(
     "--bind", help="This machine's address, by which others reach it (`alveary node join`); '': none. Default: as before. Not encrypted."
 )
+@click.option("--log", hidden=True, type=click.Path(path_type=Path), help="Where to speak once it is ready (for --detach).")
 def up(
     detach: bool, state_dir: Path | None, port: int | None, separate: bool, lease_seconds: float, metrics_port: int, runtime: str,
-    bind: str | None,
+    bind: str | None, log: Path | None,
 ) -> None:  # fmt: skip
     """Start the whole platform on this machine."""
     from alveary.local.layout import Layout
-    from alveary.local.stack import Stack, own_addresses, status
+    from alveary.local.stack import Stack, own_addresses
 
     if runtime not in ("", "process", "docker"):
         raise click.BadParameter(f"--runtime {runtime!r}: process or docker")
     folder = state_folder(state_dir)
     if detach:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        command = [sys.executable, "-m", "alveary.cli", "up", "--state-dir", str(folder), "--lease-seconds", str(lease_seconds)]
-        command += ["--port", str(port)] if port is not None else []
-        command += ["--separate"] if separate else []
-        command += ["--metrics-port", str(metrics_port)]
-        command += ["--runtime", runtime] if runtime else []
-        command += ["--bind", bind] if bind is not None else []
-        log = folder / "up.log"
-        with log.open("wb") as opened:
-            child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=opened, stderr=opened, start_new_session=True)
-        while True:
-            if child.poll() is not None:
-                say(log.read_text().strip())
-                raise click.exceptions.Exit(child.returncode or 1)
-            found = status(folder)
-            if found and found["supervisor"] == child.pid and "ready" in log.read_text():
-                click.echo(log.read_text().strip())
-                return
-            time.sleep(0.05)
+        options = ["--lease-seconds", str(lease_seconds), "--metrics-port", str(metrics_port)]
+        options += ["--port", str(port)] if port is not None else []
+        options += ["--separate"] if separate else []
+        options += ["--runtime", runtime] if runtime else []
+        options += ["--bind", bind] if bind is not None else []
+        _up_in_background(folder, options)
+        return
     started = time.monotonic()
-    layout = Layout.open(
-        folder,
-        port,
-        lease_seconds=lease_seconds,
-        beat_seconds=min(1.0, lease_seconds / 5),
-        separate=separate,
-        metrics_port=metrics_port,
-        runtime=runtime,
-        bind=bind,
-    )
-    if layout.bind and not layout.bind.startswith("127.") and layout.bind not in own_addresses():
-        raise click.BadParameter(f"--bind {layout.bind}: this machine has {', '.join(own_addresses())}")
-    stack = Stack(layout, click.echo)
-    stack.acquire()
+    voice = _Voice(log)
     try:
-        stack.start()
-    except BaseException:
-        stack.stop()
-        raise
-    click.echo(f"ready after {time.monotonic() - started:.1f} s at {layout.endpoint}; config: {folder / 'config.json'}")
+        layout = Layout.open(
+            folder,
+            port,
+            lease_seconds=lease_seconds,
+            beat_seconds=min(1.0, lease_seconds / 5),
+            separate=separate,
+            metrics_port=metrics_port,
+            runtime=runtime,
+            bind=bind,
+        )
+        if layout.bind and not layout.bind.startswith("127.") and layout.bind not in own_addresses():
+            raise click.BadParameter(f"--bind {layout.bind}: this machine has {', '.join(own_addresses())}")
+        stack = Stack(layout, voice)
+        stack.acquire()
+        try:
+            stack.start()
+        except BaseException:
+            stack.stop()
+            raise
+    except OSError as error:
+        raise AlvearyError(
+            f"the stack in {folder} cannot be started: {error}; `alveary doctor --state-dir {folder}` looks at this machine"
+        ) from error
+    voice(f"ready after {time.monotonic() - started:.1f} s at {layout.endpoint}; config: {folder / 'config.json'}")
+    voice.alone()
     stack.run()
+
+
+class _Voice:
+    """Says what the supervisor has to say on its output and, where given, in a log. Neither can make it fail."""
+
+    def __init__(self, log: Path | None) -> None:
+        self._log = log
+
+    def __call__(self, text: str) -> None:
+        line = f"{text}\n".encode()
+        with contextlib.suppress(OSError):  # whoever listened is gone, or the disk is full
+            os.write(1, line)
+        if self._log is not None:
+            with contextlib.suppress(OSError), self._log.open("ab") as opened:
+                opened.write(line)
+
+    def alone(self) -> None:
+        """Whoever started it leaves: from now on the output, and what Python itself prints, go to the log alone."""
+        if self._log is None:
+            return
+        try:
+            output = os.open(self._log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        except OSError:
+            output = os.open(os.devnull, os.O_WRONLY)
+        for number in (1, 2):
+            os.dup2(output, number)
+        os.close(output)
+        self._log = None
+
+
+def _up_in_background(folder: Path, options: list[str]) -> None:
+    """Start `alveary up` as a process of its own, and return once it is ready.
+
+    It speaks through a pipe until then: its log is on a disk that may be full.
+
+    Raises:
+        click.exceptions.Exit: it ended; what it said is on stderr.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise AlvearyError(f"the state directory {folder} cannot be made: {error}") from error
+    log = folder / "up.log"
+    command = [sys.executable, "-m", "alveary.cli", "up", "--state-dir", str(folder), "--log", str(log), *options]
+    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    assert child.stdout is not None
+    said: list[str] = []
+    for raw in child.stdout:  # ends when the child ends, or turns to its log
+        said.append(raw.decode(errors="replace").rstrip())
+        if said[-1].startswith("ready after"):
+            click.echo(said[-1])
+            return
+        if said[-1].startswith("still starting"):
+            say(said[-1])
+    say("\n".join(said) or f"`alveary up` ended with code {child.wait()}, and said nothing")
+    raise click.exceptions.Exit(child.wait() or 1)
 
 
 @click.command()
@@ -94,7 +149,10 @@ def down(state_dir: Path | None) -> None:
         raise click.exceptions.Exit(NO_PLATFORM)
     process = psutil.Process(found["supervisor"])
     process.terminate()
-    process.wait(60)
+    try:
+        process.wait(90)
+    except psutil.TimeoutExpired:
+        raise AlvearyError(f"the stack (pid {process.pid}) is still stopping after 90 s: see {folder / 'logs'}, and try again") from None
     click.echo("stopped")
 
 

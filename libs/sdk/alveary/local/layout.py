@@ -197,9 +197,17 @@ jetstream {{ store_dir: "{self.state_dir / "nats"}", sync_interval: always
 
 
 def write_private(file: Path, text: str) -> None:
-    """Write a file that only its owner may read; whole or not at all."""
+    """Write a file that only its owner may read; whole or not at all.
+
+    Raises:
+        OSError: it cannot be written; what was there is still there.
+    """
     part = file.with_name(f".{file.name}.{os.getpid()}")
-    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "w") as opened:
-        opened.write(text)
-    part.rename(file)
+    try:
+        descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(descriptor, "w") as opened:
+            opened.write(text)
+        part.rename(file)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise

@@ -24,11 +24,20 @@ import psutil
 
 from alveary.errors import AlvearyError
 from alveary.local.layout import SERVICES, Layout, write_private
+from alveary.local.replay import positions, slowest
+from alveary.local.upkeep import ServerWatch, cut, last_lines
 from alveary_contracts.events.v1 import events_pb2 as ev
 from alveary_contracts.scheduler.v1 import scheduler_pb2, scheduler_pb2_grpc
+from alveary_core import disk
 from alveary_core.auth import Principal, issue
+from alveary_core.settings import CoreSettings
 
+# How long a start may take in which nothing moves: no service answers, and no read model comes further.
 READY_SECONDS = 60.0
+# How often a process may end before the start is given up.
+_DEATHS = 5
+_TOLD_SECONDS = 10.0
+_FOR_TRAINERS = ("ALVEARY_REGISTRY", "ALVEARY_ENVIRONMENTS_", "ALVEARY_DATA_", "ALVEARY_DISK_")
 _libc = ctypes.CDLL(None)
 Say = Callable[[str], None]
 
@@ -48,6 +57,7 @@ class Child:
     started: float = 0.0
     pause: float = field(default=0.1)
     again: float = 0.0
+    deaths: int = 0
 
 
 class Stack:
@@ -60,6 +70,10 @@ class Stack:
         self._stopping = False
         self._lock: int | None = None
         self.children = self._make_children()
+        self._settings = CoreSettings()
+        self._watches = {name: ServerWatch(self._logs / f"{name}.log") for name in ("nats", "objects")}
+        self._status_due, self._upkeep_at, self._cut_at = False, 0.0, 0.0
+        self._trouble = ""
 
     # ---- what there is --------------------------------------------------------------------------------------------
 
@@ -102,8 +116,8 @@ class Stack:
             "ALVEARY_NODE_TOKEN": token, "ALVEARY_STATE_DIR": str(layout.state_dir / "trainer"), "ALVEARY_LISTEN": "127.0.0.1:0",
             "ALVEARY_RUNTIME": layout.runtime,
         }  # fmt: skip
-        # What was said to the stack about registries and images is for the trainers as well.
-        env |= {k: v for k, v in os.environ.items() if k.startswith(("ALVEARY_REGISTRY", "ALVEARY_ENVIRONMENTS_", "ALVEARY_DATA_"))}
+        # What was said to the stack about registries, images and disks is for the trainers as well.
+        env |= {k: v for k, v in os.environ.items() if k.startswith(_FOR_TRAINERS)}
         env |= {"ALVEARY_REGISTRY_ENDPOINT": layout.endpoint_of("registry")}
         del env["ALVEARY_TOKEN_SECRET"]
         return env
@@ -160,14 +174,26 @@ class Stack:
         self._write_status()
 
     def _write_status(self) -> None:
+        """For `alveary status` and `alveary down`. On a full disk it stays what it was, and is written later."""
         pids = {c.name: c.process.pid for c in self.children if c.process}
-        write_private(
-            self.layout.state_dir / "status.json", json.dumps({"supervisor": os.getpid(), "pids": pids, "endpoint": self.layout.endpoint})
-        )
+        known = {"supervisor": os.getpid(), "pids": pids, "endpoint": self.layout.endpoint, "trouble": self._trouble}
+        try:
+            write_private(self.layout.state_dir / "status.json", json.dumps(known))
+            self._status_due = False
+        except OSError as error:
+            if not self._status_due:
+                self._say(f"status.json could not be written, and will be: {error}")
+            self._status_due = True
 
     def _wait_ready(self) -> None:
-        deadline = time.monotonic() + READY_SECONDS
+        """Until all services answer. There is no limit to it while they come further: a long event log takes a while.
+
+        Raises:
+            AlvearyError: nothing has moved for READY_SECONDS, or a process ends again and again.
+        """
         services = SERVICES if self.layout.separate else ("runs",)
+        moved = told = looked = time.monotonic()
+        known, reads = dict[str, int](), 0
         for service in services:
             with grpc.insecure_channel(
                 self.layout.endpoint_of(service),
@@ -177,39 +203,114 @@ class Stack:
                 while True:
                     try:
                         ready.result(timeout=0.2)
+                        moved = time.monotonic()
                         break
                     except grpc.FutureTimeoutError:
                         self._tend()
-                        if time.monotonic() > deadline:
-                            raise AlvearyError(
-                                f"the stack did not come up within {READY_SECONDS:g} s: see {self._logs}", "UNAVAILABLE"
-                            ) from None
+                    now = time.monotonic()
+                    if now - looked > 2.0:
+                        looked, found = now, positions(self.layout.state_dir / "services")
+                        if (found, self._server_reads()) != (known, reads):
+                            moved, known, reads = now, found, self._server_reads()
+                    if now - told > _TOLD_SECONDS:
+                        told = now
+                        self._say(f"still starting: {service} does not answer yet; {slowest(known)}")
+                    self._give_up(service, now - moved)
+
+    def _server_reads(self) -> int:
+        """Bytes that the message bus has read: with a long log it takes a while before it answers."""
+        process = next((c.process for c in self.children if c.name == "nats"), None)
+        try:
+            return int(psutil.Process(process.pid).io_counters().read_chars) if process is not None else 0
+        except psutil.Error:
+            return 0
+
+    def _give_up(self, service: str, still: float) -> None:
+        dying = next((c for c in self.children if c.deaths >= _DEATHS), None)
+        if dying is not None:
+            raise AlvearyError(
+                f"the stack does not come up: {dying.name} ended {dying.deaths} times; its log ({self._logs / dying.name}.log) ends with:\n"
+                f"{last_lines(self._logs / f'{dying.name}.log')}", "UNAVAILABLE",
+            )  # fmt: skip
+        if still > READY_SECONDS:
+            raise AlvearyError(
+                f"the stack did not come up: {service} has not answered, and nothing has moved, for {READY_SECONDS:g} s: see {self._logs}",
+                "UNAVAILABLE",
+            )
 
     def _ensure_target(self, token: str) -> None:
         spec = ev.ComputeSpec(min_nodes=1, max_nodes=1, idle_seconds_before_scaledown=1800, description="this machine")
         with grpc.insecure_channel(self.layout.endpoint_of("scheduler")) as channel:
             stub = scheduler_pb2_grpc.ComputeServiceStub(channel)
             metadata = (("authorization", f"Bearer {token}"),)
-            try:
-                stub.CreateTarget(scheduler_pb2.CreateTargetRequest(name="local", spec=spec), metadata=metadata, timeout=30)
-            except grpc.RpcError as error:
-                # Another machine size than when it was made: what is there is kept.
-                if error.code() != grpc.StatusCode.ALREADY_EXISTS:  # type: ignore[attr-defined]
-                    raise AlvearyError(f"the target 'local' cannot be made: {error.details()}", "UNAVAILABLE") from error  # type: ignore[attr-defined]
+            deadline = time.monotonic() + READY_SECONDS
+            while True:
+                try:
+                    stub.CreateTarget(scheduler_pb2.CreateTargetRequest(name="local", spec=spec), metadata=metadata, timeout=30)
+                    return
+                except grpc.RpcError as error:
+                    code, details = error.code(), error.details()  # type: ignore[attr-defined]
+                    # Another machine size than when it was made: what is there is kept.
+                    if code == grpc.StatusCode.ALREADY_EXISTS:
+                        return
+                    if code not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED) or time.monotonic() > deadline:
+                        raise AlvearyError(f"the target 'local' cannot be made: {details}", "UNAVAILABLE") from error
+                self._tend()
+                time.sleep(0.2)
 
     def _tend(self) -> None:
-        """Start again what died, later and later while it keeps dying."""
+        """Start again what died, later and later while it keeps dying, and look after disk and logs.
+
+        Nothing that fails here ends the supervisor, for everything else would end with it.
+        """
         now = time.monotonic()
         for child in self.children:
-            if child.process is None or child.process.poll() is None:
+            if child.process is not None and child.process.poll() is None:
                 continue
             if not child.again:
+                child.deaths = 1 if now - child.started > 30 else child.deaths + 1
                 child.pause = 0.1 if now - child.started > 30 else min(child.pause * 2, 10.0)
                 child.again = now + child.pause
-                self._say(f"{child.name} ended with code {child.process.returncode}; starting it again (see {self._logs / child.name}.log)")
+                how = f"ended with code {child.process.returncode}" if child.process is not None else "is not started"
+                self._say(f"{child.name} {how}; starting it again (see {self._logs / child.name}.log)")
             if now >= child.again:
                 child.again = 0.0
-                self._launch(child)
+                try:
+                    self._launch(child)
+                except OSError as error:  # no memory, no more processes, no space
+                    child.pause = min(child.pause * 2, 10.0)
+                    child.again = now + child.pause
+                    self._say(f"{child.name} could not be started, and will be in {child.pause:.1f} s: {error}")
+        if now >= self._upkeep_at:
+            self._upkeep_at = now + 0.5
+            self._upkeep(now)
+
+    def _upkeep(self, now: float) -> None:
+        try:
+            found = disk.look(self.layout.state_dir, self._settings.disk_reserve_bytes, self._settings.disk_reserve_fraction)
+            trouble = found.problem
+            for child in self.children:
+                if (watch := self._watches.get(child.name)) is not None and watch.look(found):
+                    self._say(f"{child.name} refused to write while the disk was full, and there is space again: starting it anew")
+                    if child.process is not None:
+                        _end([child.process])
+                    self._launch(child)
+                    watch.restarted()
+            if now >= self._cut_at:
+                self._cut_at = now + 30
+                for log in (
+                    self.layout.state_dir / "up.log",
+                    *self._logs.glob("*.log"),
+                    *(self.layout.state_dir / "services/nodes").glob("*.log"),
+                ):
+                    cut(log)
+        except OSError as error:
+            trouble = f"the state directory cannot be looked after: {error}"
+        if trouble != self._trouble:
+            self._say(trouble if trouble else "the disk has space again")
+            self._trouble, self._status_due = trouble, True
+        if self._status_due:
+            self._write_status()
 
     def run(self) -> None:
         """Watch until a signal says to stop, then stop everything."""
@@ -294,11 +395,12 @@ def own_addresses() -> list[str]:
 
 def status(state_dir: Path) -> dict[str, Any] | None:
     """What a running stack says of itself; None: none runs there."""
-    file = state_dir / "status.json"
-    if not file.exists():
-        return None
-    found: dict[str, Any] = json.loads(file.read_text())
-    with contextlib.suppress(psutil.NoSuchProcess):
+    try:
+        found: dict[str, Any] = json.loads((state_dir / "status.json").read_text())
         if psutil.Process(found["supervisor"]).is_running():
             return found
+    except (FileNotFoundError, NotADirectoryError, psutil.NoSuchProcess):
+        return None
+    except (ValueError, KeyError) as error:
+        raise AlvearyError(f"{state_dir / 'status.json'} cannot be read ({error!r}): is {state_dir} a stack's directory?") from error
     return None
