@@ -8,6 +8,16 @@ from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
+class MetricLimits(BaseSettings):
+    """How much one run may log: what is beyond is refused with a sentence, in the script and outside."""
+
+    model_config = SettingsConfigDict(env_prefix="ALVEARY_", env_ignore_empty=True, extra="ignore")
+
+    # Names, and points of all names together, all attempts included.
+    metric_names: int = Field(default=10_000, ge=1)
+    metric_points: int = Field(default=20_000_000, ge=1)
+
+
 class CoreSettings(BaseSettings):
     """Common to all services. Secrets are SecretStr, so that printing settings shows none."""
 

@@ -247,30 +247,55 @@ class Client:
         except grpc.aio.AioRpcError as error:
             raise translate(error, self.config) from error
 
-    async def metric_series(self, run_id: str, name: str = "", recursive: bool = False) -> list[pb.MetricSeries]:
-        """All points of a run's metrics."""
-        request = pb.GetMetricsRequest(run_id=run_id, name=name, recursive=recursive)
-        return list((await self.call(self.runs.GetMetrics, request)).series)
+    async def metric_pages(self, run_id: str, name: str = "", recursive: bool = False, **options: Any) -> AsyncIterator[pb.MetricSeries]:
+        """Stretches of a run's metrics, page by page; `options`: max_points, attempt, columns of GetMetricsRequest."""
+        request = pb.GetMetricsRequest(run_id=run_id, name=name, recursive=recursive, **options)
+        while True:
+            reply = await self.call(self.runs.GetMetrics, request)
+            for series in reply.series:
+                yield series
+            request.page_token = reply.next_page_token
+            if not request.page_token:
+                return
 
-    async def get_metrics(self, run_id: str, name: str = "", recursive: bool = False) -> dict[str, Any]:
+    async def metric_series(
+        self, run_id: str, name: str = "", recursive: bool = False, max_points: int = 0, attempt: int = 0
+    ) -> list[pb.MetricSeries]:
+        """A run's metrics, one element for each name and run. `max_points`: as many points draw what all would; 0: all.
+        `attempt`: of one attempt alone; 0: what counts in the end."""
+        found: dict[tuple[str, str], pb.MetricSeries] = {}
+        async for part in self.metric_pages(run_id, name, recursive, max_points=max_points, attempt=attempt):
+            key = (part.run_id, part.name)
+            if key in found:
+                found[key].points.extend(part.points)
+                found[key].attempt, found[key].point_count = part.attempt, part.point_count
+            else:
+                found[key] = part
+        return list(found.values())
+
+    async def get_metrics(self, run_id: str, name: str = "", recursive: bool = False, max_points: int = 0) -> dict[str, Any]:
         """Values by name: one logged once is a value, one logged repeatedly a list."""
-        found: dict[str, Any] = {}
-        for series in await self.metric_series(run_id, name, recursive):
-            values: list[Any] = []
-            columns: dict[str, Any] = {}
+        every: dict[str, list[Any]] = {}
+        tables: dict[str, dict[str, Any]] = {}
+        async for series in self.metric_pages(run_id, name, recursive, max_points=max_points, columns=True):
+            values = every.setdefault(series.name, [])
+            values += series.columns.values
             for point in series.points:
                 kind = point.WhichOneof("value")
                 if kind == "list":
                     values += point.list.values
                 elif kind in ("row_json", "table_json"):
+                    columns = tables.setdefault(series.name, {})
                     for column, value in json.loads(getattr(point, kind)).items():
                         columns.setdefault(column, []).extend(value if kind == "table_json" and isinstance(value, list) else [value])
                 elif kind is not None:
                     values.append(getattr(point, kind))
-            if columns:
-                found[series.name] = {k: v[0] if len(v) == 1 else v for k, v in columns.items()}
+        found: dict[str, Any] = {}
+        for one, values in every.items():
+            if one in tables:
+                found[one] = {k: v[0] if len(v) == 1 else v for k, v in tables[one].items()}
             elif values:
-                found[series.name] = values[0] if len(values) == 1 else values
+                found[one] = values[0] if len(values) == 1 else values
         return found
 
     async def list_run_files(self, run_id: str, prefix: str = "", with_urls: bool = False) -> list[c.FileLink]:

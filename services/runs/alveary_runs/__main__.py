@@ -7,18 +7,20 @@ import asyncio
 from alveary_contracts.runs.v1 import runs_pb2, runs_pb2_grpc
 from alveary_core.aggregates import Aggregates
 from alveary_core.service import Service, serve
-from alveary_core.settings import CoreSettings
+from alveary_core.settings import CoreSettings, MetricLimits
 from alveary_runs import domain
 from alveary_runs.api import ExperimentService, RunService, WorkspaceService
 from alveary_runs.compaction import Compaction
 from alveary_runs.handlers import SUBJECTS, Handlers, settle
+from alveary_runs.metrics import MetricsProjection
 from alveary_runs.projection import RunsProjection
 from alveary_runs.subscriptions import EventService
 
 
 async def start(service: Service) -> None:
     """Add run submission and history to `service`."""
-    projection = RunsProjection(str(service.settings.state_dir / "runs.sqlite"))
+    metrics = MetricsProjection(str(service.settings.state_dir / "metrics.sqlite"), MetricLimits())
+    projection = RunsProjection(str(service.settings.state_dir / "runs.sqlite"), metrics)
     runs = Aggregates(service.log, "run", domain.Run, lambda run, event: domain.evolve(run, event.message))
     server = service.server
     runs_pb2_grpc.add_RunServiceServicer_to_server(RunService(service.log, service.store, runs, projection), server.server)
@@ -27,7 +29,7 @@ async def start(service: Service) -> None:
     runs_pb2_grpc.add_EventServiceServicer_to_server(EventService(service.log), server.server)
     server.add(runs_pb2.DESCRIPTOR.services_by_name.values())
     service.spawn(projection.run(service.log), "projection")
-    service.spawn(projection.run_metrics(service.log), "metrics")
+    service.spawn(metrics.run(service.log), "metrics")
     service.spawn(service.log.consume("runs", SUBJECTS, Handlers(runs, projection)), "handlers")
     service.spawn(settle(runs, projection), "settle")
     settings = service.settings

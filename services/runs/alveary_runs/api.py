@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import sqlite3
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from google.protobuf.message import Message
@@ -23,8 +23,9 @@ from alveary_core.aggregates import Aggregates
 from alveary_core.errors import FailedPrecondition, InvalidArgument, NotFound
 from alveary_core.eventlog import METRICS, EventLog
 from alveary_core.objectstore import ObjectStore
-from alveary_runs import domain, query
-from alveary_runs.projection import MAX_POINTS, RunsProjection, view
+from alveary_runs import domain, query, series
+from alveary_runs.metrics import batches
+from alveary_runs.projection import RunsProjection, view
 from alveary_runs.snapshots import Snapshots
 from alveary_runs.validation import problems, with_defaults
 
@@ -37,6 +38,7 @@ class RunService(rpc.RunServiceServicer):
 
     def __init__(self, log: EventLog, store: ObjectStore, runs: Aggregates[domain.Run], projection: RunsProjection) -> None:
         self._log, self._store, self._runs, self._view = log, store, runs, projection
+        self._metrics = projection.metrics
         self._snapshots = Snapshots(store)
 
     async def PrepareSnapshot(self, request: pb.PrepareSnapshotRequest, context: Context) -> pb.PrepareSnapshotResponse:
@@ -117,20 +119,20 @@ class RunService(rpc.RunServiceServicer):
     async def _shown(self, workspace: str, run_id: str, state: domain.Run) -> pb.Run:
         return await self._view.get(workspace, run_id) or view(run_id, state)
 
-    async def _get(self, run_id: str, min_sequence: int = 0) -> tuple[str, pb.Run]:
+    async def _get(self, run_id: str, min_sequence: int = 0, names: Sequence[str] = ()) -> tuple[str, pb.Run]:
         who = auth.require("reader")
         await self._view.wait_for(min_sequence)
-        run = await self._view.get(who.workspace, run_id)
+        run = await self._view.get(who.workspace, run_id, names)
         if run is None:  # submitted a moment ago, perhaps
             state, sequence = await self._runs.load(self._runs.key(who.workspace, run_id)) if is_id(run_id) else (None, 0)
             if not sequence or state is None:
                 raise NotFound("run", run_id, f"in workspace {who.workspace}; `alveary run list` shows those there are")
             await self._view.wait_for(sequence)
-            run = await self._view.get(who.workspace, run_id) or view(run_id, state)
+            run = await self._view.get(who.workspace, run_id, names) or view(run_id, state)
         return who.workspace, run
 
     async def GetRun(self, request: pb.GetRunRequest, context: Context) -> pb.GetRunResponse:
-        _, run = await self._get(request.run_id, request.min_sequence)
+        _, run = await self._get(request.run_id, request.min_sequence, _names(request.metric_names))
         return pb.GetRunResponse(run=run)
 
     async def ListRuns(self, request: pb.ListRunsRequest, context: Context) -> pb.ListRunsResponse:
@@ -138,18 +140,19 @@ class RunService(rpc.RunServiceServicer):
         await self._view.wait_for(request.min_sequence)
         condition, parameters = query.where(request.filter)
         metric, direction = query.order(request.order_by)
+        names = _names(request.metric_names)
         size = request.page_size or 100
         if not 1 <= size <= 1000:
             raise InvalidArgument(("page_size", f"{size}: 1 to 1000"))
         # A run's place: NaN comes last in both directions, then the value, then the id.
-        if metric:
-            sql = "SELECT id, proto, m.nan AS nan, m.value AS rank FROM runs JOIN newest m ON m.run = runs.id AND m.name = ?"
-        else:
-            sql = "SELECT id, proto, 0 AS nan, submitted_at AS rank FROM runs"
-        sql += f" WHERE workspace=? AND {condition}"
-        values = [*([metric] if metric else []), who.workspace, *parameters]
+        sql, values = f"SELECT * FROM runs WHERE workspace=? AND {condition}", [who.workspace, *parameters]
         if not request.include_archived:
             sql += " AND archived=0"
+        if metric:
+            sql = f"SELECT id, proto, m.nan AS nan, m.value AS rank FROM ({sql}) r JOIN newest m ON m.run = r.id AND m.name = ? AND m.value IS NOT NULL"
+            values.append(metric)
+        else:
+            sql = f"SELECT id, proto, 0 AS nan, submitted_at AS rank FROM ({sql})"
         sql = f"SELECT * FROM ({sql})"
         if request.page_token:
             nan, rank, last = query.decode_token(request.page_token)
@@ -159,7 +162,7 @@ class RunService(rpc.RunServiceServicer):
         def page(db: sqlite3.Connection) -> pb.ListRunsResponse:
             rows = db.execute(f"{sql} ORDER BY nan, rank {direction}, id {direction} LIMIT ?", [*values, size + 1]).fetchall()
             token_text = query.encode_token([rows[size - 1][name] for name in ("nan", "rank", "id")]) if len(rows) > size else ""
-            return pb.ListRunsResponse(runs=[self._view.complete(db, r["proto"]) for r in rows[:size]], next_page_token=token_text)
+            return pb.ListRunsResponse(runs=[self._view.complete(db, r["proto"], names) for r in rows[:size]], next_page_token=token_text)
 
         return await self._view.read(page, slow=True)
 
@@ -209,37 +212,34 @@ class RunService(rpc.RunServiceServicer):
         who = auth.require("writer")
         accepted = 0
         async for request in request_iterator:
-            await self._get(request.run_id)
-            if any(not p.name for p in request.points):
-                raise InvalidArgument(("points.name", "a metric needs a name"))
-            count = await self._view.row("SELECT count(*) FROM metrics WHERE run=?", (request.run_id,))
-            if count and count[0] + len(request.points) > MAX_POINTS:
-                raise FailedPrecondition(f"run {request.run_id} has its {MAX_POINTS} metric points already")
-            batch = pb.MetricBatch(points=request.points)
-            subject = f"alveary-metrics.{token(who.workspace)}.{token(request.run_id)}"
-            await self._log.js.publish(subject, batch.SerializeToString(), headers={"Nats-Msg-Id": new_id()})
-            accepted += len(request.points)
+            _, run = await self._get(request.run_id)
+            await self._metrics.admit(run.id, request.points)
+            subject = f"alveary-metrics.{token(who.workspace)}.{token(run.id)}"
+            for batch in batches(request.points, run.attempt):
+                await self._log.js.publish(subject, batch.SerializeToString(), headers={"Nats-Msg-Id": new_id()})
+                accepted += len(batch.points)
         return pb.LogMetricsResponse(accepted=accepted)
 
     async def GetMetrics(self, request: pb.GetMetricsRequest, context: Context) -> pb.GetMetricsResponse:
+        asked = series.checked(request)
+        begin = series.Token.decode(request.page_token) if request.page_token else series.Token()
         workspace, run = await self._get(request.run_id)
         try:
             subject = f"alveary-metrics.{token(workspace)}.{token(run.id)}"
             newest = await self._log.js.get_last_msg(METRICS, subject)
-            await self._view.wait_for_metrics(newest.seq or 0)
+            await self._metrics.wait_for(newest.seq or 0)
         except NotFoundError:
             pass  # it logged none
         wanted = [run.id]
         if request.recursive:
             children = "SELECT id FROM runs WHERE parent=? ORDER BY id"
-            wanted += [r["id"] for r in await self._view.rows(children, (run.id,))]
-        series: dict[tuple[str, str], pb.MetricSeries] = {}
-        for run_id in wanted:
-            sql = "SELECT name, proto FROM metrics WHERE run=? AND (?='' OR name=?) ORDER BY sequence, part"
-            for row in await self._view.rows(sql, (run_id, request.name, request.name), slow=True):
-                one = series.setdefault((run_id, row["name"]), pb.MetricSeries(name=row["name"], run_id=run_id))
-                one.points.append(pb.MetricPoint.FromString(row["proto"]))
-        return pb.GetMetricsResponse(series=series.values())
+            wanted += [r["id"] for r in await self._view.rows(children, (run.id,), slow=True)]
+        if begin.run:
+            if begin.run not in wanted:
+                raise InvalidArgument(("page_token", "a token of another run's metrics"))
+            wanted = wanted[wanted.index(begin.run) :]
+        found, following = await self._metrics.read(lambda db: series.page(db, wanted, asked, begin), slow=True)
+        return pb.GetMetricsResponse(series=found, next_page_token=following.encode() if following else "")
 
     async def ListFiles(self, request: pb.ListFilesRequest, context: Context) -> pb.ListFilesResponse:
         _, run = await self._get(request.run_id)
@@ -283,3 +283,9 @@ class WorkspaceService(rpc.WorkspaceServiceServicer):
     async def GetWorkspace(self, request: pb.GetWorkspaceRequest, context: Context) -> pb.GetWorkspaceResponse:
         who = auth.require("reader")
         return pb.GetWorkspaceResponse(name=who.workspace, version=VERSION, subject=who.subject, role=who.role)
+
+
+def _names(names: Sequence[str]) -> Sequence[str]:
+    if len(names) > 1000:
+        raise InvalidArgument(("metric_names", f"{len(names)} names: at most 1,000"))
+    return names

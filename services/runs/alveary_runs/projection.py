@@ -1,25 +1,18 @@
-"""The read model of runs: what GetRun, ListRuns and GetMetrics answer from."""
+"""The read model of runs: what GetRun and ListRuns answer from."""
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import math
 import sqlite3
 from collections import OrderedDict
-
-from google.protobuf.message import DecodeError
+from collections.abc import Sequence
 
 from alveary_contracts.common.v1 import common_pb2 as c
 from alveary_contracts.events.v1 import events_pb2 as ev
 from alveary_contracts.runs.v1 import runs_pb2 as pb
-from alveary_core.errors import Unavailable
-from alveary_core.eventlog import METRICS, EventLog
 from alveary_core.events import Event
 from alveary_core.projection import Projection
 from alveary_runs import domain
-
-MAX_POINTS = 1_000_000
+from alveary_runs.metrics import MetricsProjection, show
 
 
 def view(run_id: str, run: domain.Run) -> pb.Run:
@@ -32,16 +25,11 @@ def view(run_id: str, run: domain.Run) -> pb.Run:
     )  # fmt: skip
 
 
-def stored(value: float) -> tuple[float, int]:
-    """`value` and `nan` of a number, as the table `newest` keeps them: SQLite would make NaN a NULL."""
-    return (0.0, 1) if math.isnan(value) else (value, 0)
-
-
 class RunsProjection(Projection):
-    """Runs, their metrics, images that are ready, targets that exist."""
+    """Runs, images that are ready, targets that exist."""
 
     subjects = ("alveary.*.run.>", "alveary.*.image.>", "alveary.*.target.>", "alveary.*.dataset.*.registered")
-    version = 4
+    version = 5
     schema = """
     CREATE TABLE IF NOT EXISTS runs (
       id TEXT PRIMARY KEY, workspace TEXT, experiment TEXT, state INTEGER, submitted_at REAL, parent TEXT, name TEXT,
@@ -58,20 +46,12 @@ class RunsProjection(Projection):
     CREATE TABLE IF NOT EXISTS targets (workspace TEXT, name TEXT, proto BLOB, PRIMARY KEY (workspace, name));
     CREATE TABLE IF NOT EXISTS datasets (
       workspace TEXT, name TEXT, version INTEGER, digest TEXT, PRIMARY KEY (workspace, name, version));
-    CREATE TABLE IF NOT EXISTS metrics (sequence INTEGER, part INTEGER, run TEXT, name TEXT, proto BLOB,
-      PRIMARY KEY (sequence, part)) WITHOUT ROWID;
-    CREATE INDEX IF NOT EXISTS metrics_run ON metrics (run, name);
-    -- SQLite has no NaN: it is kept as value 0 with nan 1, which also gives every value its place in an order.
-    CREATE TABLE IF NOT EXISTS newest (run TEXT, name TEXT, value REAL NOT NULL, nan INTEGER NOT NULL, PRIMARY KEY (run, name));
-    CREATE TABLE IF NOT EXISTS metrics_position (one INTEGER PRIMARY KEY CHECK (one = 1), sequence INTEGER, log TEXT);
     """
 
-    def __init__(self, path: str) -> None:
-        super().__init__(path)
+    def __init__(self, path: str, metrics: MetricsProjection) -> None:
+        super().__init__(path, {"metrics": metrics.path})
+        self.metrics = metrics
         self._live: OrderedDict[str, domain.Run] = OrderedDict()
-        row = self.db.execute("SELECT sequence FROM metrics_position").fetchone()
-        self.metrics_position = int(row[0]) if row else 0
-        self._metrics_changed = asyncio.Condition()
 
     def apply(self, event: Event) -> None:
         """Write the rows of one event."""
@@ -168,21 +148,20 @@ class RunsProjection(Projection):
         row = await self.row("SELECT body FROM run_events WHERE run=? AND name='RunSubmitted'", (run_id,))
         return ev.RunSubmitted.FromString(row["body"]) if row else None
 
-    async def get(self, workspace: str, run_id: str) -> pb.Run | None:
-        """A run with its newest metrics."""
+    async def get(self, workspace: str, run_id: str, names: Sequence[str] = ()) -> pb.Run | None:
+        """A run with its newest metrics, those of `names` where any are named."""
 
         def find(db: sqlite3.Connection) -> pb.Run | None:
             row = db.execute("SELECT proto FROM runs WHERE id=? AND workspace=?", (run_id, workspace)).fetchone()
-            return self.complete(db, row["proto"]) if row else None
+            return self.complete(db, row["proto"], names) if row else None
 
         return await self.read(find)
 
     @staticmethod
-    def complete(db: sqlite3.Connection, proto: bytes) -> pb.Run:
+    def complete(db: sqlite3.Connection, proto: bytes, names: Sequence[str] = ()) -> pb.Run:
         """A stored run, with its newest metrics."""
         run = pb.Run.FromString(proto)
-        for row in db.execute("SELECT name, value, nan FROM newest WHERE run=?", (run.id,)):
-            run.metrics[row["name"]] = math.nan if row["nan"] else row["value"]
+        show(db, run, names)
         return run
 
     async def target(self, workspace: str, name: str) -> ev.ComputeSpec | None:
@@ -199,58 +178,6 @@ class RunsProjection(Projection):
         """Runs that wait for an image."""
         sql = "SELECT id FROM runs WHERE state IN (?,?) AND image=? AND workspace=? ORDER BY id"
         return [r["id"] for r in await self.rows(sql, (c.RUN_STATE_NOT_STARTED, c.RUN_STATE_PREPARING, digest, workspace))]
-
-    async def run_metrics(self, log: EventLog) -> None:
-        """Follow the stream of metrics for ever."""
-        info = await log.js.stream_info(METRICS)
-
-        def begin(db: sqlite3.Connection) -> None:
-            row = db.execute("SELECT log FROM metrics_position").fetchone()
-            if (row and row[0] != str(info.created)) or self.metrics_position > info.state.last_seq:
-                for table in ("metrics", "newest", "metrics_position"):
-                    db.execute(f"DELETE FROM {table}")
-                self.metrics_position = 0
-            db.execute("INSERT OR IGNORE INTO metrics_position VALUES (1, 0, ?)", (str(info.created),))
-
-        await self.write(begin)
-        batch: list[tuple[int, str, pb.MetricBatch]] = []
-        async with contextlib.aclosing(log.follow(["alveary-metrics.>"], self.metrics_position + 1, METRICS)) as stream:
-            async for item in stream:
-                if item is not None:
-                    with contextlib.suppress(DecodeError):
-                        batch.append((item[1], item[0].subject.split(".")[2], pb.MetricBatch.FromString(item[0].data)))
-                    self.metrics_position = item[1] if not batch else self.metrics_position
-                    if len(batch) < 200:
-                        continue
-                if batch:
-                    await self.write(lambda db, batch=batch: self._write_metrics(batch))  # type: ignore[misc]
-                    self.metrics_position = batch[-1][0]
-                    batch = []
-                async with self._metrics_changed:
-                    self._metrics_changed.notify_all()
-
-    def _write_metrics(self, batch: list[tuple[int, str, pb.MetricBatch]]) -> None:
-        rows, newest = [], {}
-        for sequence, run_id, points in batch:
-            for part, point in enumerate(points.points):
-                rows.append((sequence, part, run_id, point.name, point.SerializeToString()))
-                if point.WhichOneof("value") == "scalar":
-                    newest[run_id, point.name] = point.scalar
-        self.db.executemany("INSERT OR IGNORE INTO metrics VALUES (?,?,?,?,?)", rows)
-        self.db.executemany("INSERT OR REPLACE INTO newest VALUES (?,?,?,?)", [(*key, *stored(value)) for key, value in newest.items()])
-        self.db.execute("UPDATE metrics_position SET sequence=?", (batch[-1][0],))
-
-    async def wait_for_metrics(self, sequence: int, patience: float = 10.0) -> None:
-        """Return once the metrics up to `sequence` are in.
-
-        Raises:
-            Unavailable: not within `patience` seconds.
-        """
-        try:
-            async with asyncio.timeout(patience), self._metrics_changed:
-                await self._metrics_changed.wait_for(lambda: self.metrics_position >= sequence)
-        except TimeoutError as error:
-            raise Unavailable(f"metrics are at {self.metrics_position}, not yet at {sequence}: try again") from error
 
 
 def _set_time(stamp: object, seconds: float) -> None:

@@ -60,7 +60,10 @@ def _condition(field: str, operator: str, value: str) -> tuple[str, list[Any]]:
         except ValueError:
             raise InvalidArgument(("filter", f"{field} is compared with {value!r}, which is no number")) from None
         condition, more = _number(field, operator, number)
-        return f"EXISTS (SELECT 1 FROM newest n WHERE n.run = runs.id AND n.name = ? AND {condition})", [name, *more]
+        return f"EXISTS (SELECT 1 FROM newest n WHERE n.run = runs.id AND n.name = ? AND n.value IS NOT NULL AND {condition})", [
+            name,
+            *more,
+        ]
     if field == "state":
         state = _STATES.get(value.lower())
         if state is None or operator not in ("=", "!="):

@@ -17,6 +17,7 @@ from alveary_core.errors import InvalidArgument
 from alveary_core.events import Event, Key
 from alveary_runs import domain
 from alveary_runs.api import RunService
+from alveary_runs.metrics import MetricsProjection
 from alveary_runs.projection import RunsProjection
 
 VALUES = {"low": 0.25, "high": 7.0, "nan": math.nan, "inf": math.inf, "minus": -math.inf, "none": None}
@@ -26,7 +27,8 @@ class Filled:
     """A projection of runs without servers."""
 
     def __init__(self, path: Path) -> None:
-        self.view = RunsProjection(str(path))
+        self.metrics = MetricsProjection(str(path.with_suffix(".metrics")))
+        self.view = RunsProjection(str(path), self.metrics)
         log = MemoryLog("runs")
         aggregates = Aggregates(log, "run", domain.Run, lambda run, event: domain.evolve(run, event.message))  # type: ignore[arg-type]
         self.service = RunService(log, MemoryStore(), aggregates, self.view)  # type: ignore[arg-type]
@@ -42,7 +44,9 @@ class Filled:
 
     def log(self, run: str, *values: tuple[str, float]) -> None:
         self.sequence += 1
-        self.view._write_metrics([(self.sequence, run, pb.MetricBatch(points=[pb.MetricPoint(name=n, scalar=v) for n, v in values]))])
+        batch = pb.MetricBatch(points=[pb.MetricPoint(name=n, scalar=v) for n, v in values])
+        self.metrics.apply(Event("", Key("w", "metrics", run), "logged", batch, self.sequence, 0.0))
+        self.metrics.flush()
 
     async def list(self, filter: str = "", order_by: str = "submitted_at", size: int = 100) -> list[str]:
         """Ids of all pages."""

@@ -237,6 +237,7 @@ class Run(_message.Message):
     SEQUENCE_FIELD_NUMBER: _builtins.int
     ARCHIVED_FIELD_NUMBER: _builtins.int
     STATE_SINCE_FIELD_NUMBER: _builtins.int
+    METRIC_COUNT_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     state: _common_pb2.RunState.ValueType
     reason: _builtins.str
@@ -251,6 +252,8 @@ class Run(_message.Message):
     sequence: _builtins.int
     """Sequence of the last event that changed it."""
     archived: _builtins.bool
+    metric_count: _builtins.int
+    """How many metrics it has, whether or not `metrics` shows them."""
     @_builtins.property
     def spec(self) -> _common_pb2.RunSpec: ...
     @_builtins.property
@@ -269,7 +272,7 @@ class Run(_message.Message):
     def nodes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
-        """Newest value of each scalar metric."""
+        """Newest value of scalar metrics: of those that the request names, else of the 64 that were logged first."""
 
     @_builtins.property
     def state_since(self) -> _timestamp_pb2.Timestamp:
@@ -300,10 +303,11 @@ class Run(_message.Message):
         sequence: _builtins.int = ...,
         archived: _builtins.bool = ...,
         state_since: _timestamp_pb2.Timestamp | None = ...,
+        metric_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["ended_at", b"ended_at", "exit", b"exit", "spec", b"spec", "started_at", b"started_at", "state_since", b"state_since", "submitted_at", b"submitted_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["archived", b"archived", "attempt", b"attempt", "description", b"description", "display_name", b"display_name", "ended_at", b"ended_at", "exit", b"exit", "id", b"id", "image_digest", b"image_digest", "manifest_digest", b"manifest_digest", "metrics", b"metrics", "nodes", b"nodes", "number", b"number", "properties", b"properties", "reason", b"reason", "sequence", b"sequence", "spec", b"spec", "started_at", b"started_at", "state", b"state", "state_since", b"state_since", "submitted_at", b"submitted_at", "submitted_by", b"submitted_by", "tags", b"tags"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["archived", b"archived", "attempt", b"attempt", "description", b"description", "display_name", b"display_name", "ended_at", b"ended_at", "exit", b"exit", "id", b"id", "image_digest", b"image_digest", "manifest_digest", b"manifest_digest", "metric_count", b"metric_count", "metrics", b"metrics", "nodes", b"nodes", "number", b"number", "properties", b"properties", "reason", b"reason", "sequence", b"sequence", "spec", b"spec", "started_at", b"started_at", "state", b"state", "state_since", b"state_since", "submitted_at", b"submitted_at", "submitted_by", b"submitted_by", "tags", b"tags"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -315,17 +319,23 @@ class GetRunRequest(_message.Message):
 
     RUN_ID_FIELD_NUMBER: _builtins.int
     MIN_SEQUENCE_FIELD_NUMBER: _builtins.int
+    METRIC_NAMES_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     min_sequence: _builtins.int
+    @_builtins.property
+    def metric_names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Metrics that are shown, at most 1,000."""
+
     def __init__(
         self,
         *,
         run_id: _builtins.str = ...,
         min_sequence: _builtins.int = ...,
+        metric_names: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["min_sequence", b"min_sequence", "run_id", b"run_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["metric_names", b"metric_names", "min_sequence", b"min_sequence", "run_id", b"run_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -361,6 +371,7 @@ class ListRunsRequest(_message.Message):
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     MIN_SEQUENCE_FIELD_NUMBER: _builtins.int
     INCLUDE_ARCHIVED_FIELD_NUMBER: _builtins.int
+    METRIC_NAMES_FIELD_NUMBER: _builtins.int
     filter: _builtins.str
     """Conditions joined by " AND ": state = Completed, experiment = "x", tags.k = "v", properties.k = "v",
     parent = "<id>", metrics.loss < 0.5, name = "...", target = "...", submitted_at > "2026-01-01T00:00:00Z".
@@ -373,6 +384,10 @@ class ListRunsRequest(_message.Message):
     page_token: _builtins.str
     min_sequence: _builtins.int
     include_archived: _builtins.bool
+    @_builtins.property
+    def metric_names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Metrics that are shown of each run, at most 1,000."""
+
     def __init__(
         self,
         *,
@@ -382,10 +397,11 @@ class ListRunsRequest(_message.Message):
         page_token: _builtins.str = ...,
         min_sequence: _builtins.int = ...,
         include_archived: _builtins.bool = ...,
+        metric_names: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter", "include_archived", b"include_archived", "min_sequence", b"min_sequence", "order_by", b"order_by", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter", "include_archived", b"include_archived", "metric_names", b"metric_names", "min_sequence", b"min_sequence", "order_by", b"order_by", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -768,21 +784,41 @@ class GetMetricsRequest(_message.Message):
     RUN_ID_FIELD_NUMBER: _builtins.int
     NAME_FIELD_NUMBER: _builtins.int
     RECURSIVE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    MAX_POINTS_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    COLUMNS_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     name: _builtins.str
     """Empty: all."""
     recursive: _builtins.bool
     """Of this run's children too, by run id."""
+    page_token: _builtins.str
+    """next_page_token of the answer before, with all else the same."""
+    max_points: _builtins.int
+    """At most so many points of each metric (4 to 10,000): the extremes of equal stretches, so that a plot of them shows what
+    a plot of all would. Points that are no numbers are left out evenly. 0: all points.
+    """
+    attempt: _builtins.int
+    """Of one attempt alone. 0: what the run says in the end. Of a metric that several attempts logged, an earlier attempt's
+    points count up to the first step that a later attempt logged again; points without a step are the last attempt's.
+    """
+    columns: _builtins.bool
+    """Answer numbers in `columns` where there are no descriptions: many times less to read."""
     def __init__(
         self,
         *,
         run_id: _builtins.str = ...,
         name: _builtins.str = ...,
         recursive: _builtins.bool = ...,
+        page_token: _builtins.str = ...,
+        max_points: _builtins.int = ...,
+        attempt: _builtins.int = ...,
+        columns: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "recursive", b"recursive", "run_id", b"run_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "columns", b"columns", "max_points", b"max_points", "name", b"name", "page_token", b"page_token", "recursive", b"recursive", "run_id", b"run_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -793,16 +829,22 @@ class GetMetricsResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     SERIES_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Empty: no more."""
     @_builtins.property
-    def series(self) -> _containers.RepeatedCompositeFieldContainer[Global___MetricSeries]: ...
+    def series(self) -> _containers.RepeatedCompositeFieldContainer[Global___MetricSeries]:
+        """A page: a metric may go on, under the same name, in further elements and on further pages."""
+
     def __init__(
         self,
         *,
         series: _abc.Iterable[Global___MetricSeries] | None = ...,
+        next_page_token: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["series", b"series"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_page_token", b"next_page_token", "series", b"series"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -810,29 +852,75 @@ Global___GetMetricsResponse: _TypeAlias = GetMetricsResponse  # noqa: Y015
 
 @_typing.final
 class MetricSeries(_message.Message):
+    """A stretch of a metric: `points`, or `columns`."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     NAME_FIELD_NUMBER: _builtins.int
     POINTS_FIELD_NUMBER: _builtins.int
     RUN_ID_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    POINT_COUNT_FIELD_NUMBER: _builtins.int
+    COLUMNS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     run_id: _builtins.str
+    attempt: _builtins.int
+    """Which attempt logged it; 0: from outside, before there was one."""
+    point_count: _builtins.int
+    """How many points the attempt logged under the name."""
     @_builtins.property
     def points(self) -> _containers.RepeatedCompositeFieldContainer[Global___MetricPoint]: ...
+    @_builtins.property
+    def columns(self) -> Global___MetricColumns: ...
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         points: _abc.Iterable[Global___MetricPoint] | None = ...,
         run_id: _builtins.str = ...,
+        attempt: _builtins.int = ...,
+        point_count: _builtins.int = ...,
+        columns: Global___MetricColumns | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["columns", b"columns"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "points", b"points", "run_id", b"run_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "columns", b"columns", "name", b"name", "point_count", b"point_count", "points", b"points", "run_id", b"run_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___MetricSeries: _TypeAlias = MetricSeries  # noqa: Y015
+
+@_typing.final
+class MetricColumns(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VALUES_FIELD_NUMBER: _builtins.int
+    TIMES_US_FIELD_NUMBER: _builtins.int
+    STEPS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    @_builtins.property
+    def times_us(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Microseconds since 1970."""
+
+    @_builtins.property
+    def steps(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """One for each value, the smallest int64 where a point has none; empty: no point has one."""
+
+    def __init__(
+        self,
+        *,
+        values: _abc.Iterable[_builtins.float] | None = ...,
+        times_us: _abc.Iterable[_builtins.int] | None = ...,
+        steps: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["steps", b"steps", "times_us", b"times_us", "values", b"values"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MetricColumns: _TypeAlias = MetricColumns  # noqa: Y015
 
 @_typing.final
 class ListFilesRequest(_message.Message):
