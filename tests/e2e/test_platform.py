@@ -22,7 +22,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 from grpc_status import rpc_status
 from support import Embedded, embedded, finished, halt, launch, lines, submit, until
 
-from alveary import AlvearyError, Environment, Workspace
+from alveary import AlvearyError, Environment, Experiment, Run, Workspace
 from alveary.local.layout import Layout, Ports
 from alveary_contracts.common.v1 import common_pb2 as c
 from alveary_contracts.runs.v1 import runs_pb2 as pb
@@ -256,22 +256,30 @@ def test_the_log_speaks_to_a_plain_nats_client(stack: Embedded, workspace: Works
 
 def test_the_command_line_does_the_main_job(stack: Embedded, source: Path, tmp_path: Path) -> None:
     (source / "train.py").write_text(
-        "from alveary import Run; Run.get_context().log('x', 1); print('hello'); open('outputs/a.txt', 'w').write('A')"
+        "import sys; from alveary import Run; Run.get_context().log('x', 1); print('hello'); open('outputs/a.txt', 'w').write('A'); print(sys.argv[1:], file=sys.stderr)"
     )
-    done = stack.cli("run", "submit", "-s", str(source), "--python", sys.executable, "--tag", "k=v", "-f", "--", "train.py")
+    submit = ("run", "submit", "-s", str(source), "--python", sys.executable)
+    done = stack.cli(*submit, "--tag", "k=v", "-f", "train.py", "--epochs", "3", "-x", "--help", "--", "--tag")
     run_id = done.stdout.split()[0]
+    assert "['--epochs', '3', '-x', '--help', '--', '--tag']" in done.stdout + done.stderr
     assert "hello" in done.stdout and "[Completed]" in done.stdout
     assert json.loads(stack.cli("run", "show", run_id, "--json").stdout)["tags"] == {"k": "v"}
     assert run_id in stack.cli("run", "list").stdout
     assert "hello" in stack.cli("run", "logs", run_id, "--stream", "stdout").stdout
     assert stack.cli("run", "logs", run_id, "--grep", "HELL", "-i", "--stream", "stdout").stdout == "hello\n"
     assert stack.cli("run", "logs", run_id, "--newest", "1", "--stream", "stdout").stdout == "hello\n"
-    assert json.loads(stack.cli("run", "files", run_id, "--json").stdout)[0]["path"] == "outputs/a.txt"
-    stack.cli("run", "download", run_id, "--to", str(tmp_path / "out"))
+    short = run_id[:20].lower()
+    assert json.loads(stack.cli("run", "show", short, "--json").stdout)["id"] == run_id
+    assert stack.workspace().get_run(short).id == Run(Experiment(stack.workspace(), "default"), short).id == run_id
+    assert "hello" in stack.cli("run", "logs", short, "--stream", "stdout").stdout
+    assert stack.cli("run", "metrics", short).stdout == "x\t1\t\t1.0\t1.0\t1.0\n"
+    assert json.loads(stack.cli("run", "files", short, "--json").stdout)[0]["path"] == "outputs/a.txt"
+    stack.cli("run", "download", short, "--to", str(tmp_path / "out"))
     assert (tmp_path / "out" / "outputs" / "a.txt").read_text() == "A"
-    model = stack.cli("model", "register", f"cli-{os.getpid()}", "outputs", "--run", run_id).stdout.strip()
-    assert json.loads(stack.cli("model", "show", model).stdout)["lineage"]["run_id"] == run_id
+    model = stack.cli("model", "register", f"cli-{os.getpid()}", "outputs", "--run", short).stdout.strip()
+    assert json.loads(stack.cli("model", "show", model, "--json").stdout)["lineage"]["run_id"] == run_id
     assert any(m["name"] == model.split(":")[0] for m in json.loads(stack.cli("model", "list", "--json").stdout))
+    assert run_id in stack.cli("model", "show", model).stdout and model in stack.cli("run", "show", short).stdout
     stack.cli("dataset", "upload", f"cli-{os.getpid()}", str(tmp_path / "out"))
     assert f"cli-{os.getpid()}:1" in stack.cli("dataset", "list").stdout
     assert "local" in stack.cli("compute", "list").stdout

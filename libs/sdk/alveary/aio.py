@@ -15,9 +15,9 @@ import grpc.aio
 
 from alveary._lazy import LazyModule
 from alveary.config import Config
-from alveary.errors import AlvearyError
+from alveary.errors import AlvearyError, NoPlatform
 from alveary_contracts.common.v1 import common_pb2 as c
-from alveary_contracts.ids import new_id
+from alveary_contracts.ids import is_id, new_id
 from alveary_contracts.runs.v1 import runs_pb2 as pb
 from alveary_contracts.runs.v1 import runs_pb2_grpc
 
@@ -182,17 +182,25 @@ class Client:
         await self._upload(reply.slots, manifest, paths, progress)
         return str((await self.call(self.runs.CommitSnapshot, pb.CommitSnapshotRequest(manifest=manifest))).digest)
 
-    async def get_run(self, run_id: str) -> pb.Run:
-        """A run."""
-        return (await self.call(self.runs.GetRun, pb.GetRunRequest(run_id=run_id))).run  # type: ignore[no-any-return]
+    async def get_run(self, run_id: str, metrics: Sequence[str] = ()) -> pb.Run:
+        """A run, with the newest values of these `metrics`; of none: of those that were logged first."""
+        return (await self.call(self.runs.GetRun, pb.GetRunRequest(run_id=run_id, metric_names=metrics))).run  # type: ignore[no-any-return]
 
-    async def list_runs(self, filter: str = "", order_by: str = "", limit: int = 0) -> list[pb.Run]:
-        """Runs, newest first; limit 0: all."""
+    async def full_id(self, run_id: str) -> str:
+        """The whole id of a run of which the first characters are given; a whole id as it is, without asking.
+
+        Raises:
+            AlvearyError: no run's id begins so, or several do (the text names them).
+        """
+        return run_id if is_id(run_id) else (await self.get_run(run_id)).id
+
+    async def list_runs(self, filter: str = "", order_by: str = "", limit: int = 0, metrics: Sequence[str] = ()) -> list[pb.Run]:
+        """Runs, newest first; limit 0: all. With the newest values of these `metrics`; of none: of those that were logged first."""
         found: list[pb.Run] = []
         token = ""
         while True:
             size = min(limit - len(found), 1000) if limit else 1000
-            request = pb.ListRunsRequest(filter=filter, order_by=order_by, page_size=size, page_token=token)
+            request = pb.ListRunsRequest(filter=filter, order_by=order_by, page_size=size, page_token=token, metric_names=metrics)
             reply = await self.call(self.runs.ListRuns, request)
             found += reply.runs
             token = reply.next_page_token
@@ -518,10 +526,12 @@ class _Reconnect:
 def translate(error: grpc.aio.AioRpcError, config: Config) -> AlvearyError:
     """The platform's own words."""
     code = error.code()
-    if code == grpc.StatusCode.UNAVAILABLE and "Alveary" not in (error.details() or "") and "connect" in (error.details() or ""):
+    # What the platform itself says carries google.rpc.Status; the rest is of this side: no such name, nobody listening, no gRPC there.
+    ours = any(key == "grpc-status-details-bin" for key, _ in error.trailing_metadata() or ())
+    if code == grpc.StatusCode.UNAVAILABLE and not ours:
         # Which address failed how is not told where a name has several.
         stranger = ", or what answers has a certificate of another name, or of an authority other than `ca`'s" if config.tls else ""
-        return AlvearyError(
+        return NoPlatform(
             f"no platform answers at {config.endpoint} (from {config.source}): start it with `alveary up`{stranger}", code.name
         )
     return AlvearyError(error.details() or code.name, code.name)

@@ -11,6 +11,10 @@ class AlvearyError(Exception):
         self.code = code
 
 
+class NoPlatform(AlvearyError):
+    """There is no platform to ask: no config says where one is, or none answers there."""
+
+
 class ComputeTargetException(AlvearyError):
     """There is no such compute target, or it cannot be had."""
 

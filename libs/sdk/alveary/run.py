@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from alveary import context
 from alveary.errors import AlvearyError, RunFailedException
+from alveary.text import printable
 
 if TYPE_CHECKING:
     from alveary.experiment import Experiment
@@ -177,9 +178,14 @@ class Run:
     """A run that was submitted. `experiment.submit(...)` makes one; `Run(experiment, run_id)` finds one."""
 
     def __init__(self, experiment: Experiment, run_id: str, outputs: Any = None) -> None:
+        """`run_id` may be the first characters of an id that no other run of the workspace has.
+
+        Raises:
+            AlvearyError: it is not a whole id, and no run's begins so, or several do.
+        """
         self.experiment = experiment
-        self.id = run_id
         self._workspace = experiment.workspace
+        self.id: str = self._call(self._workspace._client.full_id(run_id))
 
     @staticmethod
     def get_context(allow_offline: bool = True, used_for_context_manager: bool = False) -> Any:
@@ -197,11 +203,11 @@ class Run:
 
     @classmethod
     def get(cls, workspace: Workspace, run_id: str) -> Run:
-        """Find a run by id."""
+        """Find a run by its id, or by first characters of it that no other run has."""
         from alveary.experiment import Experiment
 
         found = workspace._call(workspace._client.get_run(run_id))
-        return cls(Experiment(workspace, found.spec.experiment), run_id)
+        return cls(Experiment(workspace, found.spec.experiment), found.id)
 
     @classmethod
     def list(
@@ -313,7 +319,11 @@ class Run:
             RunFailedException: it Failed, unless raise_on_error is False.
         """
         if show_output:
-            self._call(self._workspace._client.show(self.id, _print_line, _print_state))
+            try:
+                self._show()
+            except KeyboardInterrupt:
+                print(f"\nrun {self.id} goes on: wait_for_completion(show_output=True) follows it again, cancel() ends it", file=sys.stderr)
+                raise
         details = self._call(self._workspace._client.wait(self.id))
         from alveary.aio import run_details
 
@@ -323,6 +333,10 @@ class Run:
             last = "\n".join(exit_status.get("last_lines", []))
             raise RunFailedException(f"run {self.id} failed: {plain['reason'] or exit_status.get('reason')}\n{last}".rstrip())
         return plain
+
+    def _show(self) -> None:
+        """Print its states and log lines as they come, until it is final."""
+        self._call(self._workspace._client.show(self.id, _print_line, _print_state))
 
     def cancel(self) -> None:
         """Ask for its end."""
@@ -418,4 +432,4 @@ def _print_line(stream: str, text: str) -> None:
 
 
 def _print_state(state: str, reason: str) -> None:
-    print(f"[{state}]{' ' + reason if reason else ''}", flush=True)
+    print(f"[{state}]{' ' + printable(reason, keep=chr(10)) if reason else ''}", flush=True)

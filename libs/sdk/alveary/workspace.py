@@ -104,7 +104,7 @@ class Workspace:
         return {d.name: d for d in reversed(Dataset.list(self))}
 
     def get_run(self, run_id: str) -> Run:
-        """A run by id."""
+        """A run by its id, or by first characters of it that no other run has."""
         from alveary.run import Run
 
         return Run.get(self, run_id)

@@ -26,6 +26,7 @@ from alveary_core.objectstore import ObjectStore
 from alveary_runs import domain, query, series
 from alveary_runs.metrics import batches
 from alveary_runs.projection import RunsProjection, view
+from alveary_runs.resolve import full_id
 from alveary_runs.snapshots import Snapshots
 from alveary_runs.validation import problems, with_defaults
 
@@ -105,11 +106,14 @@ class RunService(rpc.RunServiceServicer):
                 item.version, item.manifest_digest = row[0], row[1]
         spec.resume_attempt = 0
         if spec.resume_from:
+            spec.resume_from = await full_id(self._view, workspace, spec.resume_from)
             earlier = await self._view.get(workspace, spec.resume_from)
             if earlier is None or not earlier.attempt:
                 found.append(("spec.resume_from", f"there is no run {spec.resume_from!r} that has begun: nothing to resume from"))
             else:
                 spec.resume_attempt = earlier.attempt
+        if spec.parent_run_id:
+            spec.parent_run_id = await full_id(self._view, workspace, spec.parent_run_id)
         if spec.parent_run_id and await self._view.get(workspace, spec.parent_run_id) is None:
             found.append(("spec.parent_run_id", f"there is no run {spec.parent_run_id!r}"))
         if found:
@@ -122,6 +126,7 @@ class RunService(rpc.RunServiceServicer):
     async def _get(self, run_id: str, min_sequence: int = 0, names: Sequence[str] = ()) -> tuple[str, pb.Run]:
         who = auth.require("reader")
         await self._view.wait_for(min_sequence)
+        run_id = await full_id(self._view, who.workspace, run_id)
         run = await self._view.get(who.workspace, run_id, names)
         if run is None:  # submitted a moment ago, perhaps
             state, sequence = await self._runs.load(self._runs.key(who.workspace, run_id)) if is_id(run_id) else (None, 0)
@@ -181,17 +186,17 @@ class RunService(rpc.RunServiceServicer):
 
     async def CancelRun(self, request: pb.CancelRunRequest, context: Context) -> pb.CancelRunResponse:
         who = auth.require("writer")
-        await self._get(request.run_id)
-        key = self._runs.key(who.workspace, request.run_id)
+        run_id = (await self._get(request.run_id))[1].id
+        key = self._runs.key(who.workspace, run_id)
         try:
             state, sequence = await self._runs.execute(key, lambda run: domain.cancel(run, who.subject, request.reason))
         except domain.Rejected as error:
-            raise FailedPrecondition(f"run {request.run_id}: {error}", f"run/{request.run_id}") from error
-        return pb.CancelRunResponse(run=view(request.run_id, state), sequence=sequence)
+            raise FailedPrecondition(f"run {run_id}: {error}", f"run/{run_id}") from error
+        return pb.CancelRunResponse(run=view(run_id, state), sequence=sequence)
 
     async def TagRun(self, request: pb.TagRunRequest, context: Context) -> pb.TagRunResponse:
         who = auth.require("writer")
-        await self._get(request.run_id)
+        run_id = (await self._get(request.run_id))[1].id
         for name in [*request.set, *request.properties]:
             if not name or len(name) > 256 or name.startswith("alveary."):
                 raise InvalidArgument(("set", f"{name[:80]!r}: 1 to 256 characters, not beginning with 'alveary.'"))
@@ -200,13 +205,13 @@ class RunService(rpc.RunServiceServicer):
             event.display_name = request.display_name
         if request.HasField("description"):
             event.description = request.description
-        key = self._runs.key(who.workspace, request.run_id)
+        key = self._runs.key(who.workspace, run_id)
         try:
             state, sequence = await self._runs.execute(key, lambda run: domain.tag(run, event))
         except domain.Rejected as error:
-            raise FailedPrecondition(f"run {request.run_id}: {error}", f"run/{request.run_id}") from error
+            raise FailedPrecondition(f"run {run_id}: {error}", f"run/{run_id}") from error
         await self._view.wait_for(sequence)
-        return pb.TagRunResponse(run=await self._shown(who.workspace, request.run_id, state), sequence=sequence)
+        return pb.TagRunResponse(run=await self._shown(who.workspace, run_id, state), sequence=sequence)
 
     async def LogMetrics(self, request_iterator: AsyncIterator[pb.LogMetricsRequest], context: Context) -> pb.LogMetricsResponse:
         who = auth.require("writer")

@@ -13,7 +13,7 @@ from alveary_contracts.events.v1 import events_pb2 as ev
 from alveary_contracts.runs.v1 import runs_pb2 as pb
 from alveary_core import auth
 from alveary_core.aggregates import Aggregates
-from alveary_core.errors import InvalidArgument
+from alveary_core.errors import InvalidArgument, NotFound
 from alveary_core.events import Event, Key
 from alveary_runs import domain
 from alveary_runs.api import RunService
@@ -109,3 +109,38 @@ async def test_filters_compare_as_numbers_do(filled: Filled, condition: str, run
 async def test_an_order_relative_to_nan_is_refused(filled: Filled) -> None:
     with pytest.raises(InvalidArgument, match="use = or !="):
         await filled.list("metrics.loss < nan")
+
+
+# ---- ids as people type them ---------------------------------------------------------------------------------------------
+
+ONE, TWO, FAR = "01JDXA6Z1N0000000000000001", "01JDXA6Z1N0000000000000002", "01JDXB0000000000000000000Z"
+
+
+@pytest.fixture
+def three(tmp_path: Path) -> Filled:
+    auth.caller.set(auth.Principal("me", "w", "writer"))
+    made = Filled(tmp_path / "runs.sqlite")
+    for run in (ONE, TWO, FAR):
+        made.submit(run, display_name=f"the {run[-1]}")
+    made.apply("01JDXA6Z1P0000000000000003", ev.RunSubmitted(spec=c.RunSpec(experiment="e")), workspace="another")
+    return made
+
+
+@pytest.mark.parametrize(
+    ("typed", "run"), [(FAR, FAR), (FAR.lower(), FAR), ("01JDXB", FAR), ("01jdxb0", FAR), (" 01JDXB\n", FAR), (TWO[:-1] + "2", TWO)]
+)
+async def test_a_run_is_found_by_the_beginning_of_its_id(three: Filled, typed: str, run: str) -> None:
+    assert (await three.service.GetRun(pb.GetRunRequest(run_id=typed), None)).run.id == run
+
+
+async def test_a_beginning_that_several_runs_share_is_refused_and_names_them(three: Filled) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        await three.service.GetRun(pb.GetRunRequest(run_id="01JDXA6Z"), None)
+    assert f"{TWO} (e, the 2), {ONE} (e, the 1): give more" in str(caught.value)
+    assert "another" not in str(caught.value) and FAR not in str(caught.value)
+
+
+@pytest.mark.parametrize("typed", ["", "01J", "nothing", "01JDXA6Z1P", "01JDXC", "%", "01JDXB_", "*", "01JDXB0000000000000000000ZZ"])
+async def test_what_begins_no_id_finds_no_run(three: Filled, typed: str) -> None:
+    with pytest.raises(NotFound, match="there is no run"):
+        await three.service.GetRun(pb.GetRunRequest(run_id=typed), None)

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import hashlib
 import json
+import math
 import os
+import pty
+import re
+import signal
+import struct
 import subprocess
 import sys
+import termios
+import threading
+import unicodedata
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,8 +26,14 @@ import click
 import grpc
 import pytest
 
+import alveary
 from alveary.cli import app
 from alveary.cli.lazy import LazyGroup
+from alveary.cli.run_submit import submit
+from alveary.text import width
+from alveary_contracts.common.v1 import common_pb2 as c
+from alveary_contracts.logs.v1 import logs_pb2, logs_pb2_grpc
+from alveary_contracts.registry.v1 import registry_pb2, registry_pb2_grpc
 from alveary_contracts.runs.v1 import runs_pb2 as pb
 from alveary_contracts.runs.v1 import runs_pb2_grpc
 
@@ -25,13 +42,44 @@ HEAVY = {"google", "grpc", "asyncio", "ssl", "urllib3", "pathspec", "pydantic", 
 
 
 class Runs(runs_pb2_grpc.RunServiceServicer):
-    """Answers with what a test put in `runs`, newest first."""
+    """Answers with what a test put in `runs`, newest first, and `series`; whoever watches waits until the server stops."""
 
     def __init__(self) -> None:
         self.runs: list[pb.Run] = []
+        self.series: list[pb.MetricSeries] = []
+        self.asked: list[Any] = []
+        self.stopped = threading.Event()
 
     def ListRuns(self, request: pb.ListRunsRequest, context: Any) -> pb.ListRunsResponse:
+        self.asked.append(request)
         return pb.ListRunsResponse(runs=self.runs[: request.page_size])
+
+    def GetRun(self, request: pb.GetRunRequest, context: Any) -> pb.GetRunResponse:
+        return pb.GetRunResponse(run=next(r for r in self.runs if r.id.startswith(request.run_id)))
+
+    def GetMetrics(self, request: pb.GetMetricsRequest, context: Any) -> pb.GetMetricsResponse:
+        return pb.GetMetricsResponse(series=[s for s in self.series if request.name in ("", s.name)])
+
+    def WatchRun(self, request: pb.WatchRunRequest, context: Any) -> Iterator[pb.WatchRunResponse]:
+        yield pb.WatchRunResponse(run=self.runs[0])
+        self.stopped.wait(60)
+
+    def ListFiles(self, request: pb.ListFilesRequest, context: Any) -> pb.ListFilesResponse:
+        return pb.ListFilesResponse(files=[c.FileLink(file=c.FileEntry(path="outputs/m.pt", size=2_000_000))])
+
+
+class Logs(logs_pb2_grpc.LogServiceServicer):
+    def __init__(self, runs: Runs) -> None:
+        self.runs = runs
+
+    def Tail(self, request: logs_pb2.TailRequest, context: Any) -> Iterator[logs_pb2.TailResponse]:
+        self.runs.stopped.wait(60)
+        yield from ()
+
+
+class Models(registry_pb2_grpc.ModelServiceServicer):
+    def ListModels(self, request: registry_pb2.ListModelsRequest, context: Any) -> registry_pb2.ListModelsResponse:
+        return registry_pb2.ListModelsResponse(models=[registry_pb2.ModelVersion(name="birds", version=3)])
 
 
 class Platform:
@@ -39,23 +87,50 @@ class Platform:
 
     def __init__(self, folder: Path) -> None:
         self.service = Runs()
-        self.server = grpc.server(ThreadPoolExecutor(2))
+        self.server = grpc.server(ThreadPoolExecutor(4))
         runs_pb2_grpc.add_RunServiceServicer_to_server(self.service, self.server)
+        logs_pb2_grpc.add_LogServiceServicer_to_server(Logs(self.service), self.server)
+        registry_pb2_grpc.add_ModelServiceServicer_to_server(Models(), self.server)
         port = self.server.add_insecure_port("127.0.0.1:0")
         self.server.start()
         self.config = folder / "config.json"
         self.config.write_text(json.dumps({"endpoint": f"127.0.0.1:{port}", "token": "t"}))
+        self.environment = os.environ | {"ALVEARY_CONFIG": str(self.config)}
+        self.environment.pop("COLUMNS", None)
+
+    def stop(self) -> None:
+        self.service.stopped.set()
+        self.server.stop(None).wait()
 
     def python(self, code: str) -> subprocess.CompletedProcess[str]:
-        env = os.environ | {"ALVEARY_CONFIG": str(self.config)}
-        return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
+        return subprocess.run([sys.executable, "-c", code], env=self.environment, capture_output=True, text=True, timeout=60)
+
+    def piped(self, *words: str) -> str:
+        """What a command prints into a pipe."""
+        command = [sys.executable, "-m", "alveary.cli", *words]
+        done = subprocess.run(command, env=self.environment, capture_output=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.decode()
+
+    def shown(self, *words: str, columns: int = 80) -> list[str]:
+        """The lines that a command shows on a terminal, as they are sent to it, without their ends."""
+        ours, theirs = pty.openpty()
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+        process = subprocess.Popen([sys.executable, "-m", "alveary.cli", *words], env=self.environment, stdout=theirs, stderr=theirs)
+        os.close(theirs)
+        data = b""
+        with contextlib.suppress(OSError), os.fdopen(ours, "rb", buffering=0) as terminal:  # EIO: the other side is closed
+            while got := terminal.read(65536):
+                data += got
+        assert process.wait(60) == 0, data
+        return data.decode().removesuffix("\r\n").split("\r\n")
 
 
 @pytest.fixture
 def platform(tmp_path: Path) -> Iterator[Platform]:
     made = Platform(tmp_path)
     yield made
-    made.server.stop(None)
+    made.stop()
 
 
 def imported(platform: Platform, *words: str) -> set[str]:
@@ -125,3 +200,162 @@ def test_every_command_has_help_that_fits_a_terminal() -> None:
         text = command.get_help(click.Context(command, info_name=path, max_content_width=80, terminal_width=80))
         assert command.help, path
         assert all(len(line) <= 80 for line in text.splitlines()), text
+
+
+# ---- what users wrote is shown, not obeyed --------------------------------------------------------------------------
+
+NASTY = [
+    "lr[/x]", "[red]alarm[/red]", "[link=http://x]y", "\x1b[2J\x1b[31mred", "a\rb", "two\nlines", "tab\there", "bell\x07", "\x9b31m", "x\x85y",
+    "\u202egnp.exe", "\u2028line", "back\x08\x08", "nul\x00", "日本語の名前", "e\u0301", "👩\u200d🔬", "{braces} %s %(x)s", "-x", "",
+]  # fmt: skip
+STYLE = re.compile("\x1b\\[1m|\x1b\\[0m")
+
+
+def run_named(place: int, name: str, **fields: Any) -> pb.Run:
+    tail = hashlib.sha256(str(place).encode()).hexdigest().upper()[:16]
+    made = pb.Run(id=f"01JDXA6Z1N{tail}", display_name=name, state=c.RUN_STATE_FAILED, reason=f"because {name}", **fields)
+    made.spec.experiment, made.spec.compute_target = name or "none", "local"
+    made.submitted_at.FromSeconds(1_700_000_000)
+    made.started_at.FromSeconds(1_700_000_060)
+    made.ended_at.FromSeconds(1_700_000_260)
+    return made
+
+
+@pytest.mark.parametrize("words", [["list"], ["list", "--wide"], ["show"], ["compare"]])
+def test_names_are_neither_markup_nor_commands_to_the_terminal(platform: Platform, words: list[str]) -> None:
+    platform.service.runs = [run_named(i, name, tags={"k": name}) for i, name in enumerate(NASTY)]
+    for run in platform.service.runs:
+        run.exit.last_lines.append(run.display_name)
+    ids = [run.id for run in platform.service.runs]
+    arguments = {"show": [[i] for i in ids[:8]], "compare": [ids]}.get(words[0], [[]])
+    for more in arguments:
+        lines = platform.shown("run", *words, *more)
+        for line in lines:
+            text = STYLE.sub("", line)
+            assert not [letter for letter in text if unicodedata.category(letter) in ("Cc", "Zl", "Zp") or letter == "\u202e"], line
+    if words[0] == "list":
+        assert len(lines) == len(NASTY) + 1
+        assert all("lr[/x]" in line or "01JDXA6Z1N" not in line for line in lines[1:2])
+
+
+def test_in_a_pipe_each_run_is_a_line_and_each_value_a_field(platform: Platform) -> None:
+    platform.service.runs = [run_named(i, name) for i, name in enumerate(NASTY)]
+    lines = platform.piped("run", "list", "--metric", "loss").removesuffix("\n").split("\n")
+    assert [line.split("\t")[0] for line in lines] == [run.id for run in platform.service.runs]
+    assert {line.count("\t") for line in lines} == {8}
+    assert lines[0].split("\t")[5:7] == ["2023-11-14T22:13:20.000Z", "200.000"]
+
+
+# ---- tables -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("columns", [60, 80, 120])
+def test_lists_fit_the_terminal_and_their_ids_can_be_typed(platform: Platform, columns: int) -> None:
+    names = ["short", "n" * 200, "日本語の名前" * 9]
+    platform.service.runs = [run_named(i * 7, name, metrics={"loss": 0.12345678, "acc": math.nan}) for i, name in enumerate(names)]
+    platform.service.runs.append(run_named(8, "neighbour"))
+    lines = [STYLE.sub("", line) for line in platform.shown("run", "list", "--metric", "loss", "--metric", "acc", columns=columns)]
+    assert all(width(line) <= columns for line in lines), lines
+    assert "0.1235" in lines[1] and "nan" in lines[1] and "3m20s" in lines[1] and "Failed" in lines[1]
+    ids = [run.id for run in platform.service.runs]
+    for line in lines[1:]:
+        assert len([i for i in ids if i.startswith(line.split()[0])]) == 1
+
+
+def test_options_become_a_filter_that_quotes_what_it_is_given(platform: Platform) -> None:
+    platform.piped(
+        "run",
+        "list",
+        "-e",
+        'say "hi"\\',
+        "--state",
+        "Failed",
+        "--tag",
+        "k=v w",
+        "--filter",
+        "metrics.loss < 1",
+        "--order-by",
+        "metrics.loss",
+    )
+    (asked,) = platform.service.asked
+    assert asked.filter == 'state = "Failed" AND experiment = "say \\"hi\\"\\\\" AND tags.k = "v w" AND metrics.loss < 1'
+    assert asked.order_by == "metrics.loss"
+
+
+def test_a_run_is_shown_with_what_one_asks_next(platform: Platform) -> None:
+    run = run_named(1, "first", metrics={"loss": 0.25}, number=4, nodes=["local-0"], attempt=2, submitted_by="me", image_digest="ab" * 32)
+    run.spec.entry_script, run.spec.max_attempts, run.spec.node_count = "train.py", 3, 2
+    run.spec.arguments[:] = ["--lr", "0.1", "two words"]
+    run.spec.resources.cpus, run.spec.resources.gpus = 2, 1
+    run.spec.environment.name = "torch"
+    run.spec.environment.pip_packages[:] = ["torch", "numpy"]
+    run.exit.exit_code, run.exit.reason = 3, "exited"
+    platform.service.runs = [run]
+    sheet = dict(re.match(r"(\w*) *(.*)", line).groups() for line in platform.piped("run", "show", run.id[:12]).splitlines())  # type: ignore[union-attr]
+    assert sheet["id"] == run.id and sheet["experiment"] == "first #4" and sheet["exit"] == "exited, code 3"
+    assert sheet["took"] == "3m20s" and "after 1m00s" in sheet["started"] and sheet["attempt"] == "2 of 3"
+    assert sheet["arguments"] == "--lr 0.1 'two words'" and sheet["resources"] == "2 CPUs, 1 GPU, 2 nodes"
+    assert sheet["environment"] == f"torch: torch, numpy (image {'ab' * 6})" and sheet["target"] == "local on local-0"
+    assert sheet["outputs"] == "1 file, 2.0 MB" and sheet["models"] == "birds:3" and sheet["metrics"] == "loss = 0.25"
+    assert sheet["log"] == f"alveary run logs {run.id[:12]}"
+
+
+def test_metrics_of_a_run_and_the_points_of_one(platform: Platform) -> None:
+    platform.service.runs = [run_named(1, "first")]
+    loss = [pb.MetricPoint(name="loss", step=i, scalar=v) for i, v in enumerate((1.0, 0.25, 0.5))]
+    note = [pb.MetricPoint(name="note", text="x\x1b[31m")]
+    platform.service.series = [pb.MetricSeries(name="loss", points=loss), pb.MetricSeries(name="note", points=note)]
+    assert platform.piped("run", "metrics", "01JDXA6Z1N") == "loss\t3\t2\t0.5\t0.25\t1.0\nnote\t1\t\tx\\x1b[31m\t\t\n"
+    assert [line.split("\t")[::2] for line in platform.piped("run", "metrics", "01JDXA6Z1N", "loss").splitlines()] == [
+        ["0", "1.0"], ["1", "0.25"], ["2", "0.5"]
+    ]  # fmt: skip
+
+
+def test_runs_are_compared_by_what_differs(platform: Platform) -> None:
+    runs = [run_named(i, "same", metrics={"loss": loss, "acc": 1}) for i, loss in enumerate((0.5, 0.25))]
+    runs[0].spec.arguments[:] = ["--lr=0.1", "--layers", "3", "4", "--fast"]
+    runs[1].spec.arguments[:] = ["--lr", "0.2", "--layers", "3", "4"]
+    platform.service.runs = runs
+    lines = [line.split("\t") for line in platform.piped("run", "compare", runs[0].id, runs[1].id).splitlines()]
+    assert lines == [["argument --lr", "0.1", "0.2"], ["argument --fast", "given", ""], ["loss", "0.5", "0.25"]]
+
+
+def test_ctrl_c_while_following_says_how_to_go_on_and_leaves_the_run_alone(platform: Platform) -> None:
+    run = pb.Run(id="01JDXA6Z1N0000000000000001", state=c.RUN_STATE_RUNNING)
+    platform.service.runs = [run]
+    command = [sys.executable, "-m", "alveary.cli", "run", "watch", run.id]
+    process = subprocess.Popen(command, env=platform.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "[Running]\n"
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the run goes on" in said and f"alveary run watch {run.id}" in said and f"alveary run cancel {run.id}" in said
+    assert "Traceback" not in said
+
+
+# ---- what is the script's ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "command"),
+    [
+        (["train.py", "--epochs", "3"], ["train.py", "--epochs", "3"]),
+        (["-f", "train.py", "-x", "--help", "--follow", "-t", "9"], ["train.py", "-x", "--help", "--follow", "-t", "9"]),
+        (["--name", "n", "--", "train.py", "--", "--name", "m"], ["train.py", "--", "--name", "m"]),
+        (["--command", "python", "-c", "print(1)"], ["python", "-c", "print(1)"]),
+        (["--", "-odd.py", "--version"], ["-odd.py", "--version"]),
+    ],
+)
+def test_what_follows_the_script_is_the_scripts(words: list[str], command: list[str]) -> None:
+    assert submit.make_context("submit", list(words)).params["command"] == tuple(command)
+
+
+def test_completion_is_printed_for_each_shell_and_completes(platform: Platform) -> None:
+    for shell in ("bash", "zsh", "fish"):
+        assert "_ALVEARY_COMPLETE" in platform.piped("completion", shell)
+    platform.environment |= {"_ALVEARY_COMPLETE": "bash_complete", "COMP_WORDS": "alveary run s", "COMP_CWORD": "2"}
+    assert platform.piped().split() == ["plain,submit", "plain,show"]
+
+
+def test_the_version_is_told(platform: Platform) -> None:
+    assert platform.piped("--version") == f"alveary {alveary.__version__}\n"

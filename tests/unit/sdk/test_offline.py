@@ -91,5 +91,5 @@ def test_configs_are_found_and_faults_named(tmp_path: Path, monkeypatch: pytest.
     found = load()
     assert found.endpoint == "h:1" and "t" not in repr(found).split("token")[-1][:3]
     (tmp_path / "config.json").write_text('{"endpoint": ')
-    with pytest.raises(AlvearyError, match="is no config"):
+    with pytest.raises(AlvearyError, match="is not JSON"):
         load()

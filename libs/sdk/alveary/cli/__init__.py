@@ -9,6 +9,8 @@ talk to the platform inside of the commands.
 
 from __future__ import annotations
 
+import io
+import os
 import sys
 
 import click
@@ -16,7 +18,7 @@ import click
 from alveary import __version__
 from alveary.cli.common import INTERRUPTED, NO_PLATFORM, say
 from alveary.cli.lazy import LazyGroup
-from alveary.errors import AlvearyError
+from alveary.errors import AlvearyError, NoPlatform
 
 app = LazyGroup(
     "alveary",
@@ -43,19 +45,23 @@ click.version_option(__version__, prog_name="alveary", message="%(prog)s %(versi
 
 def main() -> None:
     """Entry point: errors are sentences, never tracebacks."""
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its own lines say less than our errors do
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a locale that lacks a character shows its escape
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = app.main(prog_name="alveary", standalone_mode=False)
     except AlvearyError as error:
         say(f"error: {error}", red=True)
-        code = NO_PLATFORM if "start it with `alveary up`" in str(error) or "no config.json" in str(error) else 1
+        code = NO_PLATFORM if isinstance(error, NoPlatform) else 1
     except click.ClickException as error:
         error.show()
         code = error.exit_code
     except click.Abort:
         code = INTERRUPTED
     except OSError as error:
-        if error.filename is None and error.strerror is None:
-            raise
-        say(f"error: {error.filename or 'input or output'}: {error.strerror}", red=True)
+        if error.filename is None:
+            raise  # not a file that the command line named
+        say(f"error: {error.filename}: {error.strerror}", red=True)
         code = 1
     sys.exit(code if isinstance(code, int) else 0)

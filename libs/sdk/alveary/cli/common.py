@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -60,17 +59,6 @@ def plain(message: Message) -> dict[str, Any]:
 def print_json(value: Any) -> None:
     """As JSON; what is not JSON's (times, paths) as text."""
     click.echo(json.dumps(value, indent=1, default=str))
-
-
-def ago(stamp: Any) -> str:
-    """How long ago a protobuf Timestamp is, in the largest unit of which it has one."""
-    if not stamp.seconds:
-        return ""
-    seconds = int(time.time() - stamp.seconds)
-    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
-        if seconds >= size:
-            return f"{seconds // size} {unit} ago"
-    return f"{max(seconds, 0)} s ago"
 
 
 def pairs(values: Iterable[str] | None, what: str) -> dict[str, str]:

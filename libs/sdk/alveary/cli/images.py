@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from alveary.cli.common import ago, json_option, open_workspace, plain, print_json
+from alveary.cli.columns import moment, size
+from alveary.cli.common import json_option, open_workspace, plain, print_json
 from alveary.cli.table import show
 from alveary.errors import AlvearyError
 from alveary.text import printable
@@ -36,7 +37,7 @@ def list_images(as_json: bool) -> None:
     rows = [
         {
             "digest": i.digest[:12], "state": _state(i), "environment": i.environment.name, "python": i.python_version,
-            "packages": len(i.packages), "size": f"{i.size / 1e6:.0f} MB" if i.size else "", "used": ago(i.last_used_at),
+            "packages": len(i.packages), "size": size(i.size) if i.size else "", "used": moment(i.last_used_at),
         }
         for i in images
     ]  # fmt: skip

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from alveary.cli.common import FOLDER, ago, download, json_option, open_workspace, pairs, plain, print_json, split
-from alveary.cli.table import show
+from alveary.cli.columns import Cell, moment, plural, short_ids, size, when
+from alveary.cli.common import FOLDER, download, json_option, open_workspace, pairs, plain, print_json, split
+from alveary.cli.table import sheet, show
 
 if TYPE_CHECKING:
     from alveary.model import Model
@@ -34,23 +35,53 @@ def list_models(name: str, as_json: bool) -> None:
     from alveary.model import Model
 
     models = Model.list(open_workspace(), name or None)
+    ids = short_ids([m.run_id for m in models])
     rows = [
         {
-            "model": m.id, "run": m.run_id, "aliases": ",".join(m.aliases), "onnx": m.onnx["opset"] if m.onnx else "",
-            "registered": ago(m._found.registered_at), "tags": ",".join(f"{k}={v}" for k, v in m.tags.items()),
+            "model": m.id, "run": Cell(ids[m.run_id], m.run_id), "aliases": ",".join(m.aliases), "onnx": m.onnx["opset"] if m.onnx else "",
+            "registered": moment(m._found.registered_at), "tags": ",".join(f"{k}={v}" for k, v in m.tags.items()),
         }
         for m in models
     ]  # fmt: skip
     columns = ("model", "run", "aliases", "onnx", "registered", "tags")
-    show(rows, columns, as_json, [plain(m._found) for m in models] if as_json else None, elastic=("model", "aliases", "tags"))
+    show(rows, columns, as_json, [plain(m._found) for m in models] if as_json else None, elastic=("tags", "aliases", "model"))
 
 
 @model.command("show")
 @click.argument("reference", metavar="NAME[:VERSION]")
 @json_option
 def show_model(reference: str, as_json: bool) -> None:
-    """One version, as JSON."""
-    print_json(plain(_find(reference)._found))
+    """One version: what it is, where it comes from, what it holds."""
+    model = _find(reference)
+    found = model._found
+    if as_json:
+        print_json(plain(found))
+        return
+    line, files, done = found.lineage, found.manifest.files, found.export
+    sheet(
+        {
+            "model": model.id + (" (archived)" if found.archived else ""),
+            "description": found.description,
+            "registered": f"{when(found.registered_at)} by {found.registered_by}",
+            "framework": f"{found.framework} {found.framework_version}".strip(),
+            "run": f"{line.run_id} (experiment {line.experiment})" if line.run_id else "none: it was uploaded",
+            "datasets": list(line.datasets),
+            "parent": line.parent,
+            "source": line.snapshot[:12],
+            "image": line.image_digest[:12],
+            "aliases": ", ".join(found.aliases),
+            "tags": [f"{k}={v}" for k, v in sorted(found.tags.items())],
+            "properties": [f"{k}={v}" for k, v in sorted(found.properties.items())],
+            "files": [f"{plural(len(files), 'file')}, {size(sum(f.size for f in files))}", *(f"{f.path} ({size(f.size)})" for f in files[:10]),
+                      *([f"and {len(files) - 10} more"] if len(files) > 10 else [])] if files else [],
+            "onnx": [
+                f"{size(done.file.size)}, opset {done.opset}, by {done.exporter}",
+                f"differs from PyTorch by {done.max_abs_diff:.3g}, on batches of {', '.join(map(str, done.checked_batch_sizes))}",
+            ] if found.HasField("export") else [],
+            "export": f"under way: {found.export_pending}" if found.export_pending else f"failed: {found.export_error}" if found.export_error else "",
+            "download": f"alveary model download {model.id}",
+        }
+    )  # fmt: skip
 
 
 @model.command()
@@ -108,7 +139,7 @@ def list_datasets(as_json: bool) -> None:
     from alveary.dataset import Dataset
 
     rows = [
-        {"dataset": f"{d.name}:{d.version}", "files": d.file_count, "size": d.total_size, "digest": d.id[:12]}
+        {"dataset": f"{d.name}:{d.version}", "files": d.file_count, "size": size(d.total_size), "digest": d.id[:12]}
         for d in Dataset.list(open_workspace())
     ]
     show(rows, ("dataset", "files", "size", "digest"), as_json, elastic=("dataset",))

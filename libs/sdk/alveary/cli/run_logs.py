@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from alveary.cli.common import CANCELED, FAILED, json_option, open_workspace, plain
+from alveary.cli.common import CANCELED, FAILED, INTERRUPTED, json_option, open_workspace, plain, say
 from alveary.text import printable
 
 if TYPE_CHECKING:
@@ -21,8 +21,13 @@ SHOWN = ("stdout", "stderr", "system", "prepare", "launcher-stdout", "launcher-s
 
 
 def follow(run: Run) -> None:
-    """Show states and log of a run until it is final; raises Exit where it did not complete."""
-    details = run.wait_for_completion(show_output=True, raise_on_error=False)
+    """Show states and log of a run until it is final; raises Exit where it did not complete, or was interrupted."""
+    try:
+        run._show()
+        details = run.wait_for_completion(raise_on_error=False)
+    except KeyboardInterrupt:
+        say(f"\nthe run goes on; follow it again with `alveary run watch {run.id}`, cancel it with `alveary run cancel {run.id}`")
+        raise click.exceptions.Exit(INTERRUPTED) from None
     if details["status"] != "Completed":
         raise click.exceptions.Exit(FAILED if details["status"] == "Failed" else CANCELED)
 
@@ -54,6 +59,7 @@ def logs(
         raise click.UsageError("--follow, --grep and --newest exclude each other")
     workspace = open_workspace()
     only = None if all_ranks else rank
+    run_id = workspace._call(workspace._client.full_id(run_id))
     lines = _lines(workspace._client, run_id, after, keep_on, stream or SHOWN, only, grep, ignore_case, newest)
     workspace._call(_print(lines, all_ranks, as_json))
 

@@ -11,7 +11,9 @@ run = LazyGroup(
     lazy={
         "submit": ("alveary.cli.run_submit:submit", "Submit a run of a source directory; prints its id."),
         "list": ("alveary.cli.run_list:list_runs", "Runs, newest first."),
-        "show": ("alveary.cli.run_show:show_run", "One run: its state and why, its metrics, how it ended."),
+        "compare": ("alveary.cli.run_compare:compare", "Where runs differ."),
+        "show": ("alveary.cli.run_show:show_run", "One run: what it is, how it went, what it left, and where its log is."),
+        "metrics": ("alveary.cli.run_list:metrics", "What a run logged."),
         "why": ("alveary.cli.run_show:why", "Why a run is queued, and when it is expected to begin."),
         "watch": ("alveary.cli.run_logs:watch", "States and log lines until it is final."),
         "logs": ("alveary.cli.run_logs:logs", "Its log lines."),

@@ -321,6 +321,9 @@ class GetRunRequest(_message.Message):
     MIN_SEQUENCE_FIELD_NUMBER: _builtins.int
     METRIC_NAMES_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
+    """The id of a run, or its first characters (at least four, in either case) where no other run of the workspace has them:
+    so in every request that names a run. Of several: INVALID_ARGUMENT, which names them.
+    """
     min_sequence: _builtins.int
     @_builtins.property
     def metric_names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
