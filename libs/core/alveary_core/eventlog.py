@@ -36,6 +36,8 @@ LOGS, METRICS = "ALVEARY_LOGS", "ALVEARY_METRICS"
 # JetStream's error for a missed Nats-Expected-Last-Subject-Sequence.
 _WRONG_LAST_SEQUENCE = (10071, 10164)
 _HEARTBEAT = 2.0
+# An event that is not acknowledged for so long is handed out again.
+_ACK_SECONDS = 30.0
 _TRANSIENT = (nats.errors.Error, asyncio.TimeoutError, ConnectionError, OSError)
 
 
@@ -203,8 +205,12 @@ class EventLog:
         """Sequence of the newest event of all."""
         return (await self.js.stream_info(STREAM)).state.last_seq
 
-    async def follow(self, subjects: Sequence[str], start: int, stream: str = STREAM) -> AsyncGenerator[tuple[Msg, int] | None, None]:
+    async def follow(
+        self, subjects: Sequence[str], start: int, stream: str = STREAM, *, headers_only: bool = False
+    ) -> AsyncGenerator[tuple[Msg, int] | None, None]:
         """Every message from sequence `start` on, in order and without gaps, for ever; None when caught up.
+
+        With `headers_only` the messages come without their data.
 
         Survives reconnects and a lost consumer: it is made anew behind the last message that was yielded.
         """
@@ -223,7 +229,7 @@ class EventLog:
                         deliver_policy=DeliverPolicy.BY_START_SEQUENCE, opt_start_seq=position + 1,
                         ack_policy=AckPolicy.NONE, filter_subjects=list(subjects), deliver_subject=inbox,
                         idle_heartbeat=_HEARTBEAT, flow_control=True, inactive_threshold=30, mem_storage=True,
-                        num_replicas=1,
+                        num_replicas=1, headers_only=headers_only,
                     ),
                 )  # fmt: skip
                 name = info.name
@@ -267,38 +273,50 @@ class EventLog:
                     if name and self.connection.is_connected:
                         await self.js.delete_consumer(stream, name)
 
-    async def consume(self, durable: str, subjects: Sequence[str], handler: Callable[[Event], Awaitable[None]], *, start: int = 1) -> None:
+    async def consume(
+        self, durable: str, subjects: Sequence[str], handler: Callable[[Event], Awaitable[None]], *, start: int = 1, at_once: int = 1
+    ) -> None:
         """Hand each event to `handler`, at least once, in order; replicas of a service share one `durable`.
 
-        An event whose handler raised comes again, later and later (up to 30 s); others are not held up by it.
-        Runs until cancelled.
+        An event whose handler raised comes again, later and later (up to 30 s); others are not held up by it. With `at_once`
+        more than 1, so many are handled at the same time, which has no order then. Runs until cancelled.
         """
         log = telemetry.logger()
         group = f"alveary-deliver-{durable}"
         config = ConsumerConfig(
             durable_name=durable, deliver_group=group, deliver_subject=group, ack_policy=AckPolicy.EXPLICIT,
-            ack_wait=30, max_ack_pending=512, filter_subjects=list(subjects), idle_heartbeat=None,
+            ack_wait=_ACK_SECONDS, max_ack_pending=512, filter_subjects=list(subjects), idle_heartbeat=None,
             deliver_policy=DeliverPolicy.BY_START_SEQUENCE, opt_start_seq=start,
         )  # fmt: skip
         subscription = await self.connection.subscribe(group, queue=group, pending_msgs_limit=-1, pending_bytes_limit=-1)
         ready = False
-        while True:
-            try:
-                if not ready:
-                    await self._ensure_consumer(config)
-                    ready = True
-                message = await subscription.next_msg(timeout=30)
-            except TimeoutError:
-                ready = False  # make sure once in a while that the consumer is still there
-                continue
-            except _TRANSIENT as error:
-                if self.connection.is_closed:
-                    raise Unavailable("the connection to the message bus was closed") from error
-                log.info("consume.retry", durable=durable, error=str(error) or type(error).__name__)
-                ready = False
-                await asyncio.sleep(0.5)
-                continue
-            await self._handle(durable, message, handler)
+        handling: set[asyncio.Task[None]] = set()
+        try:
+            while True:
+                try:
+                    if not ready:
+                        await self._ensure_consumer(config)
+                        ready = True
+                    message = await subscription.next_msg(timeout=30)
+                except TimeoutError:
+                    ready = False  # make sure once in a while that the consumer is still there
+                    continue
+                except _TRANSIENT as error:
+                    if self.connection.is_closed:
+                        raise Unavailable("the connection to the message bus was closed") from error
+                    log.info("consume.retry", durable=durable, error=str(error) or type(error).__name__)
+                    ready = False
+                    await asyncio.sleep(0.5)
+                    continue
+                handling.add(asyncio.create_task(self._handle(durable, message, handler)))
+                while len(handling) >= at_once:
+                    done, handling = await asyncio.wait(handling, return_when=asyncio.FIRST_COMPLETED)
+                    for task in done:
+                        task.result()
+        finally:
+            for task in handling:
+                task.cancel()
+            await asyncio.gather(*handling, return_exceptions=True)
 
     async def _ensure_consumer(self, config: ConsumerConfig) -> None:
         try:
@@ -316,6 +334,7 @@ class EventLog:
             await message.term()
             return
         telemetry.start_trace(event.traceparent)
+        working = asyncio.create_task(_say_in_progress(message))
         try:
             await handler(event)
         except asyncio.CancelledError:
@@ -326,9 +345,19 @@ class EventLog:
             with contextlib.suppress(*_TRANSIENT):
                 await message.nak(delay=min(0.2 * 2 ** min(tries, 8), 30.0))
             return
+        finally:
+            working.cancel()
         telemetry.HANDLED.labels(durable, "ok").inc()
         with contextlib.suppress(*_TRANSIENT):  # a lost ack means that it comes again: handlers are idempotent
             await message.ack()
+
+
+async def _say_in_progress(message: Msg) -> None:
+    """Keep a message that is being handled from coming again (to another replica, too) for as long as that takes."""
+    while True:
+        await asyncio.sleep(_ACK_SECONDS / 3)
+        with contextlib.suppress(*_TRANSIENT):  # then it comes again: handlers are idempotent
+            await message.in_progress()
 
 
 class _Gap(Exception):

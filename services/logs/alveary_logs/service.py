@@ -1,281 +1,129 @@
-"""Tail while a run lives, archive when it is final, Tail the same afterwards."""
+"""alveary.logs.v1.LogService: tail, pages, search, links."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
-from fnmatch import fnmatchcase
-from itertools import islice
+from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
+import grpc
+import grpc.aio
+import nats.errors
 from nats.js.errors import NotFoundError
 
-from alveary_contracts.events.v1 import events_pb2 as ev
 from alveary_contracts.logs.v1 import logs_pb2 as pb
 from alveary_contracts.logs.v1 import logs_pb2_grpc as rpc
-from alveary_contracts.names import token
-from alveary_core import auth, scratch
-from alveary_core.aggregates import Aggregates
-from alveary_core.errors import FailedPrecondition, InvalidArgument, NotFound
-from alveary_core.eventlog import LOGS, EventLog
-from alveary_core.events import Event, Key
-from alveary_core.objectstore import DigestMismatch, ObjectStore
-from alveary_core.projection import Projection
-from alveary_logs import archive
-from alveary_logs.archive import lines_of, sequence_of
+from alveary_core import auth
+from alveary_core.errors import FailedPrecondition, InvalidArgument, NotFound, Unavailable
+from alveary_core.eventlog import EventLog
+from alveary_core.events import STREAM, Key
+from alveary_core.objectstore import ObjectStore
+from alveary_logs.projection import LogsProjection
+from alveary_logs.reader import BUCKET, LogReader, Where
+from alveary_logs.wire import LAST_CURSOR, Filter
 
-SUBJECTS = ("alveary.*.run.*.completed", "alveary.*.run.*.failed", "alveary.*.run.*.canceled")
-_BATCH = 500
 PAGE, MAX_PAGE = 1000, 10_000
-
-
-class LogsProjection(Projection):
-    """Which runs exist, which are final, which are archived."""
-
-    subjects = ("alveary.*.run.*.submitted", "alveary.*.run.*.compacted", *SUBJECTS, "alveary.*.log.>")
-    version = 2
-    schema = """
-    CREATE TABLE IF NOT EXISTS runs (run TEXT PRIMARY KEY, workspace TEXT, final INTEGER DEFAULT 0, archive BLOB);
-    """
-
-    def apply(self, event: Event) -> None:
-        """Write the rows of one event."""
-        match event.message:
-            case ev.RunSubmitted():
-                self.db.execute("INSERT OR IGNORE INTO runs (run, workspace) VALUES (?,?)", (event.key.id, event.key.workspace))
-            case ev.LogArchived() as archived:
-                # It may come before the run's first event, where that was compacted: the row is made here then.
-                self.db.execute(
-                    "INSERT INTO runs (run, workspace, archive) VALUES (?,?,?) ON CONFLICT DO UPDATE SET archive=excluded.archive",
-                    (event.key.id, event.key.workspace, archived.SerializeToString()),
-                )
-            case ev.RunCompacted():
-                self.db.execute(
-                    "INSERT INTO runs (run, workspace, final) VALUES (?,?,1) ON CONFLICT DO UPDATE SET final=1",
-                    (event.key.id, event.key.workspace),
-                )
-            case _:
-                self.db.execute("UPDATE runs SET final=1 WHERE run=?", (event.key.id,))
-
-    async def archive(self, run_id: str) -> ev.LogArchived | None:
-        """The archive of a run, where there is one."""
-        row = await self.row("SELECT archive FROM runs WHERE run=?", (run_id,))
-        return ev.LogArchived.FromString(row["archive"]) if row and row["archive"] is not None else None
-
-
-class Archiver:
-    """On a run's final event, all its lines become one object."""
-
-    def __init__(self, log: EventLog, store: ObjectStore) -> None:
-        self._log, self._store = log, store
-        self._logs = Aggregates(log, "log", lambda: False, lambda _, __: True)
-
-    async def __call__(self, event: Event) -> None:
-        """Handle one event; idempotent. What the trainer said is acknowledged before the run becomes final."""
-        key = self._logs.key(event.key.workspace, event.key.id)
-        if (await self._logs.load(key))[0]:
-            return
-        subject = f"alveary-logs.{token(event.key.workspace)}.{token(event.key.id)}"
-        name = f"{event.key.id}/log.binpb.zst"
-        async with scratch.folder("alveary-log-") as folder:
-            path = folder / "log"
-            writer = archive.Writer(path)
-            try:
-                async with contextlib.aclosing(stored(self._log, subject)) as chunks:
-                    async for lines in chunks:
-                        await asyncio.to_thread(writer.add, lines)
-            finally:
-                await asyncio.to_thread(writer.close)
-            entry = await self._store.put_file("runs", name, path)
-        archived = ev.LogArchived(key=name, lines=writer.lines, size=entry.size, sha256=entry.sha256)
-        await self._logs.execute(key, lambda done: [] if done else [archived])
-        if writer.lines:
-            await self._log.js.purge_stream(LOGS, seq=sequence_of(writer.last) + 1, subject=subject)
-
-
-async def stored(log: EventLog, subject: str, start: int = 1) -> AsyncGenerator[list[pb.TailLine], None]:
-    """All lines that the stream holds now for a run, chunk by chunk."""
-    try:
-        newest = (await log.js.get_last_msg(LOGS, subject)).seq or 0
-    except NotFoundError:
-        return
-    if newest < start:
-        return
-    async with contextlib.aclosing(log.follow([subject], start, LOGS)) as stream:
-        async for item in stream:
-            if item is None:  # caught up: an archiver may have purged what was newest a moment ago
-                break
-            message, sequence = item
-            yield list(lines_of(sequence, message.data))
-            if sequence >= newest:
-                break
+# A search that takes longer returns what it has, seconds.
+SEARCH_SECONDS = 10.0
 
 
 class LogService(rpc.LogServiceServicer):
-    """alveary.logs.v1.LogService."""
+    """alveary.logs.v1.LogService. Tail yields serialized messages: see `add`."""
 
-    def __init__(self, log: EventLog, store: ObjectStore, projection: LogsProjection) -> None:
-        self._log, self._store, self._view = log, store, projection
+    def __init__(self, log: EventLog, store: ObjectStore, view: LogsProjection, reader: LogReader) -> None:
+        self._log, self._store, self._view, self._reader = log, store, view, reader
 
-    async def _require(self, run_id: str) -> str:
+    async def _key(self, run_id: str) -> Key:
+        """The log of a run of the caller's workspace."""
         who = auth.require("reader")
-        # A run that was submitted a moment ago may not be in the view yet.
-        await self._view.wait_for(0)
-        for _ in range(100):
-            row = await self._view.row("SELECT workspace FROM runs WHERE run=?", (run_id,))
-            if row is not None and row["workspace"] == who.workspace:
-                return who.workspace
-            await asyncio.sleep(0.02)
-        raise NotFound("run", run_id)
-
-    async def Tail(self, request: pb.TailRequest, context: Any) -> AsyncIterator[pb.TailResponse]:
-        if request.after < 0:
-            raise InvalidArgument(("after", "a cursor that Tail gave, or 0"))
-        workspace = await self._require(request.run_id)
-        last = request.after
-        if await self._view.archive(request.run_id) is None:
-            async for lines in self._live(workspace, request):
-                last = lines[-1].cursor
-                wanted = [one for one in lines if self._wanted(one, request)]
-                if wanted:
-                    yield pb.TailResponse(lines=wanted)
-        archived = await self._archive_of(workspace, request.run_id)
-        if archived is None:
-            return
-        async with contextlib.aclosing(self._archived(request.run_id, archived, last)) as batches:
-            async for lines in batches:
-                wanted = [one for one in lines if self._wanted(one, request)]
-                if wanted:
-                    yield pb.TailResponse(lines=wanted)
-
-    async def _archive_of(self, workspace: str, run_id: str) -> ev.LogArchived | None:
-        """The archive, asked of the log itself where the view has none: lines are purged once it is there."""
-        known = await self._view.archive(run_id)
+        known = await self._view.workspace_of(run_id)
         if known is None:
-            for event in await self._log.read(Key(workspace, "log", run_id)):
-                known = event.message if isinstance(event.message, ev.LogArchived) else None
-        return known
-
-    async def _archived(self, run_id: str, archived: ev.LogArchived, after: int) -> AsyncGenerator[list[pb.TailLine], None]:
-        """Lines of an archive behind a cursor, a batch at a time."""
-        async with scratch.folder("alveary-log-") as folder:
-            path = folder / "log"
+            # A run that was submitted a moment ago may not be in the view yet.
             try:
-                await self._store.get_file("runs", archived.key, path, archived.sha256)
-            except DigestMismatch as error:
-                raise FailedPrecondition(f"the archived log of run {run_id} is damaged: {error}", f"run/{run_id}") from error
-            lines = archive.read(path)
-            try:
-                while batch := await asyncio.to_thread(lambda: list(islice(lines, _BATCH))):
-                    if batch[-1].cursor > after:
-                        yield [line for line in batch if line.cursor > after]
-            finally:
-                lines.close()  # type: ignore[attr-defined]
+                await self._log.js.get_last_msg(STREAM, Key(who.workspace, "run", run_id).subject())
+            except NotFoundError as error:
+                raise NotFound("run", run_id) from error
+            except (nats.errors.Error, TimeoutError, OSError) as error:
+                raise Unavailable(f"the event log does not answer: {error or type(error).__name__}; try again") from error
+        elif known != who.workspace:
+            raise NotFound("run", run_id)
+        return Key(who.workspace, "log", run_id)
 
-    async def _now(self, run_id: str, after: int) -> AsyncGenerator[list[pb.TailLine], None]:
-        """All lines there are now behind a cursor, wherever they are."""
-        workspace = await self._require(run_id)
-        last = after
-        if await self._view.archive(run_id) is None:
-            subject = f"alveary-logs.{token(workspace)}.{token(run_id)}"
-            async with contextlib.aclosing(stored(self._log, subject, max(sequence_of(after), 1))) as chunks:
-                async for lines in chunks:
-                    fresh = [line for line in lines if line.cursor > last]
-                    if fresh:
-                        last = fresh[-1].cursor
-                        yield fresh
-        archived = await self._archive_of(workspace, run_id)
-        if archived is not None:  # since before, or since a moment ago
-            async with contextlib.aclosing(self._archived(run_id, archived, last)) as batches:
-                async for lines in batches:
-                    yield lines
-
-    async def _page(
-        self, request: pb.ReadRequest | pb.SearchRequest, keep: Callable[[pb.TailLine], bool], *, newest: bool = False
-    ) -> tuple[list[pb.TailLine], int]:
-        limit = request.limit or PAGE
-        if not 1 <= limit <= MAX_PAGE:
-            raise InvalidArgument(("limit", f"{request.limit}: 1 to {MAX_PAGE}"))
-        if request.after < 0:
-            raise InvalidArgument(("after", "a cursor that the service gave, or 0"))
-        found: deque[pb.TailLine] = deque(maxlen=limit if newest else None)
-        async with contextlib.aclosing(self._now(request.run_id, request.after)) as batches:
-            async for lines in batches:
-                for line in lines:
-                    if not (self._wanted(line, request) and keep(line)):
-                        continue
-                    if not newest and len(found) == limit:
-                        return list(found), found[-1].cursor
-                    found.append(line)
-        return list(found), 0
+    async def Tail(self, request: pb.TailRequest, context: Any) -> AsyncIterator[bytes]:  # type: ignore[override]
+        where = _between(request.after)
+        key = await self._key(request.run_id)
+        wanted = replace(_wanted(request), provisional=request.provisional)
+        async with contextlib.aclosing(self._reader.blocks(key, wanted, where, request.follow)) as blocks:
+            async for block in blocks:
+                if block.payload:
+                    yield block.payload
 
     async def Read(self, request: pb.ReadRequest, context: Any) -> pb.ReadResponse:
-        lines, following = await self._page(request, lambda _: True, newest=request.newest)
+        limit, where, wanted = _limit(request.limit), _between(request.after, request.before), _wanted(request)
+        if request.line < 0 or (request.line and request.HasField("since")):
+            raise InvalidArgument(("line", "the number of a line, from 1, and not together with `since`"))
+        if request.newest and (request.line or request.HasField("since")):
+            raise InvalidArgument(("newest", "not together with `line` or `since`"))
+        key = await self._key(request.run_id)
+        if request.newest:
+            return pb.ReadResponse(lines=await self._reader.newest(key, wanted, where, limit))
+        if request.HasField("since"):
+            since_us = request.since.seconds * 1_000_000 + request.since.nanos // 1000
+            where = Where(await self._reader.ahead_of_time(key, where.after, since_us), where.before)
+        elif request.line:
+            where = Where(max(await self._reader.ahead_of_line(key, request.line), where.after), where.before)
+        lines, following = await self._reader.read(key, wanted, where, limit)
         return pb.ReadResponse(lines=lines, next=following)
 
     async def Search(self, request: pb.SearchRequest, context: Any) -> pb.SearchResponse:
         if not 1 <= len(request.text) <= 1000:
             raise InvalidArgument(("text", f"{len(request.text)} characters: 1 to 1,000 are looked for"))
+        limit, where, wanted = _limit(request.limit), _between(request.after), _wanted(request)
+        key = await self._key(request.run_id)
         text = request.text.encode()
-        if request.ignore_case:
-            small = text.lower()
-            lines, following = await self._page(request, lambda one: small in one.line.data.lower())
-        else:
-            lines, following = await self._page(request, lambda one: text in one.line.data)
+        lines, following = await self._reader.search(key, text, request.ignore_case, wanted, where.after, limit, SEARCH_SECONDS)
         return pb.SearchResponse(lines=lines, next=following)
 
-    async def _live(self, workspace: str, request: pb.TailRequest) -> AsyncIterator[list[pb.TailLine]]:
-        """Lines of the stream; ends when caught up without follow, or when the archive has taken over."""
-        subject = f"alveary-logs.{token(workspace)}.{token(request.run_id)}"
-        start = max(sequence_of(request.after), 1)
-        queue: asyncio.Queue[list[pb.TailLine] | None] = asyncio.Queue(maxsize=64)
-
-        async def feed() -> None:
-            async with contextlib.aclosing(self._log.follow([subject], start, LOGS)) as stream:
-                async for item in stream:
-                    lines = None if item is None else [x for x in lines_of(item[1], item[0].data) if x.cursor > request.after]
-                    if lines is None or lines:
-                        await queue.put(lines)
-
-        async def archived() -> None:
-            async for _ in self._view.changes(request.run_id, timeout=5):
-                if await self._view.archive(request.run_id) is not None:
-                    return
-
-        tasks: list[asyncio.Task[Any]] = [asyncio.create_task(feed()), asyncio.create_task(archived())]
-        try:
-            while True:
-                get = asyncio.create_task(queue.get())
-                tasks.append(get)
-                await asyncio.wait({get, *tasks[:2]}, return_when=asyncio.FIRST_COMPLETED)
-                tasks.pop()
-                if get.done():
-                    lines = get.result()
-                    if lines is not None:
-                        yield lines
-                    elif not request.follow:
-                        return
-                    continue
-                get.cancel()
-                if tasks[0].done():
-                    tasks[0].result()
-                return  # archived: the caller goes on from there, behind the last cursor
-        finally:
-            for task in tasks:
-                task.cancel()
-
-    @staticmethod
-    def _wanted(line: pb.TailLine, request: pb.TailRequest | pb.ReadRequest | pb.SearchRequest) -> bool:
-        if request.HasField("rank") and line.line.rank != request.rank:
-            return False
-        patterns: Iterable[str] = request.streams
-        return not request.streams or any(fnmatchcase(line.line.stream, p) for p in patterns)
-
     async def Download(self, request: pb.DownloadRequest, context: Any) -> pb.DownloadResponse:
-        await self._require(request.run_id)
-        archived = await self._view.archive(request.run_id)
-        if archived is None:
+        key = await self._key(request.run_id)
+        state = await self._view.state(key.id)
+        if not state.complete:
             raise FailedPrecondition(f"run {request.run_id} is not final yet: its log is not archived; use Tail", f"run/{request.run_id}")
-        return pb.DownloadResponse(url=self._store.get_url("runs", archived.key), lines=archived.lines, sha256=archived.sha256)
+        parts = [
+            pb.DownloadPart(
+                url=self._store.get_url(BUCKET, part.key), lines=part.lines, size=part.size, sha256=part.sha256,
+                framed=bool(part.index_size),
+            )
+            for part in state.parts if part.lines or len(state.parts) == 1
+        ]  # fmt: skip
+        return pb.DownloadResponse(url=parts[0].url, lines=sum(p.lines for p in parts), sha256=parts[0].sha256, parts=parts)
+
+
+def add(service: LogService, server: grpc.aio.Server) -> None:
+    """Add the service to a server. What Tail yields is sent as it is."""
+    rpc.add_LogServiceServicer_to_server(service, server)
+    tail = grpc.unary_stream_rpc_method_handler(service.Tail, request_deserializer=pb.TailRequest.FromString, response_serializer=_as_it_is)
+    name = pb.DESCRIPTOR.services_by_name["LogService"].full_name
+    server.add_registered_method_handlers(name, {"Tail": tail})
+
+
+def _as_it_is(message: bytes) -> bytes:
+    return message
+
+
+def _limit(asked: int) -> int:
+    if not 0 <= asked <= MAX_PAGE:
+        raise InvalidArgument(("limit", f"{asked}: 1 to {MAX_PAGE}"))
+    return asked or PAGE
+
+
+def _between(after: int, before: int = 0) -> Where:
+    for name, cursor in (("after", after), ("before", before)):
+        if cursor < 0:
+            raise InvalidArgument((name, f"{cursor}: a cursor that the service gave, or 0"))
+    return Where(after, before or LAST_CURSOR)
+
+
+def _wanted(request: pb.TailRequest | pb.ReadRequest | pb.SearchRequest) -> Filter:
+    return Filter(tuple(sorted(set(request.streams))), request.rank if request.HasField("rank") else None)

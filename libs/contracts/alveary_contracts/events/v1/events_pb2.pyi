@@ -1494,7 +1494,10 @@ Global___AttemptFinished: _TypeAlias = AttemptFinished  # noqa: Y015
 
 @_typing.final
 class LogArchived(_message.Message):
-    """---- log (writer: logs) -------------------------------------------------------------------------------------------"""
+    """---- log (writer: logs) -------------------------------------------------------------------------------------------
+
+    A part of a run's log is in the object store; what it holds is no longer on the stream of logs.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1502,10 +1505,26 @@ class LogArchived(_message.Message):
     LINES_FIELD_NUMBER: _builtins.int
     SIZE_FIELD_NUMBER: _builtins.int
     SHA256_FIELD_NUMBER: _builtins.int
+    INDEX_SIZE_FIELD_NUMBER: _builtins.int
+    INDEX_SHA256_FIELD_NUMBER: _builtins.int
+    FIRST_FIELD_NUMBER: _builtins.int
+    LAST_FIELD_NUMBER: _builtins.int
+    PRECEDING_FIELD_NUMBER: _builtins.int
+    OPEN_FIELD_NUMBER: _builtins.int
     key: _builtins.str
     lines: _builtins.int
     size: _builtins.int
     sha256: _builtins.str
+    index_size: _builtins.int
+    """The object's last bytes are an index (alveary.logs.v1.LogIndex) of this size; 0: it has none and holds everything."""
+    index_sha256: _builtins.str
+    first: _builtins.int
+    """Cursors of the part's first and last line; without lines, `last` repeats that of the part before."""
+    last: _builtins.int
+    preceding: _builtins.int
+    """Lines of the run's log in earlier parts."""
+    open: _builtins.bool
+    """More parts follow."""
     def __init__(
         self,
         *,
@@ -1513,10 +1532,16 @@ class LogArchived(_message.Message):
         lines: _builtins.int = ...,
         size: _builtins.int = ...,
         sha256: _builtins.str = ...,
+        index_size: _builtins.int = ...,
+        index_sha256: _builtins.str = ...,
+        first: _builtins.int = ...,
+        last: _builtins.int = ...,
+        preceding: _builtins.int = ...,
+        open: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "lines", b"lines", "sha256", b"sha256", "size", b"size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first", b"first", "index_sha256", b"index_sha256", "index_size", b"index_size", "key", b"key", "last", b"last", "lines", b"lines", "open", b"open", "preceding", b"preceding", "sha256", b"sha256", "size", b"size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

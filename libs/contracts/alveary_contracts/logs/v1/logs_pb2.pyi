@@ -183,16 +183,27 @@ class ReadRequest(_message.Message):
     NEWEST_FIELD_NUMBER: _builtins.int
     STREAMS_FIELD_NUMBER: _builtins.int
     RANK_FIELD_NUMBER: _builtins.int
+    BEFORE_FIELD_NUMBER: _builtins.int
+    SINCE_FIELD_NUMBER: _builtins.int
+    LINE_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     after: _builtins.int
     """Cursor of the last line seen; 0: from the beginning."""
     limit: _builtins.int
     """1 to 10,000; 0: 1,000."""
     newest: _builtins.bool
-    """The newest `limit` lines instead of the first ones behind `after`."""
+    """The newest `limit` lines (behind `after`, ahead of `before`) instead of the first ones."""
     rank: _builtins.int
+    before: _builtins.int
+    """Only lines ahead of this cursor; 0: to the end. With `newest`, the page that precedes a line."""
+    line: _builtins.int
+    """Start at this line of the run's log, counted from 1 over all streams and ranks; 0: no matter."""
     @_builtins.property
     def streams(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def since(self) -> _timestamp_pb2.Timestamp:
+        """Start at the first line that was read at this time or later."""
+
     def __init__(
         self,
         *,
@@ -202,10 +213,13 @@ class ReadRequest(_message.Message):
         newest: _builtins.bool = ...,
         streams: _abc.Iterable[_builtins.str] | None = ...,
         rank: _builtins.int | None = ...,
+        before: _builtins.int = ...,
+        since: _timestamp_pb2.Timestamp | None = ...,
+        line: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_rank", b"_rank", "rank", b"rank"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_rank", b"_rank", "rank", b"rank", "since", b"since"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_rank", b"_rank", "after", b"after", "limit", b"limit", "newest", b"newest", "rank", b"rank", "run_id", b"run_id", "streams", b"streams"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_rank", b"_rank", "after", b"after", "before", b"before", "limit", b"limit", "line", b"line", "newest", b"newest", "rank", b"rank", "run_id", b"run_id", "since", b"since", "streams", b"streams"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__rank: _TypeAlias = _typing.Literal["rank"]  # noqa: Y015
     _WhichOneofArgType__rank: _TypeAlias = _typing.Literal["_rank", b"_rank"]  # noqa: Y015
@@ -287,7 +301,7 @@ class SearchResponse(_message.Message):
     LINES_FIELD_NUMBER: _builtins.int
     NEXT_FIELD_NUMBER: _builtins.int
     next: _builtins.int
-    """Pass it as `after` to find more; 0: that was all."""
+    """Pass it as `after` to find more; 0: that was all. A call that takes long returns early, possibly without lines."""
     @_builtins.property
     def lines(self) -> _containers.RepeatedCompositeFieldContainer[Global___TailLine]: ...
     def __init__(
@@ -330,21 +344,173 @@ class DownloadResponse(_message.Message):
     URL_FIELD_NUMBER: _builtins.int
     LINES_FIELD_NUMBER: _builtins.int
     SHA256_FIELD_NUMBER: _builtins.int
+    PARTS_FIELD_NUMBER: _builtins.int
     url: _builtins.str
-    """zstd of length-prefixed TailLine messages."""
+    """Of the first part."""
     lines: _builtins.int
+    """Of all parts."""
     sha256: _builtins.str
+    """Of the first part."""
+    @_builtins.property
+    def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___DownloadPart]:
+        """In order. One, unless the log is long."""
+
     def __init__(
         self,
         *,
         url: _builtins.str = ...,
         lines: _builtins.int = ...,
         sha256: _builtins.str = ...,
+        parts: _abc.Iterable[Global___DownloadPart] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["lines", b"lines", "sha256", b"sha256", "url", b"url"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lines", b"lines", "parts", b"parts", "sha256", b"sha256", "url", b"url"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DownloadResponse: _TypeAlias = DownloadResponse  # noqa: Y015
+
+@_typing.final
+class DownloadPart(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    URL_FIELD_NUMBER: _builtins.int
+    LINES_FIELD_NUMBER: _builtins.int
+    SIZE_FIELD_NUMBER: _builtins.int
+    SHA256_FIELD_NUMBER: _builtins.int
+    FRAMED_FIELD_NUMBER: _builtins.int
+    url: _builtins.str
+    """An object of zstd frames. Decompressed, it is one TailResponse message, or, where `framed` is false (archives of
+    older versions), length-prefixed TailLine messages.
+    """
+    lines: _builtins.int
+    size: _builtins.int
+    sha256: _builtins.str
+    framed: _builtins.bool
+    def __init__(
+        self,
+        *,
+        url: _builtins.str = ...,
+        lines: _builtins.int = ...,
+        size: _builtins.int = ...,
+        sha256: _builtins.str = ...,
+        framed: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["framed", b"framed", "lines", b"lines", "sha256", b"sha256", "size", b"size", "url", b"url"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DownloadPart: _TypeAlias = DownloadPart  # noqa: Y015
+
+@_typing.final
+class LogIndex(_message.Message):
+    """What an archived part of a log ends with: where its frames are and what is in them. It is the content of a zstd
+    skippable frame, itself compressed with zstd.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SOURCES_FIELD_NUMBER: _builtins.int
+    FRAMES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def sources(self) -> _containers.RepeatedCompositeFieldContainer[Global___LogSource]: ...
+    @_builtins.property
+    def frames(self) -> _containers.RepeatedCompositeFieldContainer[Global___LogFrame]: ...
+    def __init__(
+        self,
+        *,
+        sources: _abc.Iterable[Global___LogSource] | None = ...,
+        frames: _abc.Iterable[Global___LogFrame] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["frames", b"frames", "sources", b"sources"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LogIndex: _TypeAlias = LogIndex  # noqa: Y015
+
+@_typing.final
+class LogSource(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STREAM_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
+    stream: _builtins.str
+    rank: _builtins.int
+    def __init__(
+        self,
+        *,
+        stream: _builtins.str = ...,
+        rank: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["rank", b"rank", "stream", b"stream"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LogSource: _TypeAlias = LogSource  # noqa: Y015
+
+@_typing.final
+class LogFrame(_message.Message):
+    """One zstd frame; its content is a TailResponse message."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OFFSET_FIELD_NUMBER: _builtins.int
+    SIZE_FIELD_NUMBER: _builtins.int
+    CONTENT_SIZE_FIELD_NUMBER: _builtins.int
+    SHA256_FIELD_NUMBER: _builtins.int
+    FIRST_FIELD_NUMBER: _builtins.int
+    LAST_FIELD_NUMBER: _builtins.int
+    PRECEDING_FIELD_NUMBER: _builtins.int
+    LINES_FIELD_NUMBER: _builtins.int
+    EARLIEST_US_FIELD_NUMBER: _builtins.int
+    LATEST_US_FIELD_NUMBER: _builtins.int
+    SOURCES_FIELD_NUMBER: _builtins.int
+    offset: _builtins.int
+    """Where it is in the object, bytes."""
+    size: _builtins.int
+    content_size: _builtins.int
+    """Bytes of its content."""
+    sha256: _builtins.bytes
+    """Digest of the compressed frame."""
+    first: _builtins.int
+    """Cursors of its first and last line."""
+    last: _builtins.int
+    preceding: _builtins.int
+    """Lines of the run's log that precede it."""
+    lines: _builtins.int
+    earliest_us: _builtins.int
+    """Of its lines, microseconds since the epoch."""
+    latest_us: _builtins.int
+    @_builtins.property
+    def sources(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Which of the sources have lines here."""
+
+    def __init__(
+        self,
+        *,
+        offset: _builtins.int = ...,
+        size: _builtins.int = ...,
+        content_size: _builtins.int = ...,
+        sha256: _builtins.bytes = ...,
+        first: _builtins.int = ...,
+        last: _builtins.int = ...,
+        preceding: _builtins.int = ...,
+        lines: _builtins.int = ...,
+        earliest_us: _builtins.int = ...,
+        latest_us: _builtins.int = ...,
+        sources: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content_size", b"content_size", "earliest_us", b"earliest_us", "first", b"first", "last", b"last", "latest_us", b"latest_us", "lines", b"lines", "offset", b"offset", "preceding", b"preceding", "sha256", b"sha256", "size", b"size", "sources", b"sources"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LogFrame: _TypeAlias = LogFrame  # noqa: Y015

@@ -87,7 +87,7 @@ class LogServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Download(self, request, context):
-        """Link to the compressed archive; FAILED_PRECONDITION until the run is final and archived.
+        """Links to the compressed archive; FAILED_PRECONDITION until the run is final and archived.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

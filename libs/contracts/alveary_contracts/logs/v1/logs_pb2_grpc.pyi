@@ -40,7 +40,7 @@ class LogServiceStub:
     Search: _grpc.UnaryUnaryMultiCallable[_logs_pb2.SearchRequest, _logs_pb2.SearchResponse]
     """Lines that hold a text."""
     Download: _grpc.UnaryUnaryMultiCallable[_logs_pb2.DownloadRequest, _logs_pb2.DownloadResponse]
-    """Link to the compressed archive; FAILED_PRECONDITION until the run is final and archived."""
+    """Links to the compressed archive; FAILED_PRECONDITION until the run is final and archived."""
 
 @_typing.type_check_only
 class LogServiceAsyncStub(LogServiceStub):
@@ -54,7 +54,7 @@ class LogServiceAsyncStub(LogServiceStub):
     Search: _aio.UnaryUnaryMultiCallable[_logs_pb2.SearchRequest, _logs_pb2.SearchResponse]  # type: ignore[assignment]
     """Lines that hold a text."""
     Download: _aio.UnaryUnaryMultiCallable[_logs_pb2.DownloadRequest, _logs_pb2.DownloadResponse]  # type: ignore[assignment]
-    """Link to the compressed archive; FAILED_PRECONDITION until the run is final and archived."""
+    """Links to the compressed archive; FAILED_PRECONDITION until the run is final and archived."""
 
 class LogServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -89,6 +89,6 @@ class LogServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _logs_pb2.DownloadRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_logs_pb2.DownloadResponse, _abc.Awaitable[_logs_pb2.DownloadResponse]]:
-        """Link to the compressed archive; FAILED_PRECONDITION until the run is final and archived."""
+        """Links to the compressed archive; FAILED_PRECONDITION until the run is final and archived."""
 
 def add_LogServiceServicer_to_server(servicer: LogServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
