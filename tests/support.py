@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -127,6 +128,36 @@ def servers(folder: Path) -> Iterator[Layout]:
     layout = Layout.open(folder, 0)
     with bare(layout):
         yield layout
+
+
+@contextmanager
+def small_disk(folder: Path, mebibytes: int) -> Iterator[Path]:
+    """A file system of its own, of that size, mounted at `folder`. Skips the test where this process may mount nothing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={mebibytes}m,mode=700", "alveary-test", str(folder)], capture_output=True, text=True
+    )
+    if done.returncode:
+        pytest.skip(f"mounting a small disk needs root with CAP_SYS_ADMIN: {done.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def fill(folder: Path, leave: int = 0) -> Path:
+    """A file that takes all the space of a disk but `leave` bytes."""
+    file = folder / "ballast"
+    with contextlib.suppress(OSError), file.open("ab", buffering=0) as opened:
+        if leave:
+            free = os.statvfs(folder)
+            os.posix_fallocate(opened.fileno(), 0, free.f_bavail * free.f_frsize - leave)
+            return file
+        for chunk in (1 << 20, 1 << 12, 1):
+            with contextlib.suppress(OSError):
+                while True:
+                    opened.write(b"\0" * chunk)
+    return file
 
 
 def until(condition: object, what: str, seconds: float = 60.0) -> None:

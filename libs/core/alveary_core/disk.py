@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +11,6 @@ from alveary_core.errors import ResourceExhausted
 
 # Of the inodes of a file system, the part that is kept free, and at most how many.
 _INODES_FRACTION, _INODES = 0.02, 10_000
-# How long an answer of `DiskGuard` is good, seconds.
-_FRESH_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -79,14 +76,10 @@ class DiskGuard:
 
     def __init__(self, path: Path, reserve_bytes: int, reserve_fraction: float) -> None:
         self._path, self._bytes, self._fraction = path, reserve_bytes, reserve_fraction
-        self._known: tuple[float, Disk] | None = None
 
     async def look(self) -> Disk:
-        """The disk as it was within the last second."""
-        if self._known is None or time.monotonic() - self._known[0] > _FRESH_SECONDS:
-            found = await asyncio.to_thread(look, self._path, self._bytes, self._fraction)
-            self._known = (time.monotonic(), found)
-        return self._known[1]
+        """The disk as it is now."""
+        return await asyncio.to_thread(look, self._path, self._bytes, self._fraction)
 
     async def require(self, what: str) -> None:
         """Pass when there is space for `what`.

@@ -59,6 +59,8 @@ class Projection:
     version: int = 1
     # True where `apply` changes what belongs to the event loop: then it runs there, a few events at a time.
     inline: bool = False
+    # Of an inline model: True where `apply` may be called again for an event whose transaction was rolled back.
+    repeatable: bool = False
 
     def __init__(self, path: Path | str, attached: dict[str, str] | None = None) -> None:
         self.path = str(path)
@@ -220,8 +222,8 @@ class Projection:
                     raise
             except sqlite3.OperationalError as error:
                 # Extended codes hold the primary one in their low byte.
-                # What an inline model remembers was changed already: it is read again after a restart.
-                if self.inline or error.sqlite_errorcode & 0xFF not in _PASSING or time.monotonic() > deadline:
+                # What an inline model remembers was changed already; unless it sees to that, it is read again after a restart.
+                if (self.inline and not self.repeatable) or error.sqlite_errorcode & 0xFF not in _PASSING or time.monotonic() > deadline:
                     raise
                 telemetry.logger().warning("projection.retry", path=self.path, error=str(error), seconds=pause)
             except sqlite3.DatabaseError as error:

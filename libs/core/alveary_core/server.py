@@ -19,6 +19,7 @@ from grpc_reflection.v1alpha import reflection
 from grpc_status import rpc_status
 
 from alveary_core import auth, telemetry
+from alveary_core.disk import DiskGuard
 from alveary_core.errors import AlvearyError, Unauthenticated
 
 # Unary calls that name no deadline get this one, seconds.
@@ -33,6 +34,7 @@ class Interceptor(grpc.aio.ServerInterceptor):
 
     def __init__(self, token_secret: str) -> None:
         self._secret = token_secret
+        self.disk: DiskGuard | None = None
 
     async def intercept_service(
         self,
@@ -65,6 +67,8 @@ class Interceptor(grpc.aio.ServerInterceptor):
 
         make_unary = grpc.stream_unary_rpc_method_handler if handler.request_streaming else grpc.unary_unary_rpc_method_handler
         inner_unary: Any = handler.stream_unary if handler.request_streaming else handler.unary_unary
+        # Whatever hands out links to upload to (UploadSlot) gives none while the platform's disk is nearly full.
+        disk = self.disk
 
         async def unary(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
             call = _Call(self._secret, method, metadata, context)
@@ -75,6 +79,8 @@ class Interceptor(grpc.aio.ServerInterceptor):
                 async with asyncio.timeout(limit):
                     result = inner_unary(request, context)  # type: ignore[misc]
                     reply = await result if inspect.isawaitable(result) else result
+                    if disk is not None and getattr(reply, "slots", None):
+                        await disk.require("this upload")
             except BaseException as error:
                 await call.failed(error)
                 raise
@@ -137,8 +143,9 @@ class Server:
     def __init__(self, token_secret: str) -> None:
         # A trainer or the archiver has no secret of the platform: then no token is good.
         token_secret = token_secret or secrets.token_hex(32)
+        self.interceptor = Interceptor(token_secret)
         self.server = grpc.aio.server(
-            interceptors=[Interceptor(token_secret)],
+            interceptors=[self.interceptor],
             options=[
                 ("grpc.max_receive_message_length", MAX_MESSAGE),
                 ("grpc.max_send_message_length", MAX_MESSAGE),

@@ -36,6 +36,7 @@ class Service:
         # Queries run in threads beside the event loop, which shall not wait 5 ms for each of them to let go.
         sys.setswitchinterval(_SWITCH_SECONDS)
         self.disk = DiskGuard(settings.state_dir, settings.disk_reserve_bytes, settings.disk_reserve_fraction)
+        self.server.interceptor.disk = self.disk
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.connection: Client
         self.log: EventLog

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import secrets
 import sys
@@ -28,6 +29,7 @@ PLACED = Gauge("alveary_runs_placed", "Runs that hold a place on a node", ["work
 NODES = Gauge("alveary_nodes", "Nodes that beat", ["workspace", "target"])
 BUILDS = Gauge("alveary_builds_running", "Images being built by this replica")
 ATTEMPTS = Gauge("alveary_attempts_running", "Attempts on this node")
+LOG_LOST = Counter("alveary_log_lines_lost_total", "Lines of this process's own log that could not be written")
 HANDLED = Counter("alveary_events_handled_total", "Events handled", ["handler", "outcome"])
 DEAD_LETTERS = Counter("alveary_dead_letters_total", "Events that could not be handled and were set aside", ["consumer"])
 STALL = Gauge("alveary_loop_stall_seconds", "Longest delay of the event loop, s, in the last minute and since the start", ["window"])
@@ -56,6 +58,29 @@ def _redact(_: Any, __: str, event: structlog.typing.EventDict) -> structlog.typ
     return event
 
 
+class _Stderr:
+    """Writes lines to stderr, and never raises: its file may be on a disk that is full, and a line that is lost must not end
+    what it speaks of. What could not be written is counted, and said as soon as something can be.
+    """
+
+    lost = 0
+
+    def msg(self, message: str) -> None:
+        line = message.encode(errors="backslashreplace") + b"\n"
+        if _Stderr.lost:
+            line = f'{{"event": "log.lost", "lines": {_Stderr.lost}, "level": "warning"}}\n'.encode() + line
+        try:
+            # A line that was written in part is ended, so that the next one can be read.
+            if os.write(2, line) < len(line):
+                os.write(2, b"\n")
+            _Stderr.lost = 0
+        except OSError:
+            _Stderr.lost += 1
+            LOG_LOST.inc()
+
+    debug = info = warning = warn = error = critical = exception = fatal = log = msg
+
+
 def configure(level: str, service: str) -> None:
     """JSON lines on stderr, each with service, level, time and the ids bound to its context."""
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(name)s: %(message)s")
@@ -70,7 +95,7 @@ def configure(level: str, service: str) -> None:
             structlog.processors.JSONRenderer(default=str),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=lambda *_: _Stderr(),
         cache_logger_on_first_use=True,
     )
     structlog.contextvars.bind_contextvars(service=service)

@@ -85,7 +85,7 @@ def _gpu_milli(gpus: float) -> int:
 class RetryPolicy:
     """Which failures are attempted again, up to `max_attempts`; a lost node always is.
 
-    `on`: "exited", "signal", "out_of_memory", "timeout", "staging_failed", "launch_failed", "upload_failed". `exit_codes`:
+    `on`: "exited", "signal", "out_of_memory", "disk_full", "timeout", "staging_failed", "launch_failed", "upload_failed". `exit_codes`:
     of "exited", only these (empty: all but 0). `backoff_seconds` before the second attempt; doubles with each.
     """
 

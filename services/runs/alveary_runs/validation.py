@@ -10,7 +10,7 @@ from alveary_contracts.events.v1 import events_pb2 as ev
 from alveary_contracts.names import name_problem, path_problem
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_RETRIED = ("exited", "signal", "out_of_memory", "timeout", "staging_failed", "launch_failed", "upload_failed")
+_RETRIED = ("exited", "signal", "out_of_memory", "disk_full", "timeout", "staging_failed", "launch_failed", "upload_failed")
 # Of a run; a share's number is a part of a socket's path.
 MAX_NODE_COUNT = 1024
 _PYTHON = re.compile(r"3\.\d{1,2}(\.\d{1,2})?")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import socket
 import time
+from importlib.metadata import version
 from typing import Any
 
 from alveary_contracts.common.v1 import common_pb2 as c
@@ -206,6 +208,10 @@ class NodeService(rpc.NodeServiceServicer):
                 one.hostname, one.cpu_percent = pulse.beat.hostname, pulse.beat.cpu_percent
                 one.memory_used_bytes = pulse.beat.memory_used_bytes
                 one.seconds_since_beat = time.monotonic() - pulse.at
+                one.disk_total_bytes, one.disk_free_bytes = pulse.beat.disk_total_bytes, pulse.beat.disk_free_bytes
+                one.cordon_reason = pulse.beat.cordon_reason
+                if one.cordon_reason and one.state == "ready":
+                    one.state = "cordoned"
             found.append(one)
         return pb.ListNodesResponse(nodes=found)
 
@@ -214,6 +220,16 @@ class NodeService(rpc.NodeServiceServicer):
         if node.draining:
             return "draining"
         return "quarantined" if pool is not None and node.id in pool.quarantined else "ready"
+
+    async def GetStatus(self, request: pb.GetStatusRequest, context: Any) -> pb.GetStatusResponse:
+        auth.require("reader")
+        disk = await self._scheduler.disk.look()
+        answer = pb.GetStatusResponse(
+            version=version("alveary-core"), hostname=socket.gethostname(), disk_total_bytes=disk.total, disk_free_bytes=disk.free,
+            disk_reserve_bytes=disk.reserve, trouble=await self._scheduler.trouble(),
+        )  # fmt: skip
+        answer.time.GetCurrentTime()
+        return answer
 
     async def DrainNode(self, request: pb.DrainNodeRequest, context: Any) -> pb.DrainNodeResponse:
         who = auth.require("owner")

@@ -364,13 +364,16 @@ def _reason(state: State, run: str, reason: str, *, provisioning: bool) -> None:
 
 def plan(
     state: State, starting: Mapping[tuple[str, str], int], idle: Mapping[tuple[str, str], int], now: float, groups: Groups | None = None,
-    troubles: Mapping[tuple[str, str], str] | None = None,
+    troubles: Mapping[tuple[str, str], str] | None = None, cordoned: Mapping[str, str] | None = None,
 ) -> list[Decision]:  # fmt: skip
     """What to do now.
 
     `starting` is how many nodes of a target are on their way, `idle` how many have been idle for as long as the
-    target allows, `groups` what is on its way for single runs, `troubles` why nothing can be had for a target.
+    target allows, `groups` what is on its way for single runs, `troubles` why nothing can be had for a target,
+    `cordoned` which nodes take no new runs for now, and why.
     """
+    for each in state.pools.values():
+        each.cordon((cordoned or {}).keys())
     for run in [run for run, until in state.held.items() if until <= now]:
         del state.held[run]
         waiting = state.queue[run]
@@ -392,7 +395,7 @@ def plan(
         waiting = state.queue[run]
         grows = growing.get((waiting.workspace, waiting.target), False)
         trouble = (troubles or {}).get((waiting.workspace, waiting.target), "")
-        wait = Wait(run, trouble, False) if trouble else _wait(state, waiting, grows if isinstance(grows, bool) else run in grows)
+        wait = Wait(run, trouble, False) if trouble else _wait(state, waiting, grows if isinstance(grows, bool) else run in grows, cordoned)
         if (waiting.reason, waiting.provisioning) != (wait.reason, wait.provisioning):
             decisions.append(wait)
     return decisions
@@ -409,7 +412,8 @@ def _plan_target(
     queued = len(pool.waiting)
     joined = sum((n.workspace, n.target) == (target.workspace, target.name) and not n.draining for n in state.nodes.values())
     wanted = joined + starting
-    if spec.kind == "local":
+    # A further node of a machine that has no space has none either.
+    if spec.kind == "local" and not pool.cordoned:
         wanted = joined + max(starting, pool.nodes_needed(_fresh(state, target), starting, spec.max_nodes - joined))
     # The pool learns of them when they are in the log; who is next to reserve is found out after that.
     for place in reversed(places):
@@ -464,7 +468,7 @@ def _fresh(state: State, target: Target) -> Machine:
     return Machine("", round(whole.cpus * 1000), whole.memory_bytes, whole.gpus, like.model, like.labels)
 
 
-def _wait(state: State, waiting: Waiting, growing: bool) -> Wait:
+def _wait(state: State, waiting: Waiting, growing: bool, cordoned: Mapping[str, str] | None = None) -> Wait:
     name, request, run = waiting.target, waiting.request, waiting.run
     pool, target = state.pools.get((waiting.workspace, name)), state.targets.get((waiting.workspace, name))
     if pool is None or target is None:
@@ -473,6 +477,10 @@ def _wait(state: State, waiting: Waiting, growing: bool) -> Wait:
     if "quota" in reason:
         return Wait(run, reason, False)
     there = sum(m is not None for m in pool.cluster.machines)
+    if pool.cordoned and cordoned and not growing:
+        first, count = min(pool.cordoned), len(pool.cordoned)
+        who = f"node {first} takes" if count == 1 else f"{count} of the {there} nodes of {name} take"
+        return Wait(run, f"waits for {request}: {who} no new runs: {cordoned[first]}", False)
     if target.spec.kind == "ray":
         if growing:
             return Wait(run, f"Ray is asked for {request}; if no node of the cluster has that free, its autoscaler starts some", True)

@@ -18,7 +18,7 @@ import copy
 import heapq
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -237,6 +237,8 @@ class Pool:
         self._mix: list[tuple[Shape, float]] = []
         self._failures: dict[str, list[str]] = {}
         self.quarantined: dict[str, float] = {}
+        self._drained: set[str] = set()
+        self.cordoned: set[str] = set()
 
     # ---- nodes ----------------------------------------------------------------------------------------------------
 
@@ -260,14 +262,31 @@ class Pool:
         self.cluster.remove(node)
         self.quarantined.pop(node, None)
         self._failures.pop(node, None)
+        self._drained.discard(node)
+        self.cordoned.discard(node)
         self.reservation = None
         return gone
 
     def drain(self, node: str) -> None:
         """Place nothing more on a node."""
+        self._drained.add(node)
         self._possible.clear()
         self.cluster.close(node)
         self.reservation = None
+
+    def cordon(self, nodes: Collection[str]) -> None:
+        """Place nothing on these nodes for now, and again on those that were named the last time and are not now."""
+        wanted = {node for node in nodes if node in self.cluster.rows}
+        if wanted == self.cordoned:
+            return
+        reopened = self.cordoned - wanted - self._drained - self.quarantined.keys()
+        self.cordoned = wanted
+        self._possible.clear()
+        self.reservation = None
+        for node in wanted:
+            self.cluster.close(node)
+        for node in reopened:
+            self.cluster.close(node, False)
 
     def blame(self, node: str, run: str, now: float, limit: int = 3, seconds: float = 600.0) -> bool:
         """An attempt failed for a reason that may be its node's; True: the node is now in quarantine.
@@ -294,7 +313,8 @@ class Pool:
             del self.quarantined[node]
             self._failures.pop(node, None)
             self._possible.clear()
-            self.cluster.close(node, False)
+            if node not in self._drained and node not in self.cordoned:
+                self.cluster.close(node, False)
 
     # ---- runs -----------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sqlite3
+
 from alveary_contracts.events.v1 import events_pb2 as ev
 from alveary_core.events import Event, Key
 from alveary_core.projection import Projection
@@ -15,6 +17,7 @@ class SchedulerProjection(Projection):
     version = 1
     # The state belongs to the scheduler's decisions, which are made on the event loop.
     inline = True
+    repeatable = True
     schema = """
     CREATE TABLE IF NOT EXISTS live (sequence INTEGER PRIMARY KEY, workspace TEXT, aggregate TEXT, id TEXT, name TEXT,
       time REAL, message TEXT, body BLOB);
@@ -25,13 +28,23 @@ class SchedulerProjection(Projection):
         super().__init__(path)
         self.state = domain.State()
         self.specs: dict[str, Event] = {}
+        # Sequence up to which `state` includes the log; the rows may be behind it.
+        self._folded = 0
         for row in self.db.execute("SELECT * FROM live ORDER BY sequence"):
             message = getattr(ev, row["message"])()
             message.ParseFromString(row["body"])
             key = Key(row["workspace"], row["aggregate"], row["id"])
             self._fold(Event("", key, row["name"], message, row["sequence"], row["time"]))
 
+    def _wipe(self, db: sqlite3.Connection) -> None:
+        super()._wipe(db)
+        self.state, self._folded = domain.State(), 0
+        self.specs.clear()
+
     def _fold(self, event: Event) -> None:
+        if event.sequence <= self._folded:
+            return  # the disk was full when its rows were written, and they are written again
+        self._folded = event.sequence
         domain.evolve(self.state, event)
         if isinstance(event.message, (ev.RunPrepared, ev.RunRetrying)):
             self.specs[event.key.id] = event

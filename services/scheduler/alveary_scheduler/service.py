@@ -20,7 +20,7 @@ from alveary_contracts.events.v1 import events_pb2 as ev
 from alveary_contracts.ids import new_id
 from alveary_contracts.trainer.v1 import trainer_pb2 as tr
 from alveary_core import telemetry
-from alveary_core.errors import Aborted, FailedPrecondition
+from alveary_core.errors import Aborted, FailedPrecondition, Unavailable
 from alveary_core.eventlog import Conflict
 from alveary_core.events import Event, Key
 from alveary_core.service import Service
@@ -50,7 +50,7 @@ class Scheduler:
 
     def __init__(self, service: Service, projection: SchedulerProjection, local: LocalNodes, joining: Joining) -> None:
         self._service, self.view, self._local, self.joining = service, projection, local, joining
-        self._settings = service.settings
+        self._settings, self.disk = service.settings, service.disk
         self._wake = asyncio.Event()
         self._sequences: dict[Key, int] = {}
         self.pulses: dict[str, Pulse] = {}
@@ -145,21 +145,42 @@ class Scheduler:
         gc.collect()
         gc.freeze()
         while True:
-            await self._release_canceled()
-            # A lost node of a run frees the run's other nodes, where its processes still run until they hear of it: nothing
-            # is decided until that is said, and nothing else happens between the last look and the decisions.
-            while await self._revoke_stale():
-                pass
-            clusters = {key: t.spec.address for key, t in self.state.targets.items() if t.spec.kind == "ray"}
-            self._ray.tend(clusters)
-            troubles = {key: trouble for key in clusters if (trouble := self._ray.trouble(key))}
-            for decision in domain.plan(self.state, self._starting(), self._idle(), time.time(), self._coming(), troubles):
-                await self._do(decision)
+            try:
+                await self._decide()
+            except Unavailable as error:  # the event log takes nothing now, as on a full disk: nodes go on beating meanwhile
+                telemetry.logger().warning("decide.unavailable", error=str(error))
             self._count()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(1.0):
                     await self._wake.wait()
             self._wake.clear()
+
+    async def _decide(self) -> None:
+        cordoned = await self._cordoned()
+        await self._release_canceled()
+        # A lost node of a run frees the run's other nodes, where its processes still run until they hear of it: nothing
+        # is decided until that is said, and nothing else happens between the last look and the decisions.
+        while await self._revoke_stale():
+            pass
+        clusters = {key: t.spec.address for key, t in self.state.targets.items() if t.spec.kind == "ray"}
+        self._ray.tend(clusters)
+        troubles = {key: trouble for key in clusters if (trouble := self._ray.trouble(key))}
+        for decision in domain.plan(self.state, self._starting(), self._idle(), time.time(), self._coming(), troubles, cordoned):
+            await self._do(decision)
+
+    async def trouble(self) -> str:
+        """Why nothing is placed anywhere; empty: nothing stands against it."""
+        try:
+            problem = (await self._service.disk.look()).problem
+        except OSError as error:
+            problem = f"the platform's disk cannot be looked at: {error}"
+        return problem and f"{problem}, the platform's own"
+
+    async def _cordoned(self) -> dict[str, str]:
+        """Nodes that take no new runs for now, and why: their own disks, or the platform's."""
+        if trouble := await self.trouble():
+            return dict.fromkeys(self.state.nodes, trouble)
+        return {name: pulse.beat.cordon_reason for name, pulse in self.pulses.items() if pulse.beat.cordon_reason}
 
     def _count(self) -> None:
         """Gauges of what is live."""
@@ -369,19 +390,25 @@ class Scheduler:
         # A trainer gives up after lease_seconds without an answer; the margin covers its SIGKILLs.
         limit = self._settings.lease_seconds + max(2.0, 2 * self._settings.beat_seconds)
         while True:
-            now = time.monotonic()
-            for node in list(self.state.nodes.values()):
-                seen = max(self.pulses[node.id].at if node.id in self.pulses else 0.0, self._booted)
-                if now - seen > limit:
-                    reason = f"no beat for {now - seen:.0f} s"
-                    await self.append(Key(node.workspace, "node", node.id), ev.NodeLost(incarnation=node.incarnation, reason=reason))
-                    # One of ours: it would neither work nor make room for one that does. Of "nodes" it does nothing.
-                    self._local.kill(node.id)
-                    self._ray.gone(node.id)
-                    self._wake.set()
+            try:
+                await self._declare_lost(limit)
+            except Unavailable as error:
+                telemetry.logger().warning("lost.unavailable", error=str(error))
             for key in [k for k, t in self.state.targets.items() if t.spec.kind == "local"]:
                 self._local.keep_alive(key, self.state.targets[key].spec, self._leaving)
             await asyncio.sleep(min(0.5, self._settings.beat_seconds))
+
+    async def _declare_lost(self, limit: float) -> None:
+        now = time.monotonic()
+        for node in list(self.state.nodes.values()):
+            seen = max(self.pulses[node.id].at if node.id in self.pulses else 0.0, self._booted)
+            if now - seen > limit:
+                reason = f"no beat for {now - seen:.0f} s"
+                await self.append(Key(node.workspace, "node", node.id), ev.NodeLost(incarnation=node.incarnation, reason=reason))
+                # One of ours: it would neither work nor make room for one that does. Of "nodes" it does nothing.
+                self._local.kill(node.id)
+                self._ray.gone(node.id)
+                self._wake.set()
 
 
 def _target_key(key: tuple[str, str]) -> tuple[str, str, str]:

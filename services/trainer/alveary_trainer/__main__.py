@@ -161,6 +161,7 @@ async def main() -> bool:
     start = await service.log.last_sequence() + 1
     service.spawn(agent.follow(start), "follow")
     service.spawn(agent.beat(), "beat")
+    service.spawn(agent.disk.run(), "disk")
     monitor = stalls.watch()
     await until(agent.done, service)
     monitor.stop()

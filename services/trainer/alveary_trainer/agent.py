@@ -8,6 +8,7 @@ import os
 import socket
 import time
 from collections import OrderedDict
+from functools import partial
 from typing import Any
 
 import nats.errors
@@ -21,6 +22,7 @@ from alveary_core import auth, telemetry
 from alveary_core.events import Key, decode
 from alveary_trainer.adapters.gpus import gpu_models, gpu_utilisation
 from alveary_trainer.attempt import Attempt
+from alveary_trainer.disk import DiskWatch, Occupant
 from alveary_trainer.node import NodeContext
 
 # A trainer whose control plane is gone for good leaves after this, seconds.
@@ -41,6 +43,10 @@ class Agent:
         self.done = asyncio.Event()
         # Whether this process shall begin again once it is done.
         self.afresh = False
+        s = context.settings
+        folders = [context.runs_dir.parent, s.cache_dir or s.state_dir]
+        self.disk = DiskWatch(s.node, folders, s.disk_reserve_bytes, s.disk_reserve_fraction, self._occupants)
+        context.disk_fault = self.disk.fault
 
     async def follow(self, start: int) -> None:
         """Placements for this node, what is taken back or must make room, and cancels, for ever."""
@@ -111,16 +117,24 @@ class Agent:
             if f"{attempt.run_id}-{attempt.number}" == name:
                 attempt.end(why)
 
+    def _occupants(self) -> list[Occupant]:
+        return [
+            Occupant(a.name, self._context.runs_dir / a.name, partial(a.end, "disk_full"), a.phase == "running")
+            for a in self.attempts.values()
+        ]
+
     def beat_message(self, leaving: bool = False) -> pb.Beat:
         """What this node says of itself now."""
         s = self._settings
         memory = psutil.virtual_memory()
+        disk = self.disk.disk
         return pb.Beat(
             node=s.node, incarnation=self._context.incarnation, target=s.target, leaving=leaving,
             hostname=socket.gethostname(), labels=s.node_labels, cpus=s.node_cpus or float(len(os.sched_getaffinity(0))), cpu_percent=psutil.cpu_percent(None),
             memory_total_bytes=s.node_memory_bytes or memory.total, memory_used_bytes=memory.total - memory.available,
             gpus=len(s.gpus), gpu_models=[m for i, m in enumerate(gpu_models()) if i in s.gpus],
             gpu_percent=gpu_utilisation(s.gpus),
+            disk_total_bytes=disk.total if disk else 0, disk_free_bytes=disk.free if disk else 0, cordon_reason=self.disk.problem,
             attempts=[
                 pb.AttemptInfo(
                     run_id=a.run_id, attempt=a.number, phase=a.phase, pids=a.usage.pids,

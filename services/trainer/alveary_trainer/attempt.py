@@ -85,7 +85,7 @@ class Attempt:
         self._code = self._root / "work"
         self._place: Place | None = None
         self._tree: Tree | None = None
-        # Why it must end before its time: one of gang.ASKED, "peer", "out_of_memory", or "fenced" (then it says nothing).
+        # Why it must end before its time: one of gang.ASKED, "peer", "out_of_memory", "disk_full", or "fenced" (then it says nothing).
         self._end, self._why = "", ""
         self._ending, self._fenced = asyncio.Event(), asyncio.Event()
         self._tail: deque[str] = deque(maxlen=20)
@@ -181,6 +181,8 @@ class Attempt:
         """From the end of this node's processes to the report on the whole attempt."""
         self.phase = "finalizing"
         crew = self._crew
+        if self._end == "disk_full":  # nothing of it is stored, and others need the space now
+            await asyncio.to_thread(remove_tree, self._root)
         # A failure before there were ranks: what the program said, if anything.
         if not status.last_lines:
             status.last_lines[:] = self._tail
@@ -468,7 +470,7 @@ class Attempt:
             await self._sync(place)
 
     async def _sync(self, place: Place, *, last: bool = False) -> None:
-        if self._end == "fenced":
+        if self._end in ("fenced", "disk_full"):
             return
         try:
             if await self._checkpoints.sync(self._node.runtime.readable_below(place), last=last):
@@ -500,6 +502,9 @@ class Attempt:
         if self._end == "out_of_memory":
             status.reason = self._end
             status.message = f"it used more than the {self.spec.resources.memory_bytes / 2**20:.0f} MiB of memory it asked for"
+        elif self._end == "disk_full":
+            status.reason = self._end
+            status.message = f"{self._why}; its outputs are not stored, except for checkpoints that were copied before"
         elif self._end in (PEER, *ASKED):
             status.reason = self._end
             status.message = self._why or _WORDS[self._end].format(self.spec.max_run_duration_seconds)
@@ -517,6 +522,12 @@ class Attempt:
             status.reason, status.message = "launch_failed", "its supervisor was killed"
         if self._ranks is not None:
             self._blame(status, self._ranks)
+        if (
+            status.reason in ("exited", "signal", "launch_failed")
+            and (status.exit_code or status.signal)
+            and (fault := self._node.disk_fault())
+        ):
+            status.message = f"{status.message or status.reason}, and {fault}"
         return status
 
     def _blame(self, status: c.ExitStatus, ranks: Ranks) -> None:

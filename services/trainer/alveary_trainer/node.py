@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ class NodeContext:
     sockets_dir: Path
     # Holds the `alveary` package for training processes.
     runtime_dir: Path
+    # What to say of an attempt that failed by itself while the node's disk is full; empty: it is not.
+    disk_fault: Callable[[], str] = str
 
     def _channel(self, endpoint: str) -> grpc.aio.Channel:
         if not endpoint:

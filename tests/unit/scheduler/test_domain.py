@@ -332,3 +332,38 @@ def test_limits_of_a_target_change_under_its_runs() -> None:
     world.say("target", "t", ev.TargetUpdated(spec=spec))
     assert first in world.state.placed
     assert domain.Scale("w", "t", 2, "1 runs wait") in world.act()
+
+
+def _reasons(decisions: list[domain.Decision]) -> list[str]:
+    return [d.reason for d in decisions if isinstance(d, domain.Wait)]
+
+
+def test_nothing_is_placed_on_a_cordoned_node_and_those_who_wait_are_told_why() -> None:
+    world = World(min_nodes=1, max_nodes=3)
+    world.join()
+    run = world.submit(1)
+    decisions = domain.plan(world.state, {T: 0}, {T: 0}, 0.0, cordoned={"t-0": "its disk is full"})
+    assert not [d for d in decisions if isinstance(d, (Place, domain.Scale))], "another node of the machine would have no space either"
+    assert len(_reasons(decisions)) == 1 and _reasons(decisions)[0].endswith("node t-0 takes no new runs: its disk is full")
+    placed = domain.plan(world.state, {T: 0}, {T: 0}, 0.0, cordoned={"elsewhere": "x"})
+    assert [d.run for d in placed if isinstance(d, Place)] == [run], "it takes runs again by itself"
+
+
+def test_a_cordon_ends_neither_a_drain_nor_a_quarantine() -> None:
+    world = World(min_nodes=2, max_nodes=2)
+    world.join()
+    world.join()
+    pool = world.state.pools[T]
+    pool.cordon({"t-0", "t-1"})
+    world.say("node", "t-0", ev.NodeDraining(reason="for repair"))
+    for run in ("a", "b", "c"):
+        pool.blame("t-1", run, 0.0)
+    pool.cordon(())
+    world.submit(1)
+    assert not [d for d in domain.plan(world.state, {T: 0}, {T: 0}, 1.0) if isinstance(d, Place)]
+    pool.cordon({"t-1"})
+    assert not [d for d in domain.plan(world.state, {T: 0}, {T: 0}, 700.0, cordoned={"t-1": "x"}) if isinstance(d, Place)], (
+        "its quarantine is over, and its disk is full"
+    )
+    (place,) = [d for d in domain.plan(world.state, {T: 0}, {T: 0}, 701.0) if isinstance(d, Place)]
+    assert [s.node for s in place.shares] == ["t-1"]

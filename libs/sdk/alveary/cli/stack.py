@@ -8,12 +8,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from alveary.cli.common import NO_PLATFORM, json_option, print_json, say, state_dir_option, state_folder, target_row
 from alveary.cli.table import show
 from alveary.errors import AlvearyError
+
+if TYPE_CHECKING:
+    from alveary.workspace import Workspace
 
 
 @click.command()
@@ -170,10 +174,47 @@ def status(state_dir: Path | None, as_json: bool) -> None:
         raise click.exceptions.Exit(NO_PLATFORM)
     from alveary.workspace import Workspace
 
-    targets = list(Workspace.from_config(folder / "config.json").compute_targets.values())
-    found["targets"] = [target_row(t._found) for t in targets]
+    workspace = Workspace.from_config(folder / "config.json")
+    found["targets"] = [target_row(t._found) for t in workspace.compute_targets.values()]
+    found["platform"], found["nodes"] = _ask(workspace)
     if as_json:
         print_json(found)
         return
     click.echo(f"running at {found['endpoint']}: " + ", ".join(f"{n} (pid {p})" for n, p in found["pids"].items()))
+    for line in _platform_lines(found["platform"], found["nodes"], found.get("trouble", "")):
+        click.echo(line)
     show(found["targets"], ("name", "state", "nodes", "running", "waiting"), False)
+
+
+def _ask(workspace: Workspace) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The platform's own word on itself, and its nodes."""
+    from alveary_contracts.scheduler.v1 import scheduler_pb2 as pb
+
+    client = workspace._client
+    said = workspace._call(client.call(client.nodes.GetStatus, pb.GetStatusRequest()))
+    nodes = workspace._call(client.call(client.nodes.ListNodes, pb.ListNodesRequest())).nodes
+    platform = {
+        "version": said.version, "hostname": said.hostname, "clock_ahead_seconds": round(said.time.ToNanoseconds() / 1e9 - time.time(), 1),
+        "disk_free_bytes": said.disk_free_bytes, "disk_total_bytes": said.disk_total_bytes, "disk_reserve_bytes": said.disk_reserve_bytes,
+        "trouble": said.trouble,
+    }  # fmt: skip
+    rows = [
+        {
+            "node": n.id, "target": n.target, "state": n.state, "runs": len(n.run_ids), "disk_free_bytes": n.disk_free_bytes,
+            "disk_total_bytes": n.disk_total_bytes, "trouble": n.cordon_reason,
+        }
+        for n in nodes
+    ]  # fmt: skip
+    return platform, rows
+
+
+def _platform_lines(platform: dict[str, Any], nodes: list[dict[str, Any]], trouble: str) -> list[str]:
+    free, total = platform["disk_free_bytes"] / 2**30, platform["disk_total_bytes"] / 2**30
+    lines = [f"version {platform['version']}; {free:.1f} of {total:.1f} GiB are free on its disk"]
+    if abs(platform["clock_ahead_seconds"]) > 60:
+        lines.append(f"its clock differs by {platform['clock_ahead_seconds']:+.0f} s from this one's")
+    cordoned = [n for n in nodes if n["state"] != "ready"]
+    lines.append(f"nodes: {len(nodes)}" + "".join(f"; {n['node']} is {n['state']}" for n in cordoned))
+    seen = dict.fromkeys([trouble, platform["trouble"], *(n["trouble"] for n in nodes)])
+    lines += [f"trouble: {text}" for text in seen if text]
+    return lines

@@ -52,8 +52,12 @@ class LocalNodes:
         self._pauses: dict[str, tuple[float, float]] = {}
         self._wanted: dict[TargetKey, set[str]] = {}
         for file in self._folder.glob("*.json"):
-            known = json.loads(file.read_text())
-            self._wanted.setdefault((known["workspace"], known["target"]), set()).add(known["node"])
+            try:
+                known = json.loads(file.read_text())
+                self._wanted.setdefault((known["workspace"], known["target"]), set()).add(known["node"])
+            except (ValueError, KeyError, TypeError) as error:  # the machine went down while it was written
+                telemetry.logger().warning("node.forgotten", file=str(file), error=repr(error))
+                file.unlink()
 
     def nodes(self, key: TargetKey) -> list[str]:
         """Ids of the target's nodes that run or are being started."""
@@ -129,6 +133,12 @@ class LocalNodes:
             "ALVEARY_NODE_CPUS": str(spec.node_resources.cpus),
             "ALVEARY_NODE_MEMORY_BYTES": str(spec.node_resources.memory_bytes),
         }
+        try:
+            self._launch(key, node, env)
+        except OSError as error:  # no space, no memory, no more processes: `keep_alive` tries again
+            telemetry.logger().warning("node.not_started", node=node, error=str(error))
+
+    def _launch(self, key: TargetKey, node: str, env: dict[str, str]) -> None:
         with (self._folder / f"{node}.log").open("ab") as log:
             child = subprocess.Popen(
                 [sys.executable, "-m", "alveary_trainer"], env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
@@ -140,6 +150,12 @@ class LocalNodes:
             created = psutil.Process(child.pid).create_time()
         record = {"pid": child.pid, "created": created, "node": node, "workspace": key[0], "target": key[1]}
         part = self._folder / f".{node}.part"
-        part.write_text(json.dumps(record))
-        part.rename(self._folder / f"{node}.json")
+        try:
+            part.write_text(json.dumps(record))
+            part.rename(self._folder / f"{node}.json")
+        except OSError:  # nobody would find it again
+            part.unlink(missing_ok=True)
+            child.kill()
+            child.wait()
+            raise
         telemetry.logger().info("node.start", node=node, pid=child.pid)

@@ -305,6 +305,9 @@ class Node(_message.Message):
     SECONDS_SINCE_BEAT_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
+    DISK_TOTAL_BYTES_FIELD_NUMBER: _builtins.int
+    DISK_FREE_BYTES_FIELD_NUMBER: _builtins.int
+    CORDON_REASON_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     target: _builtins.str
     hostname: _builtins.str
@@ -313,7 +316,12 @@ class Node(_message.Message):
     memory_used_bytes: _builtins.int
     seconds_since_beat: _builtins.float
     state: _builtins.str
-    """"ready", "draining" or "quarantined"."""
+    """"ready", "draining", "quarantined" or "cordoned"."""
+    disk_total_bytes: _builtins.int
+    """Newest beat; not stored."""
+    disk_free_bytes: _builtins.int
+    cordon_reason: _builtins.str
+    """Why it takes no new runs, where its state is "cordoned"."""
     @_builtins.property
     def resources(self) -> _common_pb2.Resources: ...
     @_builtins.property
@@ -339,10 +347,13 @@ class Node(_message.Message):
         seconds_since_beat: _builtins.float = ...,
         state: _builtins.str = ...,
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        disk_total_bytes: _builtins.int = ...,
+        disk_free_bytes: _builtins.int = ...,
+        cordon_reason: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["resources", b"resources", "used", b"used"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpu_percent", b"cpu_percent", "gpu_models", b"gpu_models", "hostname", b"hostname", "id", b"id", "labels", b"labels", "memory_used_bytes", b"memory_used_bytes", "resources", b"resources", "run_ids", b"run_ids", "seconds_since_beat", b"seconds_since_beat", "state", b"state", "target", b"target", "used", b"used"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cordon_reason", b"cordon_reason", "cpu_percent", b"cpu_percent", "disk_free_bytes", b"disk_free_bytes", "disk_total_bytes", b"disk_total_bytes", "gpu_models", b"gpu_models", "hostname", b"hostname", "id", b"id", "labels", b"labels", "memory_used_bytes", b"memory_used_bytes", "resources", b"resources", "run_ids", b"run_ids", "seconds_since_beat", b"seconds_since_beat", "state", b"state", "target", b"target", "used", b"used"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -501,6 +512,64 @@ class JoinNodeResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___JoinNodeResponse: _TypeAlias = JoinNodeResponse  # noqa: Y015
+
+@_typing.final
+class GetStatusRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetStatusRequest: _TypeAlias = GetStatusRequest  # noqa: Y015
+
+@_typing.final
+class GetStatusResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    TIME_FIELD_NUMBER: _builtins.int
+    HOSTNAME_FIELD_NUMBER: _builtins.int
+    DISK_TOTAL_BYTES_FIELD_NUMBER: _builtins.int
+    DISK_FREE_BYTES_FIELD_NUMBER: _builtins.int
+    DISK_RESERVE_BYTES_FIELD_NUMBER: _builtins.int
+    TROUBLE_FIELD_NUMBER: _builtins.int
+    version: _builtins.str
+    """Of the platform's packages."""
+    hostname: _builtins.str
+    disk_total_bytes: _builtins.int
+    """Of the disk that the scheduler's state is on, bytes: with less than the reserve free nothing is placed."""
+    disk_free_bytes: _builtins.int
+    disk_reserve_bytes: _builtins.int
+    trouble: _builtins.str
+    """Why nothing is placed at all; empty: nothing stands against it."""
+    @_builtins.property
+    def time(self) -> _timestamp_pb2.Timestamp:
+        """The platform's clock."""
+
+    def __init__(
+        self,
+        *,
+        version: _builtins.str = ...,
+        time: _timestamp_pb2.Timestamp | None = ...,
+        hostname: _builtins.str = ...,
+        disk_total_bytes: _builtins.int = ...,
+        disk_free_bytes: _builtins.int = ...,
+        disk_reserve_bytes: _builtins.int = ...,
+        trouble: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["time", b"time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["disk_free_bytes", b"disk_free_bytes", "disk_reserve_bytes", b"disk_reserve_bytes", "disk_total_bytes", b"disk_total_bytes", "hostname", b"hostname", "time", b"time", "trouble", b"trouble", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetStatusResponse: _TypeAlias = GetStatusResponse  # noqa: Y015
 
 @_typing.final
 class ListNodesRequest(_message.Message):

@@ -302,6 +302,11 @@ class NodeServiceStub(object):
                 request_serializer=alveary_dot_scheduler_dot_v1_dot_scheduler__pb2.CreateJoinTokenRequest.SerializeToString,
                 response_deserializer=alveary_dot_scheduler_dot_v1_dot_scheduler__pb2.CreateJoinTokenResponse.FromString,
                 _registered_method=True)
+        self.GetStatus = channel.unary_unary(
+                '/alveary.scheduler.v1.NodeService/GetStatus',
+                request_serializer=alveary_dot_scheduler_dot_v1_dot_scheduler__pb2.GetStatusRequest.SerializeToString,
+                response_deserializer=alveary_dot_scheduler_dot_v1_dot_scheduler__pb2.GetStatusResponse.FromString,
+                _registered_method=True)
         self.JoinNode = channel.unary_unary(
                 '/alveary.scheduler.v1.NodeService/JoinNode',
                 request_serializer=alveary_dot_scheduler_dot_v1_dot_scheduler__pb2.JoinNodeRequest.SerializeToString,
@@ -333,6 +338,13 @@ class NodeServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetStatus(self, request, context):
+        """The scheduler's own machine, and whether it lets anything be placed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def JoinNode(self, request, context):
         """What a trainer needs to become a node. The call's token is a join token, and good for nothing else.
         """
@@ -357,6 +369,11 @@ def add_NodeServiceServicer_to_server(servicer, server):
                     servicer.CreateJoinToken,
                     request_deserializer=alveary_dot_scheduler_dot_v1_dot_scheduler__pb2.CreateJoinTokenRequest.FromString,
                     response_serializer=alveary_dot_scheduler_dot_v1_dot_scheduler__pb2.CreateJoinTokenResponse.SerializeToString,
+            ),
+            'GetStatus': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetStatus,
+                    request_deserializer=alveary_dot_scheduler_dot_v1_dot_scheduler__pb2.GetStatusRequest.FromString,
+                    response_serializer=alveary_dot_scheduler_dot_v1_dot_scheduler__pb2.GetStatusResponse.SerializeToString,
             ),
             'JoinNode': grpc.unary_unary_rpc_method_handler(
                     servicer.JoinNode,
@@ -445,6 +462,33 @@ class NodeService(object):
             '/alveary.scheduler.v1.NodeService/CreateJoinToken',
             alveary_dot_scheduler_dot_v1_dot_scheduler__pb2.CreateJoinTokenRequest.SerializeToString,
             alveary_dot_scheduler_dot_v1_dot_scheduler__pb2.CreateJoinTokenResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetStatus(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/alveary.scheduler.v1.NodeService/GetStatus',
+            alveary_dot_scheduler_dot_v1_dot_scheduler__pb2.GetStatusRequest.SerializeToString,
+            alveary_dot_scheduler_dot_v1_dot_scheduler__pb2.GetStatusResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -111,6 +111,8 @@ class NodeServiceStub:
     """A token with which machines join a target of kind "nodes". Needs the role owner. FAILED_PRECONDITION where the
     platform can be reached from its own machine alone.
     """
+    GetStatus: _grpc.UnaryUnaryMultiCallable[_scheduler_pb2.GetStatusRequest, _scheduler_pb2.GetStatusResponse]
+    """The scheduler's own machine, and whether it lets anything be placed."""
     JoinNode: _grpc.UnaryUnaryMultiCallable[_scheduler_pb2.JoinNodeRequest, _scheduler_pb2.JoinNodeResponse]
     """What a trainer needs to become a node. The call's token is a join token, and good for nothing else."""
 
@@ -124,6 +126,8 @@ class NodeServiceAsyncStub(NodeServiceStub):
     """A token with which machines join a target of kind "nodes". Needs the role owner. FAILED_PRECONDITION where the
     platform can be reached from its own machine alone.
     """
+    GetStatus: _aio.UnaryUnaryMultiCallable[_scheduler_pb2.GetStatusRequest, _scheduler_pb2.GetStatusResponse]  # type: ignore[assignment]
+    """The scheduler's own machine, and whether it lets anything be placed."""
     JoinNode: _aio.UnaryUnaryMultiCallable[_scheduler_pb2.JoinNodeRequest, _scheduler_pb2.JoinNodeResponse]  # type: ignore[assignment]
     """What a trainer needs to become a node. The call's token is a join token, and good for nothing else."""
 
@@ -152,6 +156,14 @@ class NodeServiceServicer(metaclass=_abc_1.ABCMeta):
         """A token with which machines join a target of kind "nodes". Needs the role owner. FAILED_PRECONDITION where the
         platform can be reached from its own machine alone.
         """
+
+    @_abc_1.abstractmethod
+    def GetStatus(
+        self,
+        request: _scheduler_pb2.GetStatusRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_scheduler_pb2.GetStatusResponse, _abc.Awaitable[_scheduler_pb2.GetStatusResponse]]:
+        """The scheduler's own machine, and whether it lets anything be placed."""
 
     @_abc_1.abstractmethod
     def JoinNode(

@@ -172,6 +172,9 @@ class Beat(_message.Message):
     GPU_PERCENT_FIELD_NUMBER: _builtins.int
     LEAVING_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
+    DISK_TOTAL_BYTES_FIELD_NUMBER: _builtins.int
+    DISK_FREE_BYTES_FIELD_NUMBER: _builtins.int
+    CORDON_REASON_FIELD_NUMBER: _builtins.int
     node: _builtins.str
     incarnation: _builtins.str
     target: _builtins.str
@@ -183,6 +186,11 @@ class Beat(_message.Message):
     hostname: _builtins.str
     leaving: _builtins.bool
     """The node is about to stop and takes nothing more."""
+    disk_total_bytes: _builtins.int
+    """Of the disk that runs work on, bytes. `disk_free` is what an unprivileged process may use."""
+    disk_free_bytes: _builtins.int
+    cordon_reason: _builtins.str
+    """Why the node takes no new runs now; what runs there goes on. Empty: it takes them."""
     @_builtins.property
     def attempts(self) -> _containers.RepeatedCompositeFieldContainer[Global___AttemptInfo]: ...
     @_builtins.property
@@ -208,10 +216,13 @@ class Beat(_message.Message):
         gpu_percent: _abc.Iterable[_builtins.float] | None = ...,
         leaving: _builtins.bool = ...,
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        disk_total_bytes: _builtins.int = ...,
+        disk_free_bytes: _builtins.int = ...,
+        cordon_reason: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "cpu_percent", b"cpu_percent", "cpus", b"cpus", "gpu_models", b"gpu_models", "gpu_percent", b"gpu_percent", "gpus", b"gpus", "hostname", b"hostname", "incarnation", b"incarnation", "labels", b"labels", "leaving", b"leaving", "memory_total_bytes", b"memory_total_bytes", "memory_used_bytes", b"memory_used_bytes", "node", b"node", "target", b"target"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "cordon_reason", b"cordon_reason", "cpu_percent", b"cpu_percent", "cpus", b"cpus", "disk_free_bytes", b"disk_free_bytes", "disk_total_bytes", b"disk_total_bytes", "gpu_models", b"gpu_models", "gpu_percent", b"gpu_percent", "gpus", b"gpus", "hostname", b"hostname", "incarnation", b"incarnation", "labels", b"labels", "leaving", b"leaving", "memory_total_bytes", b"memory_total_bytes", "memory_used_bytes", b"memory_used_bytes", "node", b"node", "target", b"target"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
