@@ -133,6 +133,8 @@ class EventLog:
     def __init__(self, connection: Client, source: str) -> None:
         self.connection = connection
         self.js: JetStreamContext = connection.jetstream(timeout=5)
+        # For what may take long on a large stream.
+        self._patient_js: JetStreamContext = connection.jetstream(timeout=60)
         self.source = source
 
     async def append(self, key: Key, messages: Sequence[Message], expected: int) -> Appended:
@@ -196,10 +198,18 @@ class EventLog:
         Raises:
             Unavailable: the log did not answer in time.
         """
+        await self.purge_subject(key.subject(), before)
+
+    async def purge_subject(self, subject: str, before: int) -> None:
+        """Remove the events of a subject, which may have wildcards, that are older than sequence `before`.
+
+        Raises:
+            Unavailable: the log did not answer in time.
+        """
         try:
-            await self.js.purge_stream(STREAM, seq=before, subject=key.subject())
+            await self._patient_js.purge_stream(STREAM, seq=before, subject=subject)
         except _TRANSIENT as error:
-            raise Unavailable(f"the event log does not purge {key.subject()}: {error or type(error).__name__}") from error
+            raise Unavailable(f"the event log does not purge {subject}: {error or type(error).__name__}") from error
 
     async def last_sequence(self) -> int:
         """Sequence of the newest event of all."""

@@ -60,10 +60,10 @@ class Experiment:
         status: str | None = None,
     ) -> list[Run]:  # fmt: skip
         """Its runs, newest first."""
-        conditions = [f'experiment = "{self.name}"']
+        conditions = [f"experiment = {_quoted(self.name)}"]
         wanted = {tags: None} if isinstance(tags, str) else dict(tags or {})
-        conditions += [f'tags.{k} = "{v}"' if v is not None else f'tags.{k} >= ""' for k, v in wanted.items()]
-        conditions += [f'properties.{k} = "{v}"' for k, v in (properties or {}).items()]
+        conditions += [f"tags.{_quoted(k)} = {_quoted(v)}" if v is not None else f'tags.{_quoted(k)} >= ""' for k, v in wanted.items()]
+        conditions += [f"properties.{_quoted(k)} = {_quoted(v)}" for k, v in (properties or {}).items()]
         return self.workspace._list(" AND ".join(conditions), status, include_children)
 
     @staticmethod
@@ -73,3 +73,9 @@ class Experiment:
 
         reply = workspace._call(workspace._client.call(workspace._client.experiments.ListExperiments, runs_pb2.ListExperimentsRequest()))
         return [Experiment(workspace, e.name) for e in reply.experiments if experiment_name in (None, e.name)]
+
+
+def _quoted(text: object) -> str:
+    """A name or value as filters have it: any text."""
+    escaped = str(text).replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'

@@ -33,7 +33,7 @@ async def start(service: Service) -> None:
     service.spawn(service.log.consume("runs", SUBJECTS, Handlers(runs, projection)), "handlers")
     service.spawn(settle(runs, projection), "settle")
     settings = service.settings
-    compaction = Compaction(service.log, runs, projection, settings.compact_after_seconds, settings.compact_interval_seconds)
+    compaction = Compaction(service.log, projection, settings.compact_after_seconds, settings.compact_interval_seconds)
     service.spawn(compaction.run(), "compaction")
     await projection.caught_up.wait()
 

@@ -23,7 +23,7 @@ from alveary_core.aggregates import Aggregates
 from alveary_core.errors import FailedPrecondition, InvalidArgument, NotFound
 from alveary_core.eventlog import METRICS, EventLog
 from alveary_core.objectstore import ObjectStore
-from alveary_runs import domain, query, series
+from alveary_runs import domain, listing, query, series
 from alveary_runs.metrics import batches
 from alveary_runs.projection import RunsProjection, view
 from alveary_runs.resolve import full_id
@@ -72,10 +72,10 @@ class RunService(rpc.RunServiceServicer):
                 return pb.SubmitRunResponse(run=await self._shown(who.workspace, run_id, state), sequence=sequence)
         spec = await self._checked(who.workspace, request.spec)
         digest = image_digest(spec.environment, run_id)
-        number = await self._view.row("SELECT count(*) FROM runs WHERE workspace=? AND experiment=?", (who.workspace, spec.experiment))
+        number = await self._view.next_number(who.workspace, spec.experiment)
         submitted = ev.RunSubmitted(
             spec=spec, submitted_by=who.subject, image_digest=digest, idempotency_key=key_text,
-            number=(number[0] if number else 0) + 1,
+            number=number,
         )  # fmt: skip
         ready = await self._view.image_state(who.workspace, digest) == "ready"
 
@@ -143,31 +143,20 @@ class RunService(rpc.RunServiceServicer):
     async def ListRuns(self, request: pb.ListRunsRequest, context: Context) -> pb.ListRunsResponse:
         who = auth.require("reader")
         await self._view.wait_for(request.min_sequence)
-        condition, parameters = query.where(request.filter)
+        conditions = query.conditions(request.filter)
         metric, direction = query.order(request.order_by)
         names = _names(request.metric_names)
         size = request.page_size or 100
         if not 1 <= size <= 1000:
             raise InvalidArgument(("page_size", f"{size}: 1 to 1000"))
-        # A run's place: NaN comes last in both directions, then the value, then the id.
-        sql, values = f"SELECT * FROM runs WHERE workspace=? AND {condition}", [who.workspace, *parameters]
-        if not request.include_archived:
-            sql += " AND archived=0"
-        if metric:
-            sql = f"SELECT id, proto, m.nan AS nan, m.value AS rank FROM ({sql}) r JOIN newest m ON m.run = r.id AND m.name = ? AND m.value IS NOT NULL"
-            values.append(metric)
-        else:
-            sql = f"SELECT id, proto, 0 AS nan, submitted_at AS rank FROM ({sql})"
-        sql = f"SELECT * FROM ({sql})"
-        if request.page_token:
-            nan, rank, last = query.decode_token(request.page_token)
-            sql += f" WHERE nan > ? OR (nan = ? AND (rank, id) {'>' if direction == 'ASC' else '<'} (?, ?))"
-            values += [nan, nan, rank, last]
+        after = query.decode_token(request.page_token) if request.page_token else None
+        ask = listing.Listing(who.workspace, conditions, metric, direction, request.include_archived, size, after)
 
         def page(db: sqlite3.Connection) -> pb.ListRunsResponse:
-            rows = db.execute(f"{sql} ORDER BY nan, rank {direction}, id {direction} LIMIT ?", [*values, size + 1]).fetchall()
-            token_text = query.encode_token([rows[size - 1][name] for name in ("nan", "rank", "id")]) if len(rows) > size else ""
-            return pb.ListRunsResponse(runs=[self._view.complete(db, r["proto"], names) for r in rows[:size]], next_page_token=token_text)
+            found = listing.page(db, ask)
+            last = found[size - 1] if len(found) > size else None
+            token_text = query.encode_token([last.nan, last.rank, last.id]) if last else ""
+            return pb.ListRunsResponse(runs=[self._view.complete(db, one.proto, names) for one in found[:size]], next_page_token=token_text)
 
         return await self._view.read(page, slow=True)
 
@@ -273,7 +262,7 @@ class ExperimentService(rpc.ExperimentServiceServicer):
 
     async def ListExperiments(self, request: pb.ListExperimentsRequest, context: Context) -> pb.ListExperimentsResponse:
         who = auth.require("reader")
-        sql = "SELECT experiment, count(*), max(submitted_at) FROM runs WHERE workspace=? GROUP BY 1 ORDER BY 1"
+        sql = "SELECT name, runs, newest FROM experiments WHERE workspace=? ORDER BY name"
         found = []
         for name, count, newest in await self._view.rows(sql, (who.workspace,), slow=True):
             one = pb.Experiment(name=name, run_count=count)

@@ -114,5 +114,5 @@ class Handlers:
 async def settle(runs: Aggregates[domain.Run], projection: RunsProjection) -> None:
     """At boot: end what a death between two events left half done."""
     await projection.caught_up.wait()
-    for row in await projection.rows("SELECT workspace, id FROM runs WHERE state=?", (c.RUN_STATE_NOT_RESPONDING,)):
+    for row in await projection.rows("SELECT workspace, id FROM runs WHERE ended_at IS NULL AND state=?", (c.RUN_STATE_NOT_RESPONDING,)):
         await runs.execute(runs.key(row["workspace"], row["id"]), domain.resume_after_loss)

@@ -1,4 +1,4 @@
-"""The filter language of ListRuns, as SQL."""
+"""The filter language of ListRuns: conditions and orders, read from text."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import base64
 import json
 import math
 import re
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
@@ -13,82 +14,95 @@ from alveary_contracts.common.v1 import common_pb2 as c
 from alveary_core.errors import InvalidArgument
 from alveary_runs.domain import state_name
 
-_CONDITION = re.compile(r'\s*([A-Za-z_][\w.\-]*)\s*(!=|<=|>=|=|<|>)\s*("(?:[^"\\]|\\.)*"|[^\s"]+)\s*')
+_QUOTED = r'"(?:[^"\\]|\\.)*"'
+# A name may be anything: in quotes, or as it is where it has no blanks, quotes or operators.
+_FIELD = rf'(?:tags|properties|metrics)\.(?:{_QUOTED}|[^\s"=!<>]+)|[A-Za-z_]\w*'
+_CONDITION = re.compile(rf'\s*({_FIELD})\s*(!=|<=|>=|=|<|>)\s*({_QUOTED}|[^\s"]+)\s*', re.DOTALL)
+_ORDER = re.compile(rf"\s*({_FIELD})(?:\s+(asc|desc))?\s*", re.IGNORECASE | re.DOTALL)
 _AND = re.compile(r"AND\b\s*", re.IGNORECASE)
 _STATES = {state_name(v).lower(): v for v in c.RunState.values() if v}
-_COLUMNS = {"experiment": "experiment", "parent": "parent", "name": "name", "target": "target", "id": "id"}
-_HELP = 'conditions look like: state = Completed AND experiment = "birds" AND tags.stage = "prod" AND metrics.loss < 0.5'
+_COLUMNS = ("experiment", "parent", "name", "target", "id")
+_HELP = (
+    'conditions look like: state = Completed AND experiment = "birds" AND tags.stage = "prod" AND metrics.loss < 0.5 '
+    'AND metrics."train/loss" < 0.5'
+)
+_MOST = 50
 
 
-def where(text: str) -> tuple[str, list[Any]]:
-    """SQL condition and its parameters for a filter; every value is a bound parameter.
+@dataclass(frozen=True)
+class Condition:
+    """One comparison. `kind`: "tags", "properties", "metrics" with a `name`, or "" with `name` a column of runs."""
+
+    kind: str
+    name: str
+    operator: str
+    value: Any
+
+
+def conditions(text: str) -> list[Condition]:
+    """The conditions of a filter, all of which must hold.
 
     Raises:
-        InvalidArgument: the filter cannot be read; says where.
+        InvalidArgument: it cannot be read; says where.
     """
-    sql: list[str] = ["1"]
-    parameters: list[Any] = []
+    found: list[Condition] = []
     rest = text
     while rest.strip():
-        if len(sql) > 1:
+        if found:
             joined = _AND.match(rest)
             if not joined:
                 raise InvalidArgument(("filter", f"AND is expected before {rest[:40]!r}; {_HELP}"))
             rest = rest[joined.end() :]
-        found = _CONDITION.match(rest)
-        if not found:
+        match = _CONDITION.match(rest)
+        if not match:
             raise InvalidArgument(("filter", f"cannot read {rest[:40]!r}; {_HELP}"))
-        field, operator, raw = found.groups()
-        value = re.sub(r"\\(.)", r"\1", raw[1:-1]) if raw.startswith('"') else raw
-        one, more = _condition(field, operator, value)
-        sql.append(one)
-        parameters += more
-        rest = rest[found.end() :]
-    return " AND ".join(sql), parameters
+        if len(found) == _MOST:
+            raise InvalidArgument(("filter", f"at most {_MOST} conditions"))
+        field, operator, raw = match.groups()
+        found.append(_condition(*_split(field, "filter"), operator, _unquoted(raw)))
+        rest = rest[match.end() :]
+    return found
 
 
-def _condition(field: str, operator: str, value: str) -> tuple[str, list[Any]]:
-    kind, _, name = field.partition(".")
-    if kind in ("tags", "properties") and name:
-        exists = "EXISTS (SELECT 1 FROM labels l WHERE l.run = runs.id AND l.kind = ? AND l.key = ? AND l.value {} ?)"
-        if operator == "!=":
-            return "NOT " + exists.format("="), [kind, name, value]
-        return exists.format(operator), [kind, name, value]
-    if kind == "metrics" and name:
+def _unquoted(raw: str) -> str:
+    return re.sub(r"\\(.)", r"\1", raw[1:-1], flags=re.DOTALL) if raw.startswith('"') else raw
+
+
+def _split(field: str, where: str) -> tuple[str, str]:
+    kind, dot, name = field.partition(".")
+    if not dot:
+        return "", field
+    name = _unquoted(name)
+    if not name:
+        raise InvalidArgument((where, f'{kind}."": a name is missing; {_HELP}'))
+    return kind, name
+
+
+def _condition(kind: str, name: str, operator: str, value: str) -> Condition:
+    if kind == "metrics":
         try:
             number = float(value)
         except ValueError:
-            raise InvalidArgument(("filter", f"{field} is compared with {value!r}, which is no number")) from None
-        condition, more = _number(field, operator, number)
-        return f"EXISTS (SELECT 1 FROM newest n WHERE n.run = runs.id AND n.name = ? AND n.value IS NOT NULL AND {condition})", [
-            name,
-            *more,
-        ]
-    if field == "state":
+            raise InvalidArgument(("filter", f"metrics.{name} is compared with {value!r}, which is no number")) from None
+        if math.isnan(number) and operator not in ("=", "!="):
+            raise InvalidArgument(("filter", f"metrics.{name} {operator} nan: no number is less or greater than nan; use = or !="))
+        return Condition(kind, name, operator, number)
+    if kind:
+        return Condition(kind, name, operator, value)
+    if name == "state":
         state = _STATES.get(value.lower())
         if state is None or operator not in ("=", "!="):
             known = ", ".join(state_name(v) for v in _STATES.values())
             raise InvalidArgument(("filter", f"state {operator} {value}: use = or != with one of {known}"))
-        return f"state {operator} ?", [int(state)]
-    if field == "submitted_at":
+        return Condition("", name, operator, int(state))
+    if name == "submitted_at":
         try:
-            return f"submitted_at {operator} ?", [datetime.fromisoformat(value.replace("Z", "+00:00")).timestamp()]
-        except ValueError:
+            return Condition("", name, operator, datetime.fromisoformat(value.replace("Z", "+00:00")).timestamp())
+        except (ValueError, OverflowError, OSError):
             raise InvalidArgument(("filter", f"submitted_at: {value!r} is no ISO 8601 time")) from None
-    if field in _COLUMNS:
-        return f"{_COLUMNS[field]} {operator} ?", [value]
-    raise InvalidArgument(("filter", f"there is no field {field!r}; {_HELP}"))
-
-
-def _number(field: str, operator: str, number: float) -> tuple[str, list[Any]]:
-    """A comparison with a metric's value, as IEEE 754 has it; "= nan" asks whether it is NaN."""
-    if math.isnan(number):
-        if operator not in ("=", "!="):
-            raise InvalidArgument(("filter", f"{field} {operator} nan: no number is less or greater than nan; use = or !="))
-        return f"n.nan {operator} 1", []
-    if operator == "!=":
-        return "(n.nan OR n.value != ?)", [number]
-    return f"(NOT n.nan AND n.value {operator} ?)", [number]
+    if name in _COLUMNS:
+        return Condition("", name, operator, value)
+    raise InvalidArgument(("filter", f"there is no field {name!r}; {_HELP}"))
 
 
 def order(text: str) -> tuple[str, str]:
@@ -97,15 +111,18 @@ def order(text: str) -> tuple[str, str]:
     Raises:
         InvalidArgument: it cannot be read.
     """
-    field, _, direction = (text or "submitted_at desc").strip().partition(" ")
-    direction = direction.strip().upper() or "ASC"
-    if direction not in ("ASC", "DESC"):
-        raise InvalidArgument(("order_by", f"{text!r}: use '<field>' or '<field> desc'"))
-    if field == "submitted_at":
+    match = _ORDER.fullmatch(text or "submitted_at desc")
+    if not match:
+        raise InvalidArgument(
+            ("order_by", f"{text!r}: use '<field>' or '<field> desc', a field like submitted_at or metrics.\"train/loss\"")
+        )
+    kind, name = _split(match.group(1), "order_by")
+    direction = (match.group(2) or "ASC").upper()
+    if kind == "metrics":
+        return name, direction
+    if (kind, name) == ("", "submitted_at"):
         return "", direction
-    if field.startswith("metrics.") and len(field) > 8:
-        return field[8:], direction
-    raise InvalidArgument(("order_by", f"{field!r}: use submitted_at or metrics.<name>"))
+    raise InvalidArgument(("order_by", f"{match.group(1)!r}: use submitted_at or metrics.<name>"))
 
 
 def encode_token(offset: list[Any]) -> str:
@@ -113,8 +130,8 @@ def encode_token(offset: list[Any]) -> str:
     return base64.urlsafe_b64encode(json.dumps(offset).encode()).decode()
 
 
-def decode_token(token: str) -> list[Any]:
-    """The inverse.
+def decode_token(token: str) -> tuple[int, float, str]:
+    """(nan, rank, id) of the last run of the page before.
 
     Raises:
         InvalidArgument: it is none of ours.
@@ -123,6 +140,6 @@ def decode_token(token: str) -> list[Any]:
         value = json.loads(base64.urlsafe_b64decode(token.encode()))
     except (ValueError, RecursionError):
         value = None
-    if isinstance(value, list) and [type(x) for x in value] in ([int, float, str], [int, int, str]):
-        return value
+    if isinstance(value, list) and [type(x) for x in value] in ([int, float, str], [int, int, str]) and value[0] in (0, 1):
+        return value[0], float(value[1]), value[2]
     raise InvalidArgument(("page_token", "not a token that ListRuns gave"))

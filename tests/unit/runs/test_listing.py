@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import operator
+import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fakes import MemoryLog, MemoryStore
@@ -15,10 +18,10 @@ from alveary_core import auth
 from alveary_core.aggregates import Aggregates
 from alveary_core.errors import InvalidArgument, NotFound
 from alveary_core.events import Event, Key
-from alveary_runs import domain
-from alveary_runs.api import RunService
+from alveary_runs import domain, listing, query
+from alveary_runs.api import ExperimentService, RunService
 from alveary_runs.metrics import MetricsProjection
-from alveary_runs.projection import RunsProjection
+from alveary_runs.projection import RunsProjection, whole
 
 VALUES = {"low": 0.25, "high": 7.0, "nan": math.nan, "inf": math.inf, "minus": -math.inf, "none": None}
 
@@ -38,6 +41,7 @@ class Filled:
         for message in messages:
             self.sequence += 1
             self.view.apply(Event(str(self.sequence), Key(workspace, "run", run), "x", message, self.sequence, 1e9 + self.sequence))  # type: ignore[arg-type]
+        self.view.flush()
 
     def submit(self, run: str, **spec: object) -> None:
         self.apply(run, ev.RunSubmitted(spec=c.RunSpec(experiment="e", **spec)))  # type: ignore[arg-type]
@@ -48,12 +52,14 @@ class Filled:
         self.metrics.apply(Event("", Key("w", "metrics", run), "logged", batch, self.sequence, 0.0))
         self.metrics.flush()
 
-    async def list(self, filter: str = "", order_by: str = "submitted_at", size: int = 100) -> list[str]:
+    async def list(self, filter: str = "", order_by: str = "submitted_at", size: int = 100, include_archived: bool = False) -> list[str]:
         """Ids of all pages."""
         found: list[str] = []
         token = ""
         while True:
-            request = pb.ListRunsRequest(filter=filter, order_by=order_by, page_size=size, page_token=token)
+            request = pb.ListRunsRequest(
+                filter=filter, order_by=order_by, page_size=size, page_token=token, include_archived=include_archived
+            )
             reply = await self.service.ListRuns(request, None)
             found += [run.id for run in reply.runs]
             token = reply.next_page_token
@@ -144,3 +150,159 @@ async def test_a_beginning_that_several_runs_share_is_refused_and_names_them(thr
 async def test_what_begins_no_id_finds_no_run(three: Filled, typed: str) -> None:
     with pytest.raises(NotFound, match="there is no run"):
         await three.service.GetRun(pb.GetRunRequest(run_id=typed), None)
+
+
+NAMES = ["loss", "train/loss", 'a "b"']
+STATES = {"Queued": c.RUN_STATE_QUEUED, "Completed": c.RUN_STATE_COMPLETED, "Failed": c.RUN_STATE_FAILED}
+
+
+class Model:
+    """What ListRuns means, in plain Python."""
+
+    def __init__(self, made: Filled, seed: int) -> None:
+        chosen = random.Random(seed)
+        self.runs: dict[str, dict[str, Any]] = {}
+        for _ in range(40):
+            run = f"r{chosen.randrange(10**6):06}"
+            tags = {k: chosen.choice("xyz") for k in ("a b", "k") if chosen.random() < 0.6}
+            parent = chosen.choice(["", "", "p"])
+            made.submit(
+                run, tags=tags, parent_run_id=parent, compute_target=chosen.choice(["t", "u"]), display_name=chosen.choice(["", "n"])
+            )
+            row: dict[str, Any] = {"id": run, "tags": tags, "parent": parent, "at": 1e9 + made.sequence, "metrics": {}, "archived": False}
+            spec = made.view._live[run].run.spec
+            row |= {"target": spec.compute_target, "name": spec.display_name, "state": "Queued"}
+            made.apply(run, ev.RunQueued(reason="r"))
+            if end := chosen.choice(["", "Completed", "Failed"]):
+                made.apply(run, ev.RunCompleted(attempt=1) if end == "Completed" else ev.RunFailed(attempt=1))
+                row["state"] = end
+            if chosen.random() < 0.1:
+                made.apply(run, ev.RunArchived())
+                row["archived"] = True
+            for name in NAMES:
+                if chosen.random() < 0.6:
+                    row["metrics"][name] = chosen.choice([0.0, 1.0, -2.5, math.inf, math.nan])
+                    made.log(run, (name, row["metrics"][name]))
+            self.runs[run] = row
+        made.submit("elsewhere", tags={"k": "x"})
+        made.view.db.execute("UPDATE runs SET workspace='other' WHERE id='elsewhere'")
+        made.view.db.execute("UPDATE labels SET workspace='other' WHERE run='elsewhere'")
+
+    def list(self, conditions: list[Any], metric: str, direction: str, archived: bool) -> list[str]:
+        found = [r for r in self.runs.values() if (archived or not r["archived"]) and all(self.holds(r, x) for x in conditions)]
+        if metric:
+            found = [r for r in found if metric in r["metrics"]]
+        sign = 1 if direction == "ASC" else -1
+        value = lambda r: r["metrics"][metric] if metric else r["at"]  # noqa: E731
+        numbers = sorted((r for r in found if not math.isnan(value(r))), key=lambda r: (value(r), r["id"]), reverse=sign < 0)
+        nans = sorted((r for r in found if math.isnan(value(r))), key=lambda r: r["id"], reverse=sign < 0)
+        return [r["id"] for r in numbers + nans]
+
+    @staticmethod
+    def holds(row: dict[str, Any], x: Any) -> bool:
+        compare = {"=": operator.eq, "!=": operator.ne, "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}[
+            x.operator
+        ]
+        if x.kind == "metrics":
+            if x.name not in row["metrics"]:
+                return False
+            value = row["metrics"][x.name]
+            if math.isnan(x.value):
+                return math.isnan(value) == (x.operator == "=")
+            return bool(compare(value, x.value))
+        if x.kind:
+            there = row[x.kind].get(x.name) if x.kind == "tags" else None
+            return there != x.value if x.operator == "!=" else there is not None and bool(compare(there, x.value))
+        value = STATES[row["state"]] if x.name == "state" else row["at"] if x.name == "submitted_at" else row[x.name]
+        return bool(compare(value, x.value))
+
+
+@pytest.mark.parametrize("few", [1, 5, 10_000])
+@pytest.mark.parametrize("seed", [1, 2])
+async def test_every_way_to_a_page_gives_the_same_runs(tmp_path: Path, few: int, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Filters and orders at random, against a model in plain Python. `few` makes the query take each of its plans."""
+    monkeypatch.setattr(listing, "_FEW", few)
+    auth.caller.set(auth.Principal("me", "w", "writer"))
+    made = Filled(tmp_path / "runs.sqlite")
+    model, chosen = Model(made, seed), random.Random(seed)
+    some = sorted(model.runs)[7]
+    texts = [
+        "state = Completed", "state != Failed", 'tags."a b" = x', "tags.k = y", "tags.k != x", 'tags.k >= ""', "parent = p", "target = t",
+        "target != t", "name = n", f"id = {some}", f"id > {some}", "metrics.loss < 0.5", "metrics.loss = nan", "metrics.loss != 1",
+        'metrics."train/loss" >= 0', r'metrics."a \"b\"" > -3', "metrics.loss <= inf", 'submitted_at > "2001-09-09T01:47:30Z"', "tags.none = x",
+    ]  # fmt: skip
+    for _ in range(80):
+        text = " AND ".join(chosen.sample(texts, chosen.choice([0, 1, 1, 2, 3])))
+        metric, direction = chosen.choice(["", "loss", "train/loss"]), chosen.choice(["ASC", "DESC"])
+        order_by = (f'metrics."{metric}"' if metric else "submitted_at") + f" {direction}"
+        archived = chosen.random() < 0.3
+        found = await made.list(text, order_by, size=chosen.choice([1, 3, 100]), include_archived=archived)
+        assert found == model.list(query.conditions(text), metric, direction, archived), (text, order_by, archived)
+
+
+async def test_experiments_are_counted_as_runs_come(filled: Filled) -> None:
+    filled.submit("more")
+    filled.apply("more", ev.RunTagged(set={"a": "b"}))
+    filled.apply("x", ev.RunSubmitted(spec=c.RunSpec(experiment="other")))
+    reply = await ExperimentService(filled.view).ListExperiments(pb.ListExperimentsRequest(), None)
+    assert [(e.name, e.run_count) for e in reply.experiments] == [("e", 7), ("other", 1)]
+    assert await filled.view.next_number("w", "e") == 8 and await filled.view.next_number("w", "none") == 1
+
+
+def life(exit_code: int = 0) -> list[Any]:
+    end = ev.RunCompleted if not exit_code else ev.RunFailed
+    return [
+        ev.RunSubmitted(spec=c.RunSpec(experiment="e", tags={"a": "1"}, display_name="n"), number=3, submitted_by="me", idempotency_key="key"),
+        ev.RunPrepared(image_digest="d"), ev.RunQueued(reason="waits"), ev.RunStarting(attempt=1, nodes=["n1"]), ev.RunStarted(attempt=1),
+        ev.RunTagged(set={"b": "2"}, properties={"p": "q"}), ev.RunCancelRequested(requested_by="me"), ev.RunFinalizing(attempt=1),
+        end(attempt=1, exit=c.ExitStatus(exit_code=exit_code, reason="exited"), manifest_digest="m"), ev.RunTagged(removed=["a"]),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("step", range(len(life()) + 1))
+async def test_a_view_that_is_opened_again_half_way_goes_on_as_if_it_had_not_been(tmp_path: Path, step: int) -> None:
+    auth.caller.set(auth.Principal("me", "w", "writer"))
+    first, second, whole_time = Filled(tmp_path / "a"), None, Filled(tmp_path / "b")
+    first.apply("r", *life()[:step])
+    first.view.close()
+    second = Filled(tmp_path / "a")
+    second.sequence = step
+    second.apply("r", *life()[step:])
+    whole_time.apply("r", *life())
+    (one,), (other,) = await second.view.rows("SELECT * FROM runs"), await whole_time.view.rows("SELECT * FROM runs")
+    assert tuple(one) == tuple(other)
+    assert not await second.view.rows("SELECT * FROM run_events"), "events of a final run are kept"
+    assert [tuple(r) for r in await second.view.rows("SELECT kind, key, value FROM labels")] == [
+        ("properties", "p", "q"),
+        ("tags", "b", "2"),
+    ]
+
+
+def test_a_final_run_says_in_one_event_what_its_events_said(tmp_path: Path) -> None:
+    for code in (0, 1):
+        made = Filled(tmp_path / f"{code}")
+        made.apply("r", *life(code))
+        row = made.view.db.execute("SELECT * FROM runs").fetchone()
+        event = whole(pb.Run.FromString(row["proto"]), row["idempotency"], bool(row["canceled"]))
+        run = domain.Run()
+        for message in life(code):
+            run = domain.evolve(run, message)
+        times = {name: getattr(event, name) for name in ("submitted_at", "started_at", "ended_at")}
+        assert [event] == domain.compact(run, life(code)[0], times)
+        assert times["ended_at"].seconds == 10**9 + 9
+        known = {"submitted", "state", "reason", "attempt", "nodes", "cancel_requested", "exit", "manifest_digest", "tags", "properties",
+                 "display_name", "description", "archived", "submitted_at", "started_at", "ended_at"}  # fmt: skip
+        assert set(ev.RunCompacted.DESCRIPTOR.fields_by_name) == known, "a field that `whole` does not fill"
+        # The same row comes of it where the events before it are gone.
+        fresh = Filled(tmp_path / f"{code}-fresh")
+        fresh.apply("r", event)
+        again = fresh.view.db.execute("SELECT * FROM runs").fetchone()
+        kept = ("experiment", "state", "submitted_at", "ended_at", "name", "archived", "image", "idempotency", "canceled")
+        assert [again[k] for k in kept] == [row[k] for k in kept]
+
+
+def test_events_of_a_run_that_is_not_known_make_no_run(filled: Filled) -> None:
+    filled.apply("ghost", ev.RunTagged(set={"a": "b"}), ev.RunQueued(reason="r"))
+    assert filled.view.db.execute("SELECT count(*) FROM runs WHERE id='ghost'").fetchone()[0] == 0
+    filled.apply("ghost", ev.RunSubmitted(spec=c.RunSpec(experiment="e")))
+    assert filled.view.db.execute("SELECT state FROM runs WHERE id='ghost'").fetchone()[0] == c.RUN_STATE_NOT_STARTED

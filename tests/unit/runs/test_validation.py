@@ -54,22 +54,48 @@ def test_an_unknown_target_lists_the_known_ones() -> None:
     assert ("spec.compute_target", "there is no compute target 't'; there are: a, b") in found
 
 
-def test_filters_bind_their_values() -> None:
-    sql, values = query.where('state = Completed AND tags.x = "1; DROP TABLE runs" AND metrics.loss < 0.5')
-    assert "DROP" not in sql
-    assert values[1:] == ["tags", "x", "1; DROP TABLE runs", "loss", 0.5]
+def test_filters_are_read_whatever_the_names_are() -> None:
+    found = query.conditions('state = Completed AND tags.x = "1; DROP TABLE runs" AND metrics.loss < 0.5')
+    assert [(x.kind, x.name, x.operator, x.value) for x in found] == [
+        ("", "state", "=", c.RUN_STATE_COMPLETED), ("tags", "x", "=", "1; DROP TABLE runs"), ("metrics", "loss", "<", 0.5)
+    ]  # fmt: skip
+    for text, name in (
+        ('metrics."train/loss" < 1', "train/loss"), ("metrics.train/loss<1", "train/loss"), ('metrics."a b"=1', "a b"),
+        ('metrics."AND x = 1" > -inf', "AND x = 1"), (r'metrics."say \"hi\" \\" >= 2', 'say "hi" \\'), ("metrics.val-acc@1 != 0", "val-acc@1"),
+        ('metrics."Verlust 😀\n" = nan', "Verlust 😀\n"), ("metrics.a.b.c = 1", "a.b.c"), ("metrics.a[0] = 1", "a[0]"),
+    ):  # fmt: skip
+        (one,) = query.conditions(text)
+        assert (one.kind, one.name) == ("metrics", name), text
+    assert [x.name for x in query.conditions('tags."a b" = "c d" AND properties."x=y" != ""')] == ["a b", "x=y"]
+    assert query.order('metrics."train/loss" desc') == ("train/loss", "DESC") and query.order("metrics.train/loss") == ("train/loss", "ASC")
+    assert (
+        query.order("") == ("", "DESC")
+        and query.order("submitted_at ASC") == ("", "ASC")
+        and query.order('metrics." desc"') == (" desc", "ASC")
+    )
 
 
 @pytest.mark.parametrize(
-    "bad", ["state", "state = Nowhere", "metrics.loss < x", "nothing = 1", "state = Failed OR x = 1", 'submitted_at > "x"']
-)
+    "bad",
+    [
+        "state", "state = Nowhere", "metrics.loss < x", "nothing = 1", "state = Failed OR x = 1", 'submitted_at > "x"', 'metrics."" = 1',
+        "metrics.loss < nan", 'tags."a = 1', "archived = 1", "proto = x", "state = Failed AND", " AND ".join(["id = x"] * 51),
+        'submitted_at > "99999-01-01"', "metrics = 1",
+    ],
+)  # fmt: skip
 def test_filters_that_cannot_be_read_say_so(bad: str) -> None:
-    with pytest.raises(InvalidArgument):
-        query.where(bad)
+    with pytest.raises(InvalidArgument, match="filter"):
+        query.conditions(bad)
+
+
+@pytest.mark.parametrize("bad", ["state", "metrics.", "submitted_at down", "metrics.a b c", 'metrics.""', "tags.x", "; DROP TABLE runs"])
+def test_orders_that_cannot_be_read_say_so(bad: str) -> None:
+    with pytest.raises(InvalidArgument, match="order_by"):
+        query.order(bad)
 
 
 def test_page_tokens_of_others_are_refused() -> None:
-    assert query.decode_token(query.encode_token([0, 1.5, "x"])) == [0, 1.5, "x"]
-    for bad in ("x", "e30=", "", query.encode_token([0, {}, "x"]), query.encode_token([0, "1", 2]), query.encode_token([None, 1.5, "x"])):
+    assert query.decode_token(query.encode_token([0, 1.5, "x"])) == (0, 1.5, "x")
+    for bad in ("x", "e30=", "", *(query.encode_token(x) for x in ([0, {}, "x"], [0, "1", 2], [None, 1.5, "x"], [3, 1.5, "x"], [0, 1.5]))):
         with pytest.raises(InvalidArgument):
             query.decode_token(bad)

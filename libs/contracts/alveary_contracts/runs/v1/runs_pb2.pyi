@@ -378,10 +378,11 @@ class ListRunsRequest(_message.Message):
     filter: _builtins.str
     """Conditions joined by " AND ": state = Completed, experiment = "x", tags.k = "v", properties.k = "v",
     parent = "<id>", metrics.loss < 0.5, name = "...", target = "...", submitted_at > "2026-01-01T00:00:00Z".
-    Operators =, !=, <, <=, >, >=; strings in double quotes where they are more than a word.
+    Operators =, !=, <, <=, >, >=; names and values in double quotes where they are more than a word:
+    metrics."train loss" < 0.5. "= nan" and "!= nan" ask for NaN. At most 50 conditions.
     """
     order_by: _builtins.str
-    """"submitted_at desc" (default), "submitted_at", or "metrics.<name> [desc]"."""
+    """"submitted_at desc" (default), "submitted_at", or "metrics.<name> [desc]", the name as in filters; NaN comes last."""
     page_size: _builtins.int
     """1 to 1000; default 100."""
     page_token: _builtins.str
