@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 import re
 from urllib.parse import quote, unquote
 
@@ -17,6 +18,8 @@ AGGREGATES = {
     "model": "registry",
     "dataset": "registry",
 }
+# Bytes, of a file's path in a manifest and of each of its parts.
+MAX_PATH, MAX_NAME = 960, 255
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _WORD = re.compile(r"[A-Z][a-z]*")
 
@@ -53,11 +56,33 @@ def name_problem(name: str) -> str:
     return f"{name[:80]!r} is not a valid name: use 1 to 64 letters, digits, '_', '-' or '.', beginning with a letter or digit"
 
 
+def normal_path(path: str) -> str:
+    """`path` as manifests spell it: without "./", doubled or trailing slashes and "..", and with forward slashes.
+
+    What is absolute, or leads outside, stays so: `path_problem` refuses it.
+    """
+    normal = posixpath.normpath(path.replace("\\", "/")) if path else ""
+    return "" if normal == "." else normal
+
+
+def normal_prefix(prefix: str) -> str:
+    """The same for the beginning of paths, where a slash at the end means something."""
+    normal = normal_path(prefix)
+    return f"{normal}/" if normal and not normal.endswith("/") and prefix.replace("\\", "/").endswith(("/", "/.")) else normal
+
+
 def path_problem(path: str) -> str:
     """Why `path` cannot be a file's path in a manifest; empty when it can."""
     parts = path.split("/")
-    if not path or len(path) > 1024:
-        return "a path of 1 to 1024 characters is needed"
+    try:
+        data = path.encode()
+    except UnicodeEncodeError:
+        return f"{path[:80].encode(errors='backslashreplace').decode()!r} is not UTF-8: rename it"
+    # What file systems and S3 keys take.
+    if not path or len(data) > MAX_PATH:
+        return f"{path[:80]!r}: a path of 1 to {MAX_PATH} bytes is needed"
+    if any(len(p.encode()) > MAX_NAME for p in parts):
+        return f"{path[:80]!r}...: no part of a path may have more than {MAX_NAME} bytes"
     if path.startswith("/") or "\\" in path or "\0" in path or any(p in ("", ".", "..") for p in parts):
         return f"{path[:80]!r} must be relative, with forward slashes and without '.' or '..' parts"
     return ""

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from alveary.dataset import Dataset as Dataset
     from alveary.environment import Environment as Environment
     from alveary.errors import AlvearyError as AlvearyError
+    from alveary.errors import AlvearyWarning as AlvearyWarning
     from alveary.errors import ComputeTargetException as ComputeTargetException
     from alveary.errors import RunFailedException as RunFailedException
     from alveary.estimator import DockerConfiguration as DockerConfiguration
@@ -34,6 +35,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "AlvearyError": "errors",
+    "AlvearyWarning": "errors",
     "AmlCompute": "compute",
     "ComputeTarget": "compute",
     "Quota": "compute",

@@ -15,6 +15,10 @@ class NoPlatform(AlvearyError):
     """There is no platform to ask: no config says where one is, or none answers there."""
 
 
+class AlvearyWarning(UserWarning):
+    """Something that is done all the same, and may not be what was meant."""
+
+
 class ComputeTargetException(AlvearyError):
     """There is no such compute target, or it cannot be had."""
 

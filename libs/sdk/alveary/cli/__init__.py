@@ -12,6 +12,8 @@ from __future__ import annotations
 import io
 import os
 import sys
+import warnings
+from typing import Any
 
 import click
 
@@ -43,12 +45,17 @@ app = LazyGroup(
 click.version_option(__version__, prog_name="alveary", message="%(prog)s %(version)s")(app)
 
 
+def _show(message: Warning | str, *_: Any, **__: Any) -> None:
+    say(f"note: {message}")
+
+
 def main() -> None:
     """Entry point: errors are sentences, never tracebacks."""
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its own lines say less than our errors do
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a locale that lacks a character shows its escape
             stream.reconfigure(errors="backslashreplace")
+    warnings.showwarning = _show
     try:
         code = app.main(prog_name="alveary", standalone_mode=False)
     except AlvearyError as error:
