@@ -14,7 +14,7 @@ from alveary_contracts.ids import new_id
 from alveary_core.errors import NotFound
 from alveary_core.eventlog import Appended, Conflict
 from alveary_core.events import Event, Key, body, decode, envelope, name_of
-from alveary_core.objectstore import DigestMismatch
+from alveary_core.objectstore import DigestMismatch, FileChanged
 
 
 class MemoryLog:
@@ -62,8 +62,12 @@ class MemoryStore:
     async def put(self, bucket: str, key: str, data: bytes) -> None:
         self.objects[bucket, key] = data
 
-    async def put_file(self, bucket: str, key: str, path: Path, progress: Callable[[int], None] | None = None) -> c.FileEntry:
+    async def put_file(
+        self, bucket: str, key: str, path: Path, progress: Callable[[int], None] | None = None, *, sha256: str = ""
+    ) -> c.FileEntry:
         data = path.read_bytes()
+        if sha256 and hashlib.sha256(data).hexdigest() != sha256:
+            raise FileChanged(f"{path} changed while it was stored")
         if progress:
             progress(len(data))
         self.objects[bucket, key] = data

@@ -139,7 +139,7 @@ def measure(stack: Embedded, folder: Path, ray: dict[str, float], mlflow: dict[s
         run = await client.submit(spec, None)
         await client.wait(run.id)
         (link,) = await client.list_run_files(run.id, "outputs/t", with_urls=True)
-        await client.download(link, folder / "t")
+        await client.download(link, folder / "t", overwrite=True)
         return float((folder / "t").read_text()) - started
 
     latencies = [workspace._call(start_latency()) for _ in range(15)]

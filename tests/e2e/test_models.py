@@ -68,8 +68,12 @@ def test_versions_lineage_tags_aliases_and_verified_downloads(workspace: Workspa
     path = first.download(str(tmp_path))
     trained.download_file("outputs/model.pt", str(tmp_path / "original"))
     assert Path(path).read_bytes() == (tmp_path / "original").read_bytes()
-    with pytest.raises(AlvearyError, match="exists already"):
-        first.download(str(tmp_path), exist_ok=False)
+    assert first.download(str(tmp_path)) == path  # the same content is no other file
+    Path(path).write_bytes(b"mine")
+    with pytest.raises(AlvearyError, match="other files are there already"):
+        first.download(str(tmp_path))
+    first.download(str(tmp_path), exist_ok=True)
+    assert Path(path).read_bytes() == (tmp_path / "original").read_bytes()
     with pytest.raises(AlvearyError, match=r"stored no 'outputs/none'; it has"):
         trained.register_model(name, "outputs/none")
     with pytest.raises(AlvearyError, match="not a valid name"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -16,8 +16,9 @@ from alveary.local.layout import Layout
 from alveary.transfer import Transfers
 from alveary_contracts.common.v1 import common_pb2 as c
 from alveary_contracts.ids import new_id
+from alveary_core.blobs import Blobs
 from alveary_core.errors import FailedPrecondition, NotFound, Unavailable
-from alveary_core.objectstore import DigestMismatch, ObjectStore, missing_blobs, require_blobs
+from alveary_core.objectstore import DigestMismatch, ObjectStore
 
 
 @pytest.fixture
@@ -77,9 +78,10 @@ async def test_blobs_that_are_missing_are_named(store: ObjectStore) -> None:
     digest = hashlib.sha256(data).hexdigest()
     files = [c.FileEntry(path="there", size=10, sha256=digest), c.FileEntry(path="gone", size=1, sha256="1" * 64)]
     await store.put("datasets", f"blobs/{digest}", data)
-    assert await missing_blobs(store, "datasets", files) == ["1" * 64]
+    blobs = Blobs(store, "datasets")
+    assert [f.path for f in await blobs.missing(files)] == ["gone"]
     with pytest.raises(FailedPrecondition, match="'gone' first"):
-        await require_blobs(store, "datasets", files)
+        await blobs.require(files)
 
 
 async def test_wrong_credentials_are_an_error_with_the_servers_words(bare_servers: Layout) -> None:
@@ -115,9 +117,14 @@ async def test_a_proxy_that_does_not_reach_the_store_is_asked_again(tmp_path: Pa
         await store.put("runs", "x", b"hello")
         assert Away.asked == 3
         (tmp_path / "x").write_bytes(b"hello")
-        entry = c.FileEntry(path="x", size=5, sha256="s")
-        slot = c.UploadSlot(sha256="s", url=f"http://127.0.0.1:{server.server_port}/x")
-        await Transfers().upload([slot], c.Manifest(files=[entry]), {"x": tmp_path / "x"}, None)
+        digest = hashlib.sha256(b"hello").hexdigest()
+        entry = c.FileEntry(path="x", size=5, sha256=digest)
+        slot = c.UploadSlot(sha256=digest, url=f"http://127.0.0.1:{server.server_port}/x")
+
+        async def prepare(files: Sequence[c.FileEntry]) -> tuple[Sequence[c.UploadSlot], int]:
+            return [slot], 0
+
+        await Transfers().upload(prepare, c.Manifest(files=[entry]), {"x": tmp_path / "x"})
         assert Away.asked == 6
     finally:
         store.close()

@@ -58,7 +58,8 @@ def s3_policy(service: str) -> dict[str, object]:
     for bucket, rights in BUCKETS[service].items():
         allowed = [action for right in rights for action in actions[right]]
         statements.append({"Effect": "Allow", "Action": allowed, "Resource": [f"arn:aws:s3:::{bucket}/*"]})
-        statements.append({"Effect": "Allow", "Action": ["s3:ListBucket", "s3:GetBucketLocation"], "Resource": [f"arn:aws:s3:::{bucket}"]})
+        listing = ["s3:ListBucket", "s3:GetBucketLocation", *(["s3:ListBucketMultipartUploads"] if "w" in rights else [])]
+        statements.append({"Effect": "Allow", "Action": listing, "Resource": [f"arn:aws:s3:::{bucket}"]})
     return {"Version": "2012-10-17", "Statement": statements}
 
 

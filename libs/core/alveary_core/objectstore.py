@@ -1,38 +1,69 @@
-"""The object store: the S3 API through the minio SDK, its blocking calls on threads."""
+"""The object store: the S3 API, its blocking calls on threads.
+
+What is written is checked by the server against a SHA-256 that goes with it, so that nothing but what was digested is kept.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
-import io
+import itertools
 import json
 import os
+import re
+import threading
+import uuid
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
 import stamina
 import urllib3
 from minio import Minio
-from minio.commonconfig import CopySource
+from minio.commonconfig import ComposeSource
+from minio.datatypes import Part
 from minio.deleteobjects import DeleteObject
 from minio.error import InvalidResponseError, S3Error, ServerError
 
 from alveary_contracts.common.v1 import common_pb2 as c
-from alveary_core import tls
+from alveary_core import telemetry, tls
 from alveary_core.errors import FailedPrecondition, NotFound, Unavailable
+from alveary_core.presign import REGION, Signer, checksum
 
 T = TypeVar("T")
 BUCKETS = ("datasets", "snapshots", "images", "runs", "models", "archive")
 _CHUNK = 1 << 20
 _PART = 16 << 20
-_MISSING = {"NoSuchKey", "NoSuchBucket", "NoSuchObject"}
+# S3 takes no more parts of one object.
+_MAX_PARTS = 10_000
+# Buffers of parts that are being sent, of all large files together.
+_PARTS_AT_ONCE = 6
+# Life of links that this process uses itself, at once, seconds.
+_OWN = 900
+# How often one transfer may be cut and go on.
+_CUTS = 100
+_MISSING = {"NoSuchKey", "NoSuchBucket", "NoSuchObject", "NoSuchUpload"}
+_AGAIN = {"RequestTimeout", "SlowDown", "InternalError", "ServiceUnavailable"}
 
 
 class DigestMismatch(Exception):
     """What came is not what was asked for."""
+
+
+class FileChanged(FailedPrecondition):
+    """A file changed, shrank or vanished while it was stored; nothing of it was kept."""
+
+
+@dataclass(frozen=True)
+class Upload:
+    """An upload in parts that was begun."""
+
+    key: str
+    id: str
+    # Seconds since 1970.
+    begun: float
 
 
 class ObjectStore:
@@ -40,35 +71,28 @@ class ObjectStore:
 
     def __init__(
         self, endpoint: str, access_key: str, secret_key: str, *, secure: bool = False, public_endpoint: str = "",
-        public_secure: bool = False, threads: int = 16, ca: Path | None = None,
+        public_secure: bool = False, threads: int = 32, ca: Path | None = None,
     ) -> None:  # fmt: skip
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="s3")
-        http = urllib3.PoolManager(
-            timeout=urllib3.Timeout(connect=5, read=60), maxsize=threads, retries=False,
-            ssl_context=tls.context(ca),
-        )  # fmt: skip
-        # A region in hand saves the SDK a look-up before it can sign.
-        self._client = Minio(endpoint, access_key=access_key, secret_key=secret_key, secure=secure, region="us-east-1", http_client=http)
-        self._public = (
-            Minio(public_endpoint, access_key=access_key, secret_key=secret_key, secure=public_secure, region="us-east-1")
-            if public_endpoint and public_endpoint != endpoint
-            else self._client
+        self._part_pool = ThreadPoolExecutor(_PARTS_AT_ONCE, thread_name_prefix="s3-part")
+        self._buffers = threading.BoundedSemaphore(_PARTS_AT_ONCE)
+        self._http = urllib3.PoolManager(
+            timeout=urllib3.Timeout(connect=5, read=60), maxsize=threads + _PARTS_AT_ONCE, retries=False, ssl_context=tls.context(ca)
         )
+        # A region in hand saves the SDK a look-up before it can sign.
+        self._client = Minio(endpoint, access_key=access_key, secret_key=secret_key, secure=secure, region=REGION, http_client=self._http)
+        self._signer = Signer(endpoint, access_key, secret_key, secure=secure)
+        public = public_endpoint and public_endpoint != endpoint
+        self._public = Signer(public_endpoint, access_key, secret_key, secure=public_secure) if public else self._signer
 
     async def _call(self, work: Callable[[], T], what: str, patience: float = 60.0) -> T:
-        def retried() -> T:
-            for attempt in stamina.retry_context(on=_transient, attempts=None, timeout=patience, wait_max=2.0):
-                with attempt:
-                    return work()
-            raise AssertionError("unreachable")
-
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._pool, retried)
+            return await asyncio.get_running_loop().run_in_executor(self._pool, _retried, work, patience)
         except S3Error as error:
             if error.code in _MISSING:
                 raise NotFound("object", what) from error
             raise Unavailable(f"object store: {what}: {error.code}: {error.message}") from error
-        except (urllib3.exceptions.HTTPError, OSError, InvalidResponseError, ServerError) as error:
+        except (urllib3.exceptions.HTTPError, OSError, json.JSONDecodeError, InvalidResponseError, ServerError) as error:
             raise Unavailable(f"object store: {what}: {error}") from error
 
     async def ensure_buckets(self) -> None:
@@ -85,25 +109,130 @@ class ObjectStore:
 
         await self._call(work, "buckets")
 
+    # ---- writing --------------------------------------------------------------------------------------------------
+
+    def _send(self, bucket: str, key: str, data: bytes, sha256: str, query: dict[str, str] | None = None) -> str:
+        """PUT `data`, which the server checks against its digest; returns the ETag."""
+        headers = {"x-amz-checksum-sha256": checksum(sha256), "content-length": str(len(data))}
+        url = self._signer.url("PUT", bucket, key, seconds=_OWN, headers=headers, query=query)
+        reply = self._http.urlopen("PUT", url, body=data, headers=headers, redirect=False)
+        if reply.status >= 300:
+            raise _refusal(reply, f"{bucket}/{key}")
+        return reply.headers.get("etag", "").strip('"')
+
     async def put(self, bucket: str, key: str, data: bytes) -> None:
         """Store `data`."""
-        await self._call(lambda: self._client.put_object(bucket, key, io.BytesIO(data), len(data)), f"{bucket}/{key}")
+        await self._call(lambda: self._send(bucket, key, data, hashlib.sha256(data).hexdigest()), f"{bucket}/{key}")
 
-    async def put_file(self, bucket: str, key: str, path: Path, progress: Callable[[int], None] | None = None) -> c.FileEntry:
-        """Store a file, streamed in parts; returns its entry (path empty) with the digest of what was sent.
+    async def put_file(
+        self, bucket: str, key: str, path: Path, progress: Callable[[int], None] | None = None, *, sha256: str = ""
+    ) -> c.FileEntry:
+        """Store a file; returns its entry (path empty) with the digest of what was sent. A large one goes in parts, several at once.
 
-        `progress` is called with numbers of bytes, from a thread.
+        `progress` is called with numbers of bytes, from threads. Where `sha256` is given nothing else is stored.
+
+        Raises:
+            FileChanged: it vanished or shrank meanwhile, or is not `sha256`. Nothing was stored.
         """
 
         def work() -> c.FileEntry:
-            with path.open("rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                reader = _Hashing(file, progress)
-                self._client.put_object(bucket, key, reader, size, part_size=_PART)  # type: ignore[arg-type]
-                executable = bool(os.fstat(file.fileno()).st_mode & 0o100)
-                return c.FileEntry(size=size, sha256=reader.sha256.hexdigest(), executable=executable)
+            try:
+                opened = path.open("rb")
+            except FileNotFoundError as error:
+                raise FileChanged(f"{path} vanished while it was stored") from error
+            with opened as file:
+                info = os.fstat(file.fileno())
+                if info.st_size <= _PART:
+                    data = file.read(info.st_size)
+                    digest = hashlib.sha256(data).hexdigest()
+                    _same(path, len(data), info.st_size, digest, sha256)
+                    _retried(lambda: self._send(bucket, key, data, digest))
+                    if progress:
+                        progress(len(data))
+                else:
+                    digest = self._send_parts(bucket, key, path, file, info.st_size, progress, sha256)
+            return c.FileEntry(size=info.st_size, sha256=digest, executable=bool(info.st_mode & 0o100))
 
-        return await self._call(work, f"{bucket}/{key}")
+        # Retried inside, piece by piece: what was sent of a large file is not sent again.
+        return await self._call(work, f"{bucket}/{key}", 0.0)
+
+    def _send_parts(
+        self, bucket: str, key: str, path: Path, file: BinaryIO, size: int, progress: Callable[[int], None] | None, sha256: str
+    ) -> str:
+        """Read and digest a file in order, and send its parts side by side; it appears whole, when all of it was right."""
+        each = max(_PART, -(-size // _MAX_PARTS))
+        upload_id = _retried(lambda: self._client._create_multipart_upload(bucket, key, {}))
+        whole = hashlib.sha256()
+        sent: list[Future[Part]] = []
+
+        def send(number: int, data: bytes) -> Part:
+            try:
+                query = {"partNumber": str(number), "uploadId": upload_id}
+                etag = _retried(lambda: self._send(bucket, key, data, hashlib.sha256(data).hexdigest(), query))
+                if progress:
+                    progress(len(data))
+                return Part(number, etag)
+            finally:
+                self._buffers.release()
+
+        try:
+            left = size
+            for number in itertools.count(1):
+                if not left or any(f.done() and f.exception() for f in sent):
+                    break
+                self._buffers.acquire()
+                try:
+                    data = file.read(min(each, left))
+                    if not data:
+                        raise FileChanged(f"{path} shrank from {size} to {size - left} bytes while it was stored")
+                    whole.update(data)
+                    left -= len(data)
+                    sent.append(self._part_pool.submit(send, number, data))
+                except BaseException:
+                    self._buffers.release()
+                    raise
+            parts = [future.result() for future in sent]
+            _same(path, size - left, size, whole.hexdigest(), sha256)
+            _retried(lambda: self._client._complete_multipart_upload(bucket, key, upload_id, parts))
+        except BaseException:
+            for future in sent:
+                if future.cancel():
+                    self._buffers.release()
+            for future in sent:
+                if not future.cancelled():
+                    future.exception()  # wait: a part that arrives after the abort would stay
+            try:
+                self._client._abort_multipart_upload(bucket, key, upload_id)
+            except (S3Error, urllib3.exceptions.HTTPError, InvalidResponseError, ServerError) as error:
+                # It is collected with what else nobody completed.
+                telemetry.logger().warning("store.abort", bucket=bucket, key=key, error=str(error))
+            raise
+        return whole.hexdigest()
+
+    async def copy(self, bucket: str, key: str, source_bucket: str, source_key: str) -> None:
+        """Copy inside the store, of any size.
+
+        Raises:
+            NotFound: there is no source.
+        """
+
+        def work() -> None:
+            self._client.compose_object(bucket, key, [ComposeSource(source_bucket, source_key)])
+
+        await self._call(work, f"{source_bucket}/{source_key}")
+
+    async def delete(self, bucket: str, keys: Iterable[str]) -> None:
+        """Remove objects; those that are missing do not matter."""
+        doomed = [DeleteObject(k) for k in keys]
+
+        def work() -> None:
+            for error in self._client.remove_objects(bucket, doomed):
+                raise Unavailable(f"object store: {error}")
+
+        if doomed:
+            await self._call(work, f"{bucket}: {len(doomed)} objects")
+
+    # ---- reading --------------------------------------------------------------------------------------------------
 
     async def get(self, bucket: str, key: str, offset: int = 0, length: int = 0) -> bytes:
         """The object, or `length` bytes of it from `offset` (0: to the end).
@@ -123,7 +252,7 @@ class ObjectStore:
         return await self._call(work, f"{bucket}/{key}")
 
     async def get_file(self, bucket: str, key: str, path: Path, sha256: str) -> None:
-        """Write an object to `path`, which appears whole or not at all.
+        """Write an object to `path`, which appears whole or not at all. A transfer that is cut goes on where it was.
 
         Raises:
             DigestMismatch: its content is not `sha256`.
@@ -131,23 +260,57 @@ class ObjectStore:
         """
 
         def work() -> None:
-            response = self._client.get_object(bucket, key)
-            part = path.with_name(f"{path.name}.part{os.getpid()}")
-            digest = hashlib.sha256()
+            part = path.with_name(f".{uuid.uuid4().hex}.part")
             try:
                 with part.open("wb") as file:
-                    while chunk := response.read(_CHUNK):
-                        digest.update(chunk)
-                        file.write(chunk)
-                if digest.hexdigest() != sha256:
-                    raise DigestMismatch(f"{bucket}/{key}: sha256 is {digest.hexdigest()}, expected {sha256}")
+                    digest = self._read_into(bucket, key, file.write)
+                if digest != sha256:
+                    raise DigestMismatch(f"{bucket}/{key}: sha256 is {digest}, expected {sha256}")
                 part.rename(path)
             finally:
                 part.unlink(missing_ok=True)
+
+        await self._call(work, f"{bucket}/{key}", 0.0)
+
+    async def digest(self, bucket: str, key: str) -> str:
+        """SHA-256 of an object's content, read from the store.
+
+        Raises:
+            NotFound: there is none.
+        """
+        return await self._call(lambda: self._read_into(bucket, key, lambda _: None), f"{bucket}/{key}", 0.0)
+
+    def _read_into(self, bucket: str, key: str, write: Callable[[bytes], object]) -> str:
+        """Read an object in order; returns its digest."""
+        digest, done, total = hashlib.sha256(), 0, None
+
+        def read() -> None:
+            nonlocal done, total
+            if done == total:
+                return
+            response = self._client.get_object(bucket, key, offset=done)
+            try:
+                total = done + int(response.headers.get("content-length", "0"))
+                while chunk := response.read(_CHUNK):
+                    digest.update(chunk)
+                    write(chunk)
+                    done += len(chunk)
+                if done < total:
+                    raise urllib3.exceptions.IncompleteRead(done, total - done)
+            finally:
                 response.close()
                 response.release_conn()
 
-        await self._call(work, f"{bucket}/{key}")
+        # Patience begins anew where something came before it was cut.
+        for left in reversed(range(_CUTS)):
+            before = done
+            try:
+                _retried(read, 20.0)
+                break
+            except (urllib3.exceptions.HTTPError, ConnectionError):
+                if done == before or not left:
+                    raise
+        return digest.hexdigest()
 
     async def size(self, bucket: str, key: str) -> int | None:
         """Bytes of an object, None where there is none."""
@@ -155,11 +318,6 @@ class ObjectStore:
             return (await self._call(lambda: self._client.stat_object(bucket, key), f"{bucket}/{key}")).size
         except NotFound:
             return None
-
-    async def copy(self, bucket: str, key: str, source_bucket: str, source_key: str) -> None:
-        """Copy inside the store."""
-        source = CopySource(source_bucket, source_key)
-        await self._call(lambda: self._client.copy_object(bucket, key, source), f"{source_bucket}/{source_key}")
 
     async def keys(self, bucket: str, prefix: str) -> list[str]:
         """All keys that begin with `prefix`."""
@@ -170,67 +328,137 @@ class ObjectStore:
 
         return await self._call(work, f"{bucket}/{prefix}*")
 
-    async def delete(self, bucket: str, keys: Iterable[str]) -> None:
-        """Remove objects; those that are missing do not matter."""
-        doomed = [DeleteObject(k) for k in keys]
+    async def page(self, bucket: str, prefix: str, after: str = "", limit: int = 1000) -> list[tuple[str, int, float]]:
+        """The first `limit` (at most 1000) keys that begin with `prefix` and come behind `after`: key, bytes, time of change since 1970."""
 
-        def work() -> None:
-            for error in self._client.remove_objects(bucket, doomed):
-                raise Unavailable(f"object store: {error}")
+        def work() -> list[tuple[str, int, float]]:
+            found = self._client.list_objects(bucket, prefix, recursive=True, start_after=after or None)
+            return [
+                (str(o.object_name), o.size or 0, o.last_modified.timestamp() if o.last_modified else 0.0)
+                for o in itertools.islice((o for o in found if not o.is_dir), limit)
+            ]
 
-        if doomed:
-            await self._call(work, f"{bucket}: {len(doomed)} objects")
+        return await self._call(work, f"{bucket}/{prefix}*")
+
+    # ---- links ----------------------------------------------------------------------------------------------------
 
     def get_url(self, bucket: str, key: str, seconds: int = 3600) -> str:
         """Link to GET an object, valid for `seconds` (at most seven days). Makes no call."""
-        return str(self._public.presigned_get_object(bucket, key, expires=timedelta(seconds=seconds)))
+        return self._public.url("GET", bucket, key, seconds=seconds)
 
-    def put_url(self, bucket: str, key: str, seconds: int = 3600) -> str:
-        """Link to PUT an object, valid for `seconds`. Makes no call."""
-        return str(self._public.presigned_put_object(bucket, key, expires=timedelta(seconds=seconds)))
+    def put_url(
+        self, bucket: str, key: str, seconds: int = 3600, *, headers: dict[str, str] | None = None, query: dict[str, str] | None = None
+    ) -> str:
+        """Link to PUT an object, or a part of one, with these very headers, valid for `seconds`. Makes no call."""
+        return self._public.url("PUT", bucket, key, seconds=seconds, headers=headers, query=query)
+
+    async def enforces_checksums(self, bucket: str) -> bool:
+        """Whether the server refuses a PUT whose content is not what x-amz-checksum-sha256 says. Tries it."""
+        key = f"probe/{uuid.uuid4().hex}"
+        digest = hashlib.sha256(b"right").hexdigest()
+
+        def work() -> bool:
+            try:
+                self._send(bucket, key, b"wrong", digest)
+            except S3Error as error:
+                if error.response is not None and error.response.status == 400:
+                    return True
+                raise
+            self._client.remove_object(bucket, key)
+            return False
+
+        return await self._call(work, f"{bucket}/{key}")
+
+    # ---- uploads in parts, whose parts others send ----------------------------------------------------------------
+
+    async def begin_upload(self, bucket: str, key: str) -> str:
+        """Id of a new upload in parts."""
+        return await self._call(lambda: self._client._create_multipart_upload(bucket, key, {}), f"{bucket}/{key}")
+
+    async def uploads(self, bucket: str, prefix: str) -> list[Upload]:
+        """Uploads in parts that were begun and not completed, of keys that begin with `prefix`."""
+
+        def work() -> list[Upload]:
+            found: list[Upload] = []
+            marker: str | None = None
+            id_marker: str | None = None
+            while True:
+                page = self._client._list_multipart_uploads(bucket, prefix=prefix, key_marker=marker, upload_id_marker=id_marker)
+                for one in page.uploads:
+                    begun = one.initiated_time.timestamp() if one.initiated_time else 0.0
+                    found.append(Upload(str(one.object_name), str(one.upload_id), begun))
+                if not page.is_truncated:
+                    return found
+                marker, id_marker = page.next_key_marker, page.next_upload_id_marker
+
+        return await self._call(work, f"{bucket}/{prefix}*")
+
+    async def parts(self, bucket: str, key: str, upload_id: str) -> dict[int, tuple[int, str]]:
+        """What came of an upload: bytes and ETag by number.
+
+        Raises:
+            NotFound: there is no such upload.
+        """
+
+        def work() -> dict[int, tuple[int, str]]:
+            found: dict[int, tuple[int, str]] = {}
+            marker: str | None = None
+            while True:
+                page = self._client._list_parts(bucket, key, upload_id, part_number_marker=marker)
+                found |= {p.part_number: (p.size or 0, p.etag) for p in page.parts}
+                if not page.is_truncated:
+                    return found
+                marker = str(page.next_part_number_marker)
+
+        return await self._call(work, f"{bucket}/{key}")
+
+    async def complete(self, bucket: str, key: str, upload_id: str, etags: Sequence[str]) -> None:
+        """Make an object of the parts, in order of their numbers from 1."""
+        parts = [Part(number, etag) for number, etag in enumerate(etags, 1)]
+        await self._call(lambda: self._client._complete_multipart_upload(bucket, key, upload_id, parts), f"{bucket}/{key}")
+
+    async def abort(self, bucket: str, key: str, upload_id: str) -> None:
+        """Forget an upload and its parts; one that is gone does not matter."""
+        try:
+            await self._call(lambda: self._client._abort_multipart_upload(bucket, key, upload_id), f"{bucket}/{key}")
+        except NotFound:
+            return
 
     def close(self) -> None:
         """Wait for what is under way."""
         self._pool.shutdown(wait=True, cancel_futures=True)
+        self._part_pool.shutdown(wait=True, cancel_futures=True)
 
 
-class _Hashing:
-    """A reader that digests what passes."""
+def _same(path: Path, size: int, expected_size: int, sha256: str, expected: str) -> None:
+    if size != expected_size:
+        raise FileChanged(f"{path} shrank from {expected_size} to {size} bytes while it was stored")
+    if expected and sha256 != expected:
+        raise FileChanged(f"{path} changed while it was stored: its sha256 is {sha256}, it was {expected}")
 
-    def __init__(self, file: io.BufferedReader, progress: Callable[[int], None] | None) -> None:
-        self._file, self._progress = file, progress
-        self.sha256 = hashlib.sha256()
 
-    def read(self, size: int = -1) -> bytes:
-        data = self._file.read(size)
-        self.sha256.update(data)
-        if self._progress:
-            self._progress(len(data))
-        return data
+def _retried(work: Callable[[], T], patience: float = 60.0) -> T:
+    """`work()`, again with growing pauses while it fails by what passes, for `patience` seconds; 0: once."""
+    if not patience:
+        return work()
+    for attempt in stamina.retry_context(on=_transient, attempts=None, timeout=patience, wait_max=2.0):
+        with attempt:
+            return work()
+    raise AssertionError("unreachable")
+
+
+def _refusal(reply: urllib3.BaseHTTPResponse, what: str) -> S3Error | ServerError:
+    """The error that an answer is."""
+    text = reply.data.decode(errors="replace")
+    code, message = re.search(r"<Code>(.*?)</Code>", text), re.search(r"<Message>(.*?)</Message>", text)
+    if code is None:  # not the object store's words: a proxy in front of it
+        return ServerError(f"{what}: the server said {reply.status}: {text[:200]}", reply.status)
+    return S3Error(reply, code[1], message[1] if message else "", what, "", "", None, None)  # type: ignore[arg-type]
 
 
 def _transient(error: Exception) -> bool:
     if isinstance(error, S3Error):
-        return bool(error.response is not None and error.response.status >= 500)
+        return error.code in _AGAIN or bool(error.response is not None and error.response.status >= 500)
     # What is not XML comes from a proxy in front of the object store, which does not reach it.
     proxy = (InvalidResponseError, ServerError)
     return isinstance(error, (urllib3.exceptions.HTTPError, ConnectionError, json.JSONDecodeError, *proxy))
-
-
-async def missing_blobs(store: ObjectStore, bucket: str, files: Sequence[c.FileEntry]) -> list[str]:
-    """Digests among `files` whose blob `blobs/<sha256>` is missing or of another size."""
-    wanted = {f.sha256: f.size for f in files}
-    sizes = await asyncio.gather(*(store.size(bucket, f"blobs/{digest}") for digest in wanted))
-    return [digest for (digest, size), found in zip(wanted.items(), sizes, strict=True) if found != size]
-
-
-async def require_blobs(store: ObjectStore, bucket: str, files: Sequence[c.FileEntry]) -> None:
-    """Make sure that all blobs are there.
-
-    Raises:
-        FailedPrecondition: some are not.
-    """
-    missing = set(await missing_blobs(store, bucket, files))
-    if missing:
-        names = [f.path for f in files if f.sha256 in missing]
-        raise FailedPrecondition(f"{len(names)} of {len(files)} files were not uploaded, {names[0]!r} first: PUT them, then try again")

@@ -6,7 +6,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,8 @@ else:
 
 FINAL = (c.RUN_STATE_COMPLETED, c.RUN_STATE_FAILED, c.RUN_STATE_CANCELED)
 TIMEOUT = 60.0
+# Of a registration of very many files.
+_LONG = 300.0
 _TRIES = 8
 
 
@@ -178,8 +180,12 @@ class Client:
     async def upload_snapshot(self, source: Path, progress: Callable[[int, int], None] | None = None) -> str:
         """Digest of a source directory, stored."""
         manifest, paths = await asyncio.to_thread(sources.manifest_of, source, True)
-        reply = await self.call(self.runs.PrepareSnapshot, pb.PrepareSnapshotRequest(manifest=manifest))
-        await self._upload(reply.slots, manifest, paths, progress)
+
+        async def prepare(files: Sequence[c.FileEntry]) -> tuple[Sequence[c.UploadSlot], int]:
+            reply = await self.call(self.runs.PrepareSnapshot, pb.PrepareSnapshotRequest(manifest=c.Manifest(files=files)))
+            return reply.slots, reply.pending
+
+        await self._upload(prepare, manifest, paths, progress)
         return str((await self.call(self.runs.CommitSnapshot, pb.CommitSnapshotRequest(manifest=manifest))).digest)
 
     async def get_run(self, run_id: str, metrics: Sequence[str] = ()) -> pb.Run:
@@ -306,14 +312,51 @@ class Client:
                 found[one] = values[0] if len(values) == 1 else values
         return found
 
-    async def list_run_files(self, run_id: str, prefix: str = "", with_urls: bool = False) -> list[c.FileLink]:
-        """Files that a run stored."""
-        request = pb.ListFilesRequest(run_id=run_id, prefix=prefix, with_urls=with_urls)
-        return list((await self.call(self.runs.ListFiles, request)).files)
+    async def _listing(self, method: Any, named: Callable[..., Any], linked: Callable[..., Any]) -> transfers.Listing:
+        """All files that a paged method lists, `named` its request without links and `linked` the one with links."""
+        found: list[c.FileEntry] = []
+        token = ""
+        while True:
+            reply = await self.call(method, named(page_token=token))
+            found += [link.file for link in reply.files]
+            token = reply.next_page_token
+            if not token:
+                break
 
-    async def snapshot_files(self, digest: str) -> list[c.FileLink]:
+        async def after(path: str) -> Sequence[c.FileLink]:
+            files: Sequence[c.FileLink] = (await self.call(method, linked(page_token=path, page_size=transfers.BATCH))).files
+            return files
+
+        return transfers.Listing(found, after)
+
+    async def run_files(self, run_id: str, prefix: str = "") -> transfers.Listing:
+        """Files that a run stored whose paths begin with `prefix`."""
+
+        def request(**more: Any) -> pb.ListFilesRequest:
+            return pb.ListFilesRequest(run_id=run_id, prefix=prefix, **more)
+
+        return await self._listing(self.runs.ListFiles, request, partial(request, with_urls=True))
+
+    async def list_run_files(self, run_id: str, prefix: str = "", with_urls: bool = False) -> list[c.FileLink]:
+        """The same, each with its link or without."""
+        found: list[c.FileLink] = []
+        token = ""
+        while True:
+            request = pb.ListFilesRequest(run_id=run_id, prefix=prefix, with_urls=with_urls, page_token=token)
+            reply = await self.call(self.runs.ListFiles, request)
+            found += reply.files
+            token = reply.next_page_token
+            if not token:
+                return found
+
+    async def snapshot_files(self, digest: str) -> transfers.Listing:
         """Files of a snapshot."""
-        return list((await self.call(self.runs.GetSnapshot, pb.GetSnapshotRequest(digest=digest))).files)
+
+        async def after(path: str) -> Sequence[c.FileLink]:
+            links = (await self.call(self.runs.GetSnapshot, pb.GetSnapshotRequest(digest=digest))).files
+            return sorted((link for link in links if link.file.path > path), key=lambda link: link.file.path)
+
+        return transfers.Listing([link.file for link in await after("")], after)
 
     # ---- logs -----------------------------------------------------------------------------------------------------
 
@@ -399,29 +442,73 @@ class Client:
 
     async def register_from_run(
         self, run_id: str, name: str, path: str, tags: Mapping[str, str], properties: Mapping[str, str], description: str,
-        framework: str = "", framework_version: str = "",
+        framework: str = "", framework_version: str = "", progress: Callable[[int, int], None] | None = None,
     ) -> reg.ModelVersion:  # fmt: skip
-        """The next version of a model, from what a run stored."""
+        """The next version of a model, from what a run stored; `progress` is called with files copied and files in all."""
+        source = reg.RunOutput(run_id=run_id, path=path)
+        left, stalls = -1, 0
+        while left:  # each call copies for seconds, so that none takes long
+            reply = await self.call(self.models.PrepareModel, reg.PrepareModelRequest(run_output=source))
+            stalls = stalls + 1 if reply.pending == left else 0
+            left = reply.pending
+            if progress and reply.total:
+                progress(reply.total - left, reply.total)
+            if stalls == _TRIES:
+                raise AlvearyError(f"{left} of {reply.total} files of run {run_id} could not be copied: try again later", "UNAVAILABLE")
         request = reg.RegisterModelRequest(
-            name=name, run_output=reg.RunOutput(run_id=run_id, path=path), tags=tags, properties=properties,
+            name=name, run_output=source, tags=tags, properties=properties,
             description=description, framework=framework, framework_version=framework_version,
             idempotency_key=new_id(),
         )  # fmt: skip
-        return (await self.call(self.models.RegisterModel, request)).model  # type: ignore[no-any-return]
+        return await self._registered(request)
+
+    async def _registered(self, request: reg.RegisterModelRequest) -> reg.ModelVersion:
+        reply: reg.RegisterModelResponse = await self.call(self.models.RegisterModel, request, timeout=_LONG)
+        for text in reply.warnings:
+            sources.warn(text)
+        return reply.model
+
+    async def model_files(self, name: str, version: int, prefix: str = "") -> transfers.Listing:
+        """Files of a model's version, its ONNX export among them."""
+
+        def request(**more: Any) -> reg.ListModelFilesRequest:
+            return reg.ListModelFilesRequest(name=name, version=version, prefix=prefix, **more)
+
+        return await self._listing(self.models.ListModelFiles, partial(request, without_urls=True), request)
+
+    async def dataset_files(self, name: str, version: int, prefix: str = "") -> transfers.Listing:
+        """Files of a dataset's version."""
+
+        def request(**more: Any) -> reg.ListDatasetFilesRequest:
+            return reg.ListDatasetFilesRequest(name=name, version=version, prefix=prefix, **more)
+
+        return await self._listing(self.datasets.ListDatasetFiles, partial(request, without_urls=True), request)
 
     async def register_local(
         self, path: Path, name: str, tags: Mapping[str, str], properties: Mapping[str, str], description: str,
         framework: str = "", environment: c.Environment | None = None, progress: Callable[[int, int], None] | None = None,
+        *, verify: bool = False, follow_links: bool = False,
     ) -> reg.ModelVersion:  # fmt: skip
         """The next version of a model, from a file or folder here."""
-        manifest, paths = await asyncio.to_thread(sources.manifest_of, path, False)
-        reply = await self.call(self.models.PrepareModel, reg.PrepareModelRequest(manifest=manifest))
-        await self._upload(reply.slots, manifest, paths, progress)
+        manifest, paths = await asyncio.to_thread(sources.manifest_of, path, False, follow_links=follow_links)
+        await self._upload(self._preparing(self.models.PrepareModel, reg.PrepareModelRequest, verify), manifest, paths, progress)
         request = reg.RegisterModelRequest(
             name=name, manifest=manifest, tags=tags, properties=properties, description=description, framework=framework,
             environment=environment, idempotency_key=new_id(),
         )  # fmt: skip
-        return (await self.call(self.models.RegisterModel, request)).model  # type: ignore[no-any-return]
+        return await self._registered(request)
+
+    def _preparing(self, method: Any, request: Callable[..., Any], verify: bool) -> transfers.Prepare:
+        """What asks for slots; with `verify` the platform reads what it has first, once."""
+        doubted: set[str] = set()
+
+        async def prepare(files: Sequence[c.FileEntry]) -> tuple[Sequence[c.UploadSlot], int]:
+            new = {f.sha256 for f in files} - doubted if verify else set()
+            doubted.update(new)
+            reply = await self.call(method, request(manifest=c.Manifest(files=files), doubted=new))
+            return reply.slots, reply.pending
+
+        return prepare
 
     async def get_model(self, name: str, version: int = 0, alias: str = "") -> reg.ModelVersion:
         """A version of a model; 0: the latest."""
@@ -448,14 +535,13 @@ class Client:
 
     async def upload_dataset(
         self, folder: Path, name: str, description: str = "", tags: Mapping[str, str] | None = None,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Callable[[int, int], None] | None = None, *, verify: bool = False, follow_links: bool = False,
     ) -> reg.DatasetVersion:  # fmt: skip
         """Register a folder; identical content answers with the version that has it."""
-        manifest, paths = await asyncio.to_thread(sources.manifest_of, folder, False)
-        reply = await self.call(self.datasets.PrepareDataset, reg.PrepareDatasetRequest(manifest=manifest))
-        await self._upload(reply.slots, manifest, paths, progress)
+        manifest, paths = await asyncio.to_thread(sources.manifest_of, folder, False, follow_links=follow_links)
+        await self._upload(self._preparing(self.datasets.PrepareDataset, reg.PrepareDatasetRequest, verify), manifest, paths, progress)
         request = reg.RegisterDatasetRequest(name=name, manifest=manifest, description=description, tags=tags)
-        return (await self.call(self.datasets.RegisterDataset, request)).dataset  # type: ignore[no-any-return]
+        return (await self.call(self.datasets.RegisterDataset, request, timeout=_LONG)).dataset  # type: ignore[no-any-return]
 
     # ---- events ---------------------------------------------------------------------------------------------------
 

@@ -33,12 +33,24 @@ class Dataset:
         return f"Dataset({self.name}:{self.version}, {self.file_count} files, {self.total_size / 1e6:.1f} MB)"
 
     @classmethod
-    def upload(cls, workspace: Workspace, path: str, name: str, description: str = "", tags: Mapping[str, str] | None = None) -> Dataset:
-        """Register a folder. Only what is new is uploaded; identical content is the version that has it."""
+    def upload(
+        cls, workspace: Workspace, path: str, name: str, description: str = "", tags: Mapping[str, str] | None = None, *,
+        verify: bool = False, follow_links: bool = False,
+    ) -> Dataset:  # fmt: skip
+        """Register a folder. Only what is new is uploaded; identical content is the version that has it.
+
+        `verify`: what the platform has of it already is read again, and replaced where it is damaged. `follow_links`: also links to
+        folders outside of `path`; those inside, and links to files, are followed always.
+
+        Raises:
+            AlvearyError: there is something that cannot be read or uploaded, or a file changed meanwhile.
+        """
         from alveary.progress import upload_progress
 
         with upload_progress(name) as progress:
-            found = workspace._call(workspace._client.upload_dataset(Path(path), name, description, tags, progress))
+            found = workspace._call(
+                workspace._client.upload_dataset(Path(path), name, description, tags, progress, verify=verify, follow_links=follow_links)
+            )
         return cls(workspace, found)
 
     @classmethod
@@ -65,12 +77,15 @@ class Dataset:
         """As an input of a run, under `name`."""
         return Input(name, self)
 
-    def download(self, target_path: str = ".", **_: Any) -> str:
-        """Store its files here; returns the folder."""
-        from alveary_contracts.registry.v1 import registry_pb2 as reg
+    def download(self, target_path: str = ".", overwrite: bool = False, **_: Any) -> str:
+        """Store its files here, all of them or none; returns the folder.
+
+        Raises:
+            AlvearyError: other files of these names are there and `overwrite` is False, or a file is damaged.
+        """
+        from alveary.progress import download
 
         client = self._workspace._client
-        request = reg.ListDatasetFilesRequest(name=self.name, version=self.version)
-        links = self._workspace._call(client.call(client.datasets.ListDatasetFiles, request)).files
-        self._workspace._call(client.download_all(links, Path(target_path)))
+        files = self._workspace._call(client.dataset_files(self.name, self.version))
+        download(self._workspace, files, Path(target_path), overwrite=overwrite)
         return target_path

@@ -14,7 +14,14 @@ from alveary_contracts.registry.v1 import registry_pb2 as reg
 if TYPE_CHECKING:
     from alveary.environment import Environment
     from alveary.run import Run
+    from alveary.transfer import Listing
     from alveary.workspace import Workspace
+
+
+def _state(state: int) -> str:
+    from alveary.aio import state_name
+
+    return state_name(state) if state else ""
 
 
 class Model:
@@ -51,11 +58,11 @@ class Model:
 
     @property
     def lineage(self) -> dict[str, Any]:
-        """The run, source snapshot, image and datasets that it comes from."""
+        """The run, how that had ended, source snapshot, image and datasets that it comes from."""
         line = self._found.lineage
         return {
             "run_id": line.run_id, "snapshot": line.snapshot, "image_digest": line.image_digest, "datasets": list(line.datasets),
-            "parent": line.parent, "experiment": line.experiment,
+            "parent": line.parent, "experiment": line.experiment, "run_state": _state(line.run_state),
         }  # fmt: skip
 
     @property
@@ -85,15 +92,15 @@ class Model:
         cls, workspace: Workspace, model_path: str, model_name: str, tags: Mapping[str, str] | None = None,
         properties: Mapping[str, str] | None = None, description: str | None = None, datasets: Any = None,
         model_framework: str | None = None, model_framework_version: str | None = None,
-        environment: Environment | None = None, **_: Any,
+        environment: Environment | None = None, *, verify: bool = False, follow_links: bool = False, **_: Any,
     ) -> Model:  # fmt: skip
-        """Register a file or folder of this machine as the next version."""
+        """Register a file or folder of this machine as the next version. `verify` and `follow_links` as in Dataset.upload."""
         from alveary.progress import upload_progress
 
         with upload_progress(model_name) as progress:
             work = workspace._client.register_local(
                 Path(model_path), model_name, tags or {}, properties or {}, description or "", model_framework or "",
-                environment._proto() if environment else None, progress,
+                environment._proto() if environment else None, progress, verify=verify, follow_links=follow_links,
             )  # fmt: skip
             return cls._of(workspace, workspace._call(work))
 
@@ -148,27 +155,22 @@ class Model:
 
     def get_file_names(self) -> builtins.list[str]:
         """Its files, the ONNX export among them."""
-        return [link.file.path for link in self._links()]
+        return [file.path for file in self._files().files]
 
-    def _links(self) -> Any:
-        client = self._workspace._client
-        request = reg.ListModelFilesRequest(name=self.name, version=self.version)
-        return self._workspace._call(client.call(client.models.ListModelFiles, request)).files
+    def _files(self) -> Listing:
+        return self._workspace._call(self._workspace._client.model_files(self.name, self.version))
 
-    def download(self, target_dir: str = ".", exist_ok: bool = True, exists_ok: bool | None = None) -> str:
-        """Store its files here, verified; returns the folder, or the file where it is only one.
+    def download(self, target_dir: str = ".", exist_ok: bool = False, exists_ok: bool | None = None, *, overwrite: bool = False) -> str:
+        """Store its files here, verified, all of them or none; returns the folder, or the file where it is only one.
 
         Raises:
-            AlvearyError: something is there already and exist_ok is False, or a file is damaged.
+            AlvearyError: other files of these names are there and neither exist_ok nor overwrite is True, or a file is damaged.
         """
-        folder = Path(target_dir)
-        links = self._links()
-        if not (exist_ok if exists_ok is None else exists_ok):
-            there = [link.file.path for link in links if (folder / link.file.path).exists()]
-            if there:
-                raise AlvearyError(f"{folder / there[0]} exists already: use exist_ok=True or another folder", "ALREADY_EXISTS")
-        self._workspace._call(self._workspace._client.download_all(links, folder))
-        return str(folder / links[0].file.path) if len(links) == 1 else str(folder)
+        from alveary.progress import download
+
+        folder, listing = Path(target_dir), self._files()
+        download(self._workspace, listing, folder, overwrite=overwrite or exist_ok or bool(exists_ok))
+        return str(folder / listing.files[0].path) if len(listing.files) == 1 else str(folder)
 
     def export_onnx(
         self, input_shape: Sequence[int] | None = None, *, inputs: Sequence[Mapping[str, Any]] = (), file: str = "",

@@ -372,39 +372,51 @@ class Run:
 
     def get_file_names(self) -> builtins.list[str]:
         """Names of the files it stored."""
-        return [link.file.path for link in self._call(self._workspace._client.list_run_files(self.id))]
+        return [file.path for file in self._call(self._workspace._client.run_files(self.id)).files]
 
-    def download_file(self, name: str, output_file_path: str | None = None) -> str:
+    def download_file(self, name: str, output_file_path: str | None = None, *, overwrite: bool = False) -> str:
         """Store one of its files here (default: its last name, in this folder); returns the path.
 
         Raises:
-            AlvearyError: it stored no such file.
+            AlvearyError: it stored no such file, or another file is there and `overwrite` is False.
         """
-        links = self._call(self._workspace._client.list_run_files(self.id, name, with_urls=True))
-        found = [link for link in links if link.file.path == name]
+        from alveary_contracts.names import normal_path
+
+        wanted = normal_path(name)
+        links = self._call(self._workspace._client.list_run_files(self.id, wanted, with_urls=True))
+        found = [link for link in links if link.file.path == wanted]
         if not found:
             raise AlvearyError(f"run {self.id} stored no {name!r}; get_file_names() shows what it did", "NOT_FOUND")
-        path = Path(output_file_path or Path(name).name)
+        last = wanted.rpartition("/")[2]
+        path = Path(output_file_path or last)
         if path.is_dir():
-            path = path / Path(name).name
-        self._call(self._workspace._client.download(found[0], path))
+            path = path / last
+        self._call(self._workspace._client.download(found[0], path, overwrite=overwrite))
         return str(path)
 
-    def download_files(self, prefix: str = "", output_directory: str | None = None, **_: Any) -> None:
-        """Store its files here, with their folders."""
-        links = self._call(self._workspace._client.list_run_files(self.id, prefix, with_urls=True))
-        self._call(self._workspace._client.download_all(links, Path(output_directory or ".")))
+    def download_files(self, prefix: str = "", output_directory: str | None = None, *, overwrite: bool = False, **_: Any) -> None:
+        """Store its files here, with their folders, all of them or none.
+
+        Raises:
+            AlvearyError: it stored none that begin with `prefix`; or other files are there and `overwrite` is False.
+        """
+        from alveary.progress import download
+
+        files = self._call(self._workspace._client.run_files(self.id, prefix))
+        if not files.files:
+            raise AlvearyError(f"run {self.id} stored nothing under {prefix!r}; get_file_names() shows what it did", "NOT_FOUND")
+        download(self._workspace, files, Path(output_directory or "."), overwrite=overwrite)
 
     def get_all_logs(self, destination: str | None = None) -> builtins.list[str]:
         """Write each stream of its log to a file; returns the paths."""
         folder = Path(destination or f"logs-{self.id}")
         return [str(p) for p in self._call(self._workspace._client.write_logs(self.id, folder))]
 
-    def restore_snapshot(self, snapshot_id: str | None = None, path: str | None = None) -> str:
+    def restore_snapshot(self, snapshot_id: str | None = None, path: str | None = None, *, overwrite: bool = False) -> str:
         """Store its source here; returns the folder."""
         folder = Path(path or f"snapshot-{self.id}")
-        links = self._call(self._workspace._client.snapshot_files(snapshot_id or self.get_snapshot_id()))
-        self._call(self._workspace._client.download_all(links, folder))
+        files = self._call(self._workspace._client.snapshot_files(snapshot_id or self.get_snapshot_id()))
+        self._call(self._workspace._client.download_all(files, folder, overwrite=overwrite))
         return str(folder)
 
     # ---- models ---------------------------------------------------------------------------------------------------
@@ -416,13 +428,15 @@ class Run:
     ) -> Model:  # fmt: skip
         """Register a file or folder that it stored (default: outputs) as the next version of a model."""
         from alveary.model import Model
+        from alveary.progress import file_progress
 
-        registered = self._call(
-            self._workspace._client.register_from_run(
-                self.id, model_name, (model_path or "outputs").rstrip("/"), tags or {}, properties or {}, description or "",
-                model_framework or "", model_framework_version or "",
-            )
-        )  # fmt: skip
+        with file_progress(f"copying files of run {self.id}") as progress:
+            registered = self._call(
+                self._workspace._client.register_from_run(
+                    self.id, model_name, model_path or "outputs", tags or {}, properties or {}, description or "",
+                    model_framework or "", model_framework_version or "", progress,
+                )
+            )  # fmt: skip
         return Model._of(self._workspace, registered)
 
 

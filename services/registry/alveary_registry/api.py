@@ -14,17 +14,20 @@ from google.protobuf.message import Message
 from alveary_contracts.common.v1 import common_pb2 as c
 from alveary_contracts.digests import manifest_digest, manifest_from_json, manifest_json
 from alveary_contracts.events.v1 import events_pb2 as ev
-from alveary_contracts.names import name_problem
+from alveary_contracts.names import name_problem, normal_path
 from alveary_contracts.registry.v1 import registry_pb2 as pb
 from alveary_contracts.registry.v1 import registry_pb2_grpc as rpc
 from alveary_core import auth
 from alveary_core.aggregates import Aggregates
-from alveary_core.errors import FailedPrecondition, InvalidArgument, NotFound
-from alveary_core.manifests import check_manifest
-from alveary_core.objectstore import ObjectStore, missing_blobs, require_blobs
+from alveary_core.blobs import Blobs
+from alveary_core.errors import FailedPrecondition, InvalidArgument, NotFound, Unavailable
+from alveary_core.manifests import check_manifest, page_of, stored_manifest
+from alveary_core.objectstore import ObjectStore
 from alveary_registry import domain, export
 from alveary_registry.projection import RegistryProjection
 
+# A manifest of no more files stands in the event too.
+_INLINE = 200
 _ALIAS = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
 
 
@@ -38,6 +41,7 @@ class ModelService(rpc.ModelServiceServicer):
 
     def __init__(self, store: ObjectStore, models: Aggregates[domain.Model], projection: RegistryProjection) -> None:
         self._store, self._models, self._view = store, models, projection
+        self._blobs = Blobs(store, "models")
 
     async def _execute(self, name: str, decide: Callable[[domain.Model], Sequence[Message]]) -> tuple[domain.Model, int]:
         who = auth.require("writer")
@@ -57,9 +61,13 @@ class ModelService(rpc.ModelServiceServicer):
 
     async def PrepareModel(self, request: pb.PrepareModelRequest, context: Any) -> pb.PrepareModelResponse:
         auth.require("writer")
+        if request.HasField("run_output"):
+            files, prefix = await self._outputs(request.run_output, await self._run(request.run_output.run_id))
+            left = await self._blobs.take(files, "runs", {f.sha256: prefix + f.path for f in files})
+            return pb.PrepareModelResponse(pending=left, total=len(files))
         check_manifest(request.manifest)
-        missing = await missing_blobs(self._store, "models", request.manifest.files)
-        return pb.PrepareModelResponse(slots=[c.UploadSlot(sha256=m, url=self._store.put_url("models", f"blobs/{m}")) for m in missing])
+        found = await self._blobs.prepare(request.manifest.files, request.doubted)
+        return pb.PrepareModelResponse(slots=found.slots, pending=found.pending)
 
     async def RegisterModel(self, request: pb.RegisterModelRequest, context: Any) -> pb.RegisterModelResponse:
         who = auth.require("writer")
@@ -70,48 +78,80 @@ class ModelService(rpc.ModelServiceServicer):
         if key_text:
             state, sequence = await self._models.load(self._models.key(who.workspace, request.name))
             if number := domain.by_key(state, key_text):
-                return pb.RegisterModelResponse(model=await self._model(request.name, number), sequence=sequence)
+                model = await self._model(request.name, number)
+                return pb.RegisterModelResponse(model=model, sequence=sequence, warnings=_warnings(model.lineage))
         event = ev.ModelRegistered(
             description=request.description, tags=request.tags, properties=request.properties,
             framework=request.framework, framework_version=request.framework_version, registered_by=who.subject,
             idempotency_key=key_text, environment=request.environment if request.HasField("environment") else None,
         )  # fmt: skip
         if request.WhichOneof("source") == "run_output":
-            await self._from_run(request.run_output, event)
+            manifest = await self._from_run(request.run_output, event)
         else:
             check_manifest(request.manifest)
-            await require_blobs(self._store, "models", request.manifest.files)
-            event.manifest.CopyFrom(request.manifest)
+            await self._blobs.require(request.manifest.files)
+            manifest = request.manifest
             if request.run_id:
                 self._trace(await self._run(request.run_id), event)
         event.lineage.datasets.extend(d for d in request.datasets if d not in event.lineage.datasets)
         event.lineage.parent = request.parent
-        await self._store.put("models", f"manifests/{manifest_digest(event.manifest)}.json", manifest_json(event.manifest))
+        data = await asyncio.to_thread(manifest_json, manifest)
+        event.manifest_digest, event.file_count = hashlib.sha256(data).hexdigest(), len(manifest.files)
+        event.total_size = sum(f.size for f in manifest.files)
+        if event.file_count <= _INLINE:  # a large one would not fit into an event
+            event.manifest.CopyFrom(manifest)
+        await self._store.put("models", f"manifests/{event.manifest_digest}.json", data)
         state, sequence = await self._execute(request.name, lambda model: domain.register(model, event))
         number = domain.by_key(state, key_text) if key_text else event.version
-        return pb.RegisterModelResponse(model=await self._model(request.name, number), sequence=sequence)
+        return pb.RegisterModelResponse(model=await self._model(request.name, number), sequence=sequence, warnings=_warnings(event.lineage))
 
-    async def _from_run(self, source: pb.RunOutput, event: ev.ModelRegistered) -> None:
-        """Copy files of a run inside the store, and fill in where they come from."""
-        row = await self._run(source.run_id)
+    async def _outputs(self, source: pb.RunOutput, row: sqlite3.Row) -> tuple[list[c.FileEntry], str]:
+        """The files of a run that were chosen, by the paths they have in it; and what precedes these in the object store.
+
+        Raises:
+            FailedPrecondition: the run is not final, or its manifest is damaged.
+            InvalidArgument: it stored no such file.
+        """
         if not row["manifest"]:
             raise FailedPrecondition(f"run {source.run_id} is not final or stored nothing: wait for its completion", f"run/{source.run_id}")
         prefix = f"{source.run_id}/{row['attempt']}/"
         data = await self._store.get("runs", f"{prefix}manifest.json")
         if hashlib.sha256(data).hexdigest() != row["manifest"]:
             raise FailedPrecondition(f"the manifest of run {source.run_id} is damaged: its digest is another")
-        path = source.path.strip("/")
-        every = manifest_from_json(data).files
+        path = normal_path(source.path)
+        every = (await asyncio.to_thread(manifest_from_json, data)).files
         chosen = [f for f in every if f.path == path or f.path.startswith(path + "/")] if path else list(every)
         if not chosen:
             known = ", ".join(f.path for f in every[:10]) or "no files"
             raise InvalidArgument(("run_output.path", f"run {source.run_id} stored no {source.path!r}; it has {known}"))
+        return chosen, prefix
+
+    async def _from_run(self, source: pb.RunOutput, event: ev.ModelRegistered) -> c.Manifest:
+        """Copy files of a run inside the store, and fill in where they come from; returns the model's files.
+
+        Raises:
+            Unavailable: there are too many for one call; the next one goes on with them.
+        """
+        row = await self._run(source.run_id)
+        chosen, prefix = await self._outputs(source, row)
+        if left := await self._blobs.take(chosen, "runs", {f.sha256: prefix + f.path for f in chosen}):
+            raise Unavailable(f"{left} of {len(chosen)} files of run {source.run_id} are still to be copied: call again")
+        path = normal_path(source.path)
+        manifest = c.Manifest()
         for file in chosen:
-            if await self._store.size("models", f"blobs/{file.sha256}") != file.size:
-                await self._store.copy("models", f"blobs/{file.sha256}", "runs", prefix + file.path)
             name = file.path.rpartition("/")[2] if file.path == path else file.path.removeprefix(path + "/")
-            event.manifest.files.append(c.FileEntry(path=name, size=file.size, sha256=file.sha256, executable=file.executable))
+            manifest.files.append(c.FileEntry(path=name, size=file.size, sha256=file.sha256, executable=file.executable))
+        check_manifest(manifest)
         self._trace(row, event)
+        return manifest
+
+    async def _manifest(self, manifest: c.Manifest, digest: str) -> c.Manifest:
+        """The files of a version, which stand in its event where they are few.
+
+        Raises:
+            FailedPrecondition: what the object store has of it is damaged.
+        """
+        return manifest if manifest.files or not digest else await stored_manifest(self._store, "models", digest)
 
     async def _run(self, run_id: str) -> sqlite3.Row:
         """What is known of a run of the caller's workspace. One that was submitted a moment ago may not be in the view yet.
@@ -132,10 +172,12 @@ class ModelService(rpc.ModelServiceServicer):
         """Fill in what of its run a version is remembered by."""
         submitted = ev.RunSubmitted.FromString(row["submitted"])
         spec = submitted.spec
+        state = f"RUN_STATE_{(row['state'] or '').upper()}"
         event.lineage.CopyFrom(
             ev.Lineage(
                 run_id=row["run"], snapshot=spec.snapshot, image_digest=submitted.image_digest, experiment=spec.experiment,
                 datasets=[f"{i.dataset}:{i.version}" for i in spec.inputs], compute_target=spec.compute_target,
+                run_state=c.RunState.Value(state) if state in c.RunState.keys() else c.RUN_STATE_UNSPECIFIED,  # noqa: SIM118
             )
         )  # fmt: skip
         if not event.HasField("environment"):
@@ -199,20 +241,24 @@ class ModelService(rpc.ModelServiceServicer):
 
     async def ListModelFiles(self, request: pb.ListModelFilesRequest, context: Any) -> pb.ListModelFilesResponse:
         model = await self._model(request.name, request.version)
-        files = list(model.manifest.files)
+        files = list((await self._manifest(model.manifest, model.manifest_digest)).files)
         if model.HasField("export"):
             exported = c.FileEntry()
             exported.CopyFrom(model.export.file)
             exported.path = "onnx/model.onnx"
             files.append(exported)
-        links = [c.FileLink(file=f, url=self._store.get_url("models", f"blobs/{f.sha256}")) for f in files]
-        return pb.ListModelFilesResponse(files=links, version=model.version)
+        page, more = page_of(files, request.prefix, request.page_size, request.page_token)
+        return pb.ListModelFilesResponse(
+            files=_links(self._store, "models", page, request.without_urls), version=model.version, next_page_token=more
+        )
 
     async def ExportModel(self, request: pb.ExportModelRequest, context: Any) -> pb.ExportModelResponse:
         who = auth.require("writer")
         model = await self._model(request.name, request.version)
         state, _ = await self._models.load(self._models.key(who.workspace, request.name))
-        registered = state.version(model.version).registered
+        registered = ev.ModelRegistered()
+        registered.CopyFrom(state.version(model.version).registered)
+        registered.manifest.CopyFrom(await self._manifest(registered.manifest, registered.manifest_digest))
         event = export.request(request.name, registered, request.spec, who.subject)
         _, sequence = await self._execute(request.name, lambda m: domain.request_export(m, event))
         return pb.ExportModelResponse(export_id=event.export_id, version=model.version, sequence=sequence)
@@ -223,20 +269,22 @@ class DatasetService(rpc.DatasetServiceServicer):
 
     def __init__(self, store: ObjectStore, datasets: Aggregates[domain.Dataset], projection: RegistryProjection) -> None:
         self._store, self._datasets, self._view = store, datasets, projection
+        self._blobs = Blobs(store, "datasets")
 
     async def PrepareDataset(self, request: pb.PrepareDatasetRequest, context: Any) -> pb.PrepareDatasetResponse:
         auth.require("writer")
         check_manifest(request.manifest)
-        missing = await missing_blobs(self._store, "datasets", request.manifest.files)
-        return pb.PrepareDatasetResponse(slots=[c.UploadSlot(sha256=m, url=self._store.put_url("datasets", f"blobs/{m}")) for m in missing])
+        found = await self._blobs.prepare(request.manifest.files, request.doubted)
+        return pb.PrepareDatasetResponse(slots=found.slots, pending=found.pending)
 
     async def RegisterDataset(self, request: pb.RegisterDatasetRequest, context: Any) -> pb.RegisterDatasetResponse:
         who = auth.require("writer")
         _check_name(request.name)
         check_manifest(request.manifest)
-        await require_blobs(self._store, "datasets", request.manifest.files)
-        digest = manifest_digest(request.manifest)
-        await self._store.put("datasets", f"manifests/{digest}.json", manifest_json(request.manifest))
+        await self._blobs.require(request.manifest.files)
+        data = await asyncio.to_thread(manifest_json, request.manifest)
+        digest = hashlib.sha256(data).hexdigest()
+        await self._store.put("datasets", f"manifests/{digest}.json", data)
         # The manifest is in the object store: a large one would not fit into an event.
         event = ev.DatasetRegistered(
             manifest_digest=digest, description=request.description, tags=request.tags, registered_by=who.subject,
@@ -272,11 +320,20 @@ class DatasetService(rpc.DatasetServiceServicer):
 
     async def ListDatasetFiles(self, request: pb.ListDatasetFilesRequest, context: Any) -> pb.ListDatasetFilesResponse:
         shown = await self._shown(request.name, request.version)
-        data = await self._store.get("datasets", f"manifests/{shown.manifest_digest}.json")
-        files = manifest_from_json(data).files
-        return pb.ListDatasetFilesResponse(
-            files=[c.FileLink(file=f, url=self._store.get_url("datasets", f"blobs/{f.sha256}")) for f in files]
-        )
+        manifest = await stored_manifest(self._store, "datasets", shown.manifest_digest)
+        page, more = page_of(manifest.files, request.prefix, request.page_size, request.page_token)
+        return pb.ListDatasetFilesResponse(files=_links(self._store, "datasets", page, request.without_urls), next_page_token=more)
+
+
+def _links(store: ObjectStore, bucket: str, files: Sequence[c.FileEntry], bare: bool) -> list[c.FileLink]:
+    return [c.FileLink(file=f, url="" if bare else store.get_url(bucket, f"blobs/{f.sha256}")) for f in files]
+
+
+def _warnings(lineage: ev.Lineage) -> list[str]:
+    if lineage.run_state not in (c.RUN_STATE_FAILED, c.RUN_STATE_CANCELED):
+        return []
+    state = c.RunState.Name(lineage.run_state).removeprefix("RUN_STATE_").capitalize()
+    return [f"run {lineage.run_id} had {state}: the model may be what was there when it ended; its lineage says so"]
 
 
 def _view(name: str, event: ev.DatasetRegistered, at: float) -> pb.DatasetVersion:

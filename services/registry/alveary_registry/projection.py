@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 
 from alveary_contracts.common.v1 import common_pb2 as c
+from alveary_contracts.digests import manifest_digest
 from alveary_contracts.events.v1 import events_pb2 as ev
 from alveary_contracts.registry.v1 import registry_pb2 as pb
 from alveary_core.events import Event
@@ -18,7 +19,7 @@ class RegistryProjection(Projection):
         "alveary.*.model.>", "alveary.*.dataset.>", "alveary.*.run.*.submitted", "alveary.*.run.*.completed",
         "alveary.*.run.*.failed", "alveary.*.run.*.canceled", "alveary.*.run.*.compacted",
     )  # fmt: skip
-    version = 2
+    version = 3
     schema = """
     CREATE TABLE IF NOT EXISTS models (workspace TEXT, name TEXT, version INTEGER, run TEXT, archived INTEGER, at REAL,
       proto BLOB, PRIMARY KEY (workspace, name, version));
@@ -57,8 +58,12 @@ class RegistryProjection(Projection):
                 name=key.id, version=message.version, description=message.description, tags=message.tags,
                 properties=message.properties, lineage=message.lineage, framework=message.framework,
                 framework_version=message.framework_version, registered_by=message.registered_by,
-                manifest=message.manifest,
+                manifest=message.manifest, manifest_digest=message.manifest_digest, file_count=message.file_count,
+                total_size=message.total_size,
             )  # fmt: skip
+            if not shown.manifest_digest:  # written before these fields were there
+                shown.manifest_digest, shown.file_count = manifest_digest(message.manifest), len(message.manifest.files)
+                shown.total_size = sum(f.size for f in message.manifest.files)
             shown.registered_at.FromNanoseconds(int(event.time * 1e6) * 1000)
             self._put(key.workspace, shown, event.time)
         elif isinstance(message, ev.ModelAliasSet):

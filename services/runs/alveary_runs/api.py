@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import re
 import sqlite3
@@ -22,6 +23,7 @@ from alveary_core import auth
 from alveary_core.aggregates import Aggregates
 from alveary_core.errors import FailedPrecondition, InvalidArgument, NotFound
 from alveary_core.eventlog import METRICS, EventLog
+from alveary_core.manifests import page_of
 from alveary_core.objectstore import ObjectStore
 from alveary_runs import domain, listing, query, series
 from alveary_runs.metrics import batches
@@ -44,8 +46,8 @@ class RunService(rpc.RunServiceServicer):
 
     async def PrepareSnapshot(self, request: pb.PrepareSnapshotRequest, context: Context) -> pb.PrepareSnapshotResponse:
         auth.require("writer")
-        digest, slots = await self._snapshots.prepare(request.manifest)
-        return pb.PrepareSnapshotResponse(digest=digest, slots=slots)
+        digest, found = await self._snapshots.prepare(request.manifest)
+        return pb.PrepareSnapshotResponse(digest=digest, slots=found.slots, pending=found.pending)
 
     async def CommitSnapshot(self, request: pb.CommitSnapshotRequest, context: Context) -> pb.CommitSnapshotResponse:
         auth.require("writer")
@@ -242,16 +244,13 @@ class RunService(rpc.RunServiceServicer):
             data = await self._store.get("runs", f"{prefix}manifest.json")
             if hashlib.sha256(data).hexdigest() != run.manifest_digest:
                 raise FailedPrecondition(f"the manifest of run {run.id} is damaged: its digest is not {run.manifest_digest}")
-            files = list(manifest_from_json(data).files)
+            files = list((await asyncio.to_thread(manifest_from_json, data)).files)
         else:  # not final: what was uploaded so far
             keys = await self._store.keys("runs", prefix)
             files = [c.FileEntry(path=k.removeprefix(prefix)) for k in keys]
-        links = [
-            c.FileLink(file=f, url=self._store.get_url("runs", prefix + f.path) if request.with_urls else "")
-            for f in files
-            if f.path.startswith(request.prefix)
-        ]
-        return pb.ListFilesResponse(files=links)
+        page, more = page_of(files, request.prefix, request.page_size, request.page_token)
+        links = [c.FileLink(file=f, url=self._store.get_url("runs", prefix + f.path) if request.with_urls else "") for f in page]
+        return pb.ListFilesResponse(files=links, next_page_token=more)
 
 
 class ExperimentService(rpc.ExperimentServiceServicer):

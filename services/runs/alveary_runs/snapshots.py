@@ -6,13 +6,23 @@ from collections import OrderedDict
 
 from alveary_contracts.common.v1 import common_pb2 as c
 from alveary_contracts.digests import manifest_digest, manifest_from_json, manifest_json
-from alveary_core.errors import NotFound
+from alveary_core.blobs import Blobs, Prepared
+from alveary_core.errors import InvalidArgument, NotFound
 from alveary_core.manifests import check_manifest
-from alveary_core.objectstore import ObjectStore, missing_blobs, require_blobs
+from alveary_core.objectstore import ObjectStore
 
 BUCKET = "snapshots"
+RUNS_OWN = ("outputs/", "logs/")
 MAX_FILES, MAX_BYTES = 2000, 300 * 1000 * 1000
 _HINT = "Exclude what the script does not need in .alvearyignore, and upload data as a dataset."
+
+
+def _check(manifest: c.Manifest) -> None:
+    check_manifest(manifest, max_files=MAX_FILES, max_bytes=MAX_BYTES, hint=_HINT)
+    # They would be stored as what the run made.
+    own = [f.path for f in manifest.files if f.path.startswith(RUNS_OWN)]
+    if own:
+        raise InvalidArgument(("manifest.files", f"{own[0]!r}: ./outputs and ./logs are a run's own folders: leave them out of its source"))
 
 
 class Snapshots:
@@ -20,20 +30,20 @@ class Snapshots:
 
     def __init__(self, store: ObjectStore) -> None:
         self._store = store
+        self._blobs = Blobs(store, BUCKET)
         self._known: OrderedDict[str, c.Manifest] = OrderedDict()
 
-    async def prepare(self, manifest: c.Manifest) -> tuple[str, list[c.UploadSlot]]:
+    async def prepare(self, manifest: c.Manifest) -> tuple[str, Prepared]:
         """Digest of a manifest and where to PUT what is missing.
 
         Raises:
             InvalidArgument, ResourceExhausted: see check_manifest.
         """
-        check_manifest(manifest, max_files=MAX_FILES, max_bytes=MAX_BYTES, hint=_HINT)
+        _check(manifest)
         digest = manifest_digest(manifest)
         if await self.find(digest) is not None:
-            return digest, []
-        missing = await missing_blobs(self._store, BUCKET, manifest.files)
-        return digest, [c.UploadSlot(sha256=m, url=self._store.put_url(BUCKET, f"blobs/{m}")) for m in missing]
+            return digest, Prepared([], 0)
+        return digest, await self._blobs.prepare(manifest.files)
 
     async def commit(self, manifest: c.Manifest) -> str:
         """Store a manifest whose blobs are all there; returns its digest.
@@ -41,10 +51,10 @@ class Snapshots:
         Raises:
             FailedPrecondition: some are not.
         """
-        check_manifest(manifest, max_files=MAX_FILES, max_bytes=MAX_BYTES, hint=_HINT)
+        _check(manifest)
         digest = manifest_digest(manifest)
         if await self.find(digest) is None:
-            await require_blobs(self._store, BUCKET, manifest.files)
+            await self._blobs.require(manifest.files)
             await self._store.put(BUCKET, f"manifests/{digest}.json", manifest_json(manifest))
         self._remember(digest, manifest)
         return digest

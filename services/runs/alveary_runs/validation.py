@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from alveary_contracts.common.v1 import common_pb2 as c
 from alveary_contracts.events.v1 import events_pb2 as ev
-from alveary_contracts.names import name_problem, path_problem
+from alveary_contracts.names import name_problem, normal_path, path_problem
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _RETRIED = ("exited", "signal", "out_of_memory", "disk_full", "timeout", "staging_failed", "launch_failed", "upload_failed")
@@ -21,6 +21,7 @@ def with_defaults(spec: c.RunSpec) -> c.RunSpec:
     filled = c.RunSpec()
     filled.CopyFrom(spec)
     filled.experiment = spec.experiment or "default"
+    filled.entry_script = normal_path(spec.entry_script)
     filled.process_count_per_node = spec.process_count_per_node or 1
     filled.node_count = spec.node_count or 1
     filled.max_attempts = spec.max_attempts or 3

@@ -595,7 +595,7 @@ class Attempt:
         if files:
             self._note(f"storing {len(files)} files, {total / 1e6:.1f} MB")
         done, said = 0, time.monotonic()
-        slots = asyncio.Semaphore(8)
+        slots = asyncio.Semaphore(32)
         before = dict(self._uploaded)
         stored: dict[str, c.FileEntry] = {}
 

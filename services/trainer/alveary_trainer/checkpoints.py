@@ -17,7 +17,7 @@ from pathlib import Path
 
 from alveary_contracts.names import path_problem
 from alveary_core.errors import NotFound
-from alveary_core.objectstore import ObjectStore
+from alveary_core.objectstore import FileChanged, ObjectStore
 from alveary_trainer.adapters.runtime import StagingFailed, opened
 
 BUCKET = "runs"
@@ -102,11 +102,9 @@ class Checkpoints:
             with opened(self._folder / relative, below) as readable:
                 digest = await asyncio.to_thread(_digest, readable)
                 if digest not in self._named.values():
-                    entry = await self._store.put_file(BUCKET, f"{self._prefix}/{digest}", readable)
-                    if entry.sha256 != digest:
-                        return None
+                    await self._store.put_file(BUCKET, f"{self._prefix}/{digest}", readable, sha256=digest)
                 found = readable.stat()
-        except (FileNotFoundError, ValueError):
+        except (FileNotFoundError, ValueError, FileChanged):
             return None
         if (found.st_size, found.st_mtime_ns, found.st_ino) != stamp:
             return None

@@ -69,9 +69,7 @@ class NodeContext:
             with opened(file, below) as readable:
                 with readable.open("rb") as content:
                     digest = hashlib.file_digest(content, "sha256").hexdigest()
-                entry = await self.store.put_file("models", f"blobs/{digest}", readable)
-            if entry.sha256 != digest:
-                raise ValueError(f"{file.name} changed while it was registered")
+                entry = await self.store.put_file("models", f"blobs/{digest}", readable, sha256=digest)
             entry.path = file.relative_to(base).as_posix()
             manifest.files.append(entry)
         request = registry_pb2.RegisterModelRequest(

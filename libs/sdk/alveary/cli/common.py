@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -15,6 +15,7 @@ from alveary.text import printable
 if TYPE_CHECKING:
     from google.protobuf.message import Message
 
+    from alveary.transfer import Listing
     from alveary.workspace import Workspace
 
 FAILED, CANCELED, NO_PLATFORM, INTERRUPTED = 3, 4, 5, 130
@@ -76,20 +77,17 @@ def pairs(values: Iterable[str] | None, what: str) -> dict[str, str]:
     return found
 
 
-def download(workspace: Workspace, links: Sequence[Any], to: Path) -> None:
+def overwrite_option(command: F) -> F:
+    """--overwrite, as `overwrite`."""
+    return click.option("--overwrite", is_flag=True, help="Replace files of the same names.")(command)
+
+
+def download(workspace: Workspace, listing: Listing, to: Path, overwrite: bool) -> None:
     """Store files here, with a bar, and say how many they are."""
-    from alveary.progress import upload_progress
+    from alveary import progress
 
-    total, done = sum(x.file.size for x in links), 0
-    with upload_progress(f"{len(links)} files", "downloading") as progress:
-
-        def update(size: int) -> None:
-            nonlocal done
-            done += size
-            progress(done, total)
-
-        workspace._call(workspace._client.download_all(links, to, update))
-    click.echo(f"{len(links)} files, {total / 1e6:.1f} MB in {to}")
+    progress.download(workspace, listing, to, overwrite=overwrite)
+    click.echo(f"{len(listing.files)} files, {sum(f.size for f in listing.files) / 1e6:.1f} MB in {to}")
 
 
 def split(reference: str) -> tuple[str, int | None]:

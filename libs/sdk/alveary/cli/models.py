@@ -8,11 +8,18 @@ from typing import TYPE_CHECKING
 import click
 
 from alveary.cli.columns import Cell, moment, plural, short_ids, size, when
-from alveary.cli.common import FOLDER, download, json_option, open_workspace, pairs, plain, print_json, split
+from alveary.cli.common import FOLDER, F, download, json_option, open_workspace, overwrite_option, pairs, plain, print_json, split
 from alveary.cli.table import sheet, show
 
 if TYPE_CHECKING:
     from alveary.model import Model
+
+
+def _upload_options(command: F) -> F:
+    """--verify and --follow-links."""
+    verify = click.option("--verify", is_flag=True, help="Read what the platform has of it, and replace what is damaged.")
+    follow = click.option("--follow-links", is_flag=True, help="Also links to folders outside of PATH.")
+    return verify(follow(command))
 
 
 @click.group(no_args_is_help=True)
@@ -90,7 +97,8 @@ def show_model(reference: str, as_json: bool) -> None:
 @click.option("--run", default="", help="Take it from this run.")
 @click.option("--tag", multiple=True, help="KEY=VALUE; repeatable.")
 @click.option("--description", default="")
-def register(name: str, path: str, run: str, tag: tuple[str, ...], description: str) -> None:
+@_upload_options
+def register(name: str, path: str, run: str, tag: tuple[str, ...], description: str, verify: bool, follow_links: bool) -> None:
     """Register the next version of a model: with --run from PATH among its files, else from PATH here."""
     from alveary.model import Model
 
@@ -98,7 +106,7 @@ def register(name: str, path: str, run: str, tag: tuple[str, ...], description: 
     if run:
         made = workspace.get_run(run).register_model(name, path, tags=tags, description=description)
     else:
-        made = Model.register(workspace, path, name, tags=tags, description=description)
+        made = Model.register(workspace, path, name, tags=tags, description=description, verify=verify, follow_links=follow_links)
     click.echo(made.id)
 
 
@@ -121,10 +129,11 @@ def export(reference: str, shape: str, file: str, opset: int, factory: str, targ
 @model.command("download")
 @click.argument("reference", metavar="NAME[:VERSION]")
 @click.option("--to", type=FOLDER, default=".", show_default=True, help="Folder that they are stored in.")
-def download_model(reference: str, to: Path) -> None:
-    """Store a version's files here, its ONNX export among them."""
+@overwrite_option
+def download_model(reference: str, to: Path, overwrite: bool) -> None:
+    """Store a version's files here, its ONNX export among them: all of them, or none."""
     found = _find(reference)
-    download(found.workspace, found._links(), to)
+    download(found.workspace, found._files(), to, overwrite)
 
 
 @click.group(no_args_is_help=True)
@@ -148,19 +157,21 @@ def list_datasets(as_json: bool) -> None:
 @dataset.command()
 @click.argument("name")
 @click.argument("path", type=FOLDER)
-def upload(name: str, path: Path) -> None:
+@_upload_options
+def upload(name: str, path: Path, verify: bool, follow_links: bool) -> None:
     """Register a folder as the next version of a dataset."""
     from alveary.dataset import Dataset
 
-    click.echo(Dataset.upload(open_workspace(), str(path), name))
+    click.echo(Dataset.upload(open_workspace(), str(path), name, verify=verify, follow_links=follow_links))
 
 
 @dataset.command("download")
 @click.argument("reference", metavar="NAME[:VERSION]")
 @click.option("--to", type=FOLDER, default=".", show_default=True, help="Folder that they are stored in.")
-def download_dataset(reference: str, to: Path) -> None:
-    """Store a version's files here."""
+@overwrite_option
+def download_dataset(reference: str, to: Path, overwrite: bool) -> None:
+    """Store a version's files here: all of them, or none."""
     from alveary.dataset import Dataset
 
     name, version = split(reference)
-    click.echo(Dataset.get_by_name(open_workspace(), name, version or "latest").download(str(to)))
+    click.echo(Dataset.get_by_name(open_workspace(), name, version or "latest").download(str(to), overwrite))

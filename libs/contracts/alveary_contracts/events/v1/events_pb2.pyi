@@ -1560,6 +1560,7 @@ class Lineage(_message.Message):
     PARENT_FIELD_NUMBER: _builtins.int
     EXPERIMENT_FIELD_NUMBER: _builtins.int
     COMPUTE_TARGET_FIELD_NUMBER: _builtins.int
+    RUN_STATE_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     snapshot: _builtins.str
     image_digest: _builtins.str
@@ -1567,6 +1568,8 @@ class Lineage(_message.Message):
     """"<model>:<version>"."""
     experiment: _builtins.str
     compute_target: _builtins.str
+    run_state: _common_pb2.RunState.ValueType
+    """How that run had ended; unset: not known, or it was still running."""
     @_builtins.property
     def datasets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """"<dataset>:<version>"."""
@@ -1581,10 +1584,11 @@ class Lineage(_message.Message):
         parent: _builtins.str = ...,
         experiment: _builtins.str = ...,
         compute_target: _builtins.str = ...,
+        run_state: _common_pb2.RunState.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_target", b"compute_target", "datasets", b"datasets", "experiment", b"experiment", "image_digest", b"image_digest", "parent", b"parent", "run_id", b"run_id", "snapshot", b"snapshot"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_target", b"compute_target", "datasets", b"datasets", "experiment", b"experiment", "image_digest", b"image_digest", "parent", b"parent", "run_id", b"run_id", "run_state", b"run_state", "snapshot", b"snapshot"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1646,6 +1650,9 @@ class ModelRegistered(_message.Message):
     IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
     ENVIRONMENT_FIELD_NUMBER: _builtins.int
     ENTRY_SCRIPT_FIELD_NUMBER: _builtins.int
+    MANIFEST_DIGEST_FIELD_NUMBER: _builtins.int
+    FILE_COUNT_FIELD_NUMBER: _builtins.int
+    TOTAL_SIZE_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     description: _builtins.str
     framework: _builtins.str
@@ -1654,8 +1661,14 @@ class ModelRegistered(_message.Message):
     idempotency_key: _builtins.str
     entry_script: _builtins.str
     """Script of the run, whose classes a pickled module may need."""
+    manifest_digest: _builtins.str
+    file_count: _builtins.int
+    total_size: _builtins.int
+    """Bytes."""
     @_builtins.property
-    def manifest(self) -> _common_pb2.Manifest: ...
+    def manifest(self) -> _common_pb2.Manifest:
+        """Empty where it has more than 200 files: `manifest_digest` names what is in the object store, always."""
+
     @_builtins.property
     def tags(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
     @_builtins.property
@@ -1681,10 +1694,13 @@ class ModelRegistered(_message.Message):
         idempotency_key: _builtins.str = ...,
         environment: _common_pb2.Environment | None = ...,
         entry_script: _builtins.str = ...,
+        manifest_digest: _builtins.str = ...,
+        file_count: _builtins.int = ...,
+        total_size: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["environment", b"environment", "lineage", b"lineage", "manifest", b"manifest"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "entry_script", b"entry_script", "environment", b"environment", "framework", b"framework", "framework_version", b"framework_version", "idempotency_key", b"idempotency_key", "lineage", b"lineage", "manifest", b"manifest", "properties", b"properties", "registered_by", b"registered_by", "tags", b"tags", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "entry_script", b"entry_script", "environment", b"environment", "file_count", b"file_count", "framework", b"framework", "framework_version", b"framework_version", "idempotency_key", b"idempotency_key", "lineage", b"lineage", "manifest", b"manifest", "manifest_digest", b"manifest_digest", "properties", b"properties", "registered_by", b"registered_by", "tags", b"tags", "total_size", b"total_size", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

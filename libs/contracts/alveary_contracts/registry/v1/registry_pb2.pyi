@@ -81,6 +81,9 @@ class ModelVersion(_message.Message):
     EXPORT_ERROR_FIELD_NUMBER: _builtins.int
     EXPORT_PENDING_FIELD_NUMBER: _builtins.int
     ARCHIVED_FIELD_NUMBER: _builtins.int
+    MANIFEST_DIGEST_FIELD_NUMBER: _builtins.int
+    FILE_COUNT_FIELD_NUMBER: _builtins.int
+    TOTAL_SIZE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     version: _builtins.int
     description: _builtins.str
@@ -92,6 +95,10 @@ class ModelVersion(_message.Message):
     export_pending: _builtins.str
     """An export is under way: its id."""
     archived: _builtins.bool
+    manifest_digest: _builtins.str
+    file_count: _builtins.int
+    total_size: _builtins.int
+    """Bytes."""
     @_builtins.property
     def tags(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
     @_builtins.property
@@ -101,7 +108,9 @@ class ModelVersion(_message.Message):
     @_builtins.property
     def registered_at(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
-    def manifest(self) -> _common_pb2.Manifest: ...
+    def manifest(self) -> _common_pb2.Manifest:
+        """Empty where it has more than 200 files: ListModelFiles has them."""
+
     @_builtins.property
     def aliases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -127,10 +136,13 @@ class ModelVersion(_message.Message):
         export_error: _builtins.str = ...,
         export_pending: _builtins.str = ...,
         archived: _builtins.bool = ...,
+        manifest_digest: _builtins.str = ...,
+        file_count: _builtins.int = ...,
+        total_size: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["export", b"export", "lineage", b"lineage", "manifest", b"manifest", "registered_at", b"registered_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "archived", b"archived", "description", b"description", "export", b"export", "export_error", b"export_error", "export_pending", b"export_pending", "framework", b"framework", "framework_version", b"framework_version", "lineage", b"lineage", "manifest", b"manifest", "name", b"name", "properties", b"properties", "registered_at", b"registered_at", "registered_by", b"registered_by", "tags", b"tags", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "archived", b"archived", "description", b"description", "export", b"export", "export_error", b"export_error", "export_pending", b"export_pending", "file_count", b"file_count", "framework", b"framework", "framework_version", b"framework_version", "lineage", b"lineage", "manifest", b"manifest", "manifest_digest", b"manifest_digest", "name", b"name", "properties", b"properties", "registered_at", b"registered_at", "registered_by", b"registered_by", "tags", b"tags", "total_size", b"total_size", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -141,16 +153,30 @@ class PrepareModelRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     MANIFEST_FIELD_NUMBER: _builtins.int
+    DOUBTED_FIELD_NUMBER: _builtins.int
+    RUN_OUTPUT_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def manifest(self) -> _common_pb2.Manifest: ...
+    def manifest(self) -> _common_pb2.Manifest:
+        """Or a part of it: up to 10,000 files at once."""
+
+    @_builtins.property
+    def doubted(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Digests of the manifest whose blobs are to be read again; what is not what its name says is set aside and asked for."""
+
+    @_builtins.property
+    def run_output(self) -> Global___RunOutput:
+        """Instead of a manifest."""
+
     def __init__(
         self,
         *,
         manifest: _common_pb2.Manifest | None = ...,
+        doubted: _abc.Iterable[_builtins.str] | None = ...,
+        run_output: Global___RunOutput | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["manifest", b"manifest"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["manifest", b"manifest", "run_output", b"run_output"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["manifest", b"manifest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["doubted", b"doubted", "manifest", b"manifest", "run_output", b"run_output"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -161,16 +187,24 @@ class PrepareModelResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     SLOTS_FIELD_NUMBER: _builtins.int
+    PENDING_FIELD_NUMBER: _builtins.int
+    TOTAL_FIELD_NUMBER: _builtins.int
+    pending: _builtins.int
+    """Files that are being copied or verified, or whose slots did not fit in here."""
+    total: _builtins.int
+    """With run_output: how many files it has."""
     @_builtins.property
     def slots(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.UploadSlot]: ...
     def __init__(
         self,
         *,
         slots: _abc.Iterable[_common_pb2.UploadSlot] | None = ...,
+        pending: _builtins.int = ...,
+        total: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["slots", b"slots"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["pending", b"pending", "slots", b"slots", "total", b"total"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -313,18 +347,24 @@ class RegisterModelResponse(_message.Message):
 
     MODEL_FIELD_NUMBER: _builtins.int
     SEQUENCE_FIELD_NUMBER: _builtins.int
+    WARNINGS_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     @_builtins.property
     def model(self) -> Global___ModelVersion: ...
+    @_builtins.property
+    def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Sentences for the user, for example that the run had failed."""
+
     def __init__(
         self,
         *,
         model: Global___ModelVersion | None = ...,
         sequence: _builtins.int = ...,
+        warnings: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "sequence", b"sequence"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "sequence", b"sequence", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -656,17 +696,32 @@ class ListModelFilesRequest(_message.Message):
 
     NAME_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    WITHOUT_URLS_FIELD_NUMBER: _builtins.int
+    PREFIX_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     version: _builtins.int
+    page_size: _builtins.int
+    """1 to 10,000, which is the default."""
+    page_token: _builtins.str
+    without_urls: _builtins.bool
+    """Names alone: no links are made."""
+    prefix: _builtins.str
+    """Only files of this path, or that begin with it."""
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         version: _builtins.int = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+        without_urls: _builtins.bool = ...,
+        prefix: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "page_size", b"page_size", "page_token", b"page_token", "prefix", b"prefix", "version", b"version", "without_urls", b"without_urls"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -678,7 +733,9 @@ class ListModelFilesResponse(_message.Message):
 
     FILES_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     version: _builtins.int
+    next_page_token: _builtins.str
     @_builtins.property
     def files(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.FileLink]: ...
     def __init__(
@@ -686,10 +743,11 @@ class ListModelFilesResponse(_message.Message):
         *,
         files: _abc.Iterable[_common_pb2.FileLink] | None = ...,
         version: _builtins.int = ...,
+        next_page_token: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["files", b"files", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["files", b"files", "next_page_token", b"next_page_token", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -817,16 +875,24 @@ class PrepareDatasetRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     MANIFEST_FIELD_NUMBER: _builtins.int
+    DOUBTED_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def manifest(self) -> _common_pb2.Manifest: ...
+    def manifest(self) -> _common_pb2.Manifest:
+        """Or a part of it: up to 10,000 files at once."""
+
+    @_builtins.property
+    def doubted(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """As in PrepareModelRequest."""
+
     def __init__(
         self,
         *,
         manifest: _common_pb2.Manifest | None = ...,
+        doubted: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["manifest", b"manifest"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["manifest", b"manifest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["doubted", b"doubted", "manifest", b"manifest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -837,16 +903,20 @@ class PrepareDatasetResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     SLOTS_FIELD_NUMBER: _builtins.int
+    PENDING_FIELD_NUMBER: _builtins.int
+    pending: _builtins.int
+    """Files that are being verified, or whose slots did not fit in here."""
     @_builtins.property
     def slots(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.UploadSlot]: ...
     def __init__(
         self,
         *,
         slots: _abc.Iterable[_common_pb2.UploadSlot] | None = ...,
+        pending: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["slots", b"slots"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["pending", b"pending", "slots", b"slots"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1016,17 +1086,32 @@ class ListDatasetFilesRequest(_message.Message):
 
     NAME_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    WITHOUT_URLS_FIELD_NUMBER: _builtins.int
+    PREFIX_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     version: _builtins.int
+    page_size: _builtins.int
+    """1 to 10,000, which is the default."""
+    page_token: _builtins.str
+    without_urls: _builtins.bool
+    """Names alone: no links are made."""
+    prefix: _builtins.str
+    """Only files of this path, or that begin with it."""
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         version: _builtins.int = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+        without_urls: _builtins.bool = ...,
+        prefix: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "page_size", b"page_size", "page_token", b"page_token", "prefix", b"prefix", "version", b"version", "without_urls", b"without_urls"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1037,16 +1122,19 @@ class ListDatasetFilesResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     FILES_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
     @_builtins.property
     def files(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.FileLink]: ...
     def __init__(
         self,
         *,
         files: _abc.Iterable[_common_pb2.FileLink] | None = ...,
+        next_page_token: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["files", b"files"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["files", b"files", "next_page_token", b"next_page_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -90,7 +90,8 @@ class ModelServiceServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def PrepareModel(self, request, context):
-        """For a model from this machine: ask which blobs are missing and PUT them.
+        """For a model from this machine: ask which blobs are missing and PUT them. For a large one from a run's outputs: copy
+        them. Answers within 20 s; call it again until there are neither slots nor pending files, then RegisterModel.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -32,7 +32,9 @@ class ModelServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> ModelServiceAsyncStub: ...
     PrepareModel: _grpc.UnaryUnaryMultiCallable[_registry_pb2.PrepareModelRequest, _registry_pb2.PrepareModelResponse]
-    """For a model from this machine: ask which blobs are missing and PUT them."""
+    """For a model from this machine: ask which blobs are missing and PUT them. For a large one from a run's outputs: copy
+    them. Answers within 20 s; call it again until there are neither slots nor pending files, then RegisterModel.
+    """
     RegisterModel: _grpc.UnaryUnaryMultiCallable[_registry_pb2.RegisterModelRequest, _registry_pb2.RegisterModelResponse]
     """From a run's outputs, or from blobs that PrepareModel asked for. The next version of the name."""
     GetModel: _grpc.UnaryUnaryMultiCallable[_registry_pb2.GetModelRequest, _registry_pb2.GetModelResponse]
@@ -49,7 +51,9 @@ class ModelServiceStub:
 class ModelServiceAsyncStub(ModelServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     PrepareModel: _aio.UnaryUnaryMultiCallable[_registry_pb2.PrepareModelRequest, _registry_pb2.PrepareModelResponse]  # type: ignore[assignment]
-    """For a model from this machine: ask which blobs are missing and PUT them."""
+    """For a model from this machine: ask which blobs are missing and PUT them. For a large one from a run's outputs: copy
+    them. Answers within 20 s; call it again until there are neither slots nor pending files, then RegisterModel.
+    """
     RegisterModel: _aio.UnaryUnaryMultiCallable[_registry_pb2.RegisterModelRequest, _registry_pb2.RegisterModelResponse]  # type: ignore[assignment]
     """From a run's outputs, or from blobs that PrepareModel asked for. The next version of the name."""
     GetModel: _aio.UnaryUnaryMultiCallable[_registry_pb2.GetModelRequest, _registry_pb2.GetModelResponse]  # type: ignore[assignment]
@@ -69,7 +73,9 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _registry_pb2.PrepareModelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_registry_pb2.PrepareModelResponse, _abc.Awaitable[_registry_pb2.PrepareModelResponse]]:
-        """For a model from this machine: ask which blobs are missing and PUT them."""
+        """For a model from this machine: ask which blobs are missing and PUT them. For a large one from a run's outputs: copy
+        them. Answers within 20 s; call it again until there are neither slots nor pending files, then RegisterModel.
+        """
 
     @_abc_1.abstractmethod
     def RegisterModel(

@@ -46,7 +46,10 @@ class PrepareSnapshotResponse(_message.Message):
 
     DIGEST_FIELD_NUMBER: _builtins.int
     SLOTS_FIELD_NUMBER: _builtins.int
+    PENDING_FIELD_NUMBER: _builtins.int
     digest: _builtins.str
+    pending: _builtins.int
+    """Files that are being verified: call again until there are none."""
     @_builtins.property
     def slots(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.UploadSlot]:
         """Only what is missing."""
@@ -56,10 +59,11 @@ class PrepareSnapshotResponse(_message.Message):
         *,
         digest: _builtins.str = ...,
         slots: _abc.Iterable[_common_pb2.UploadSlot] | None = ...,
+        pending: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "slots", b"slots"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "pending", b"pending", "slots", b"slots"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -933,21 +937,28 @@ class ListFilesRequest(_message.Message):
     RUN_ID_FIELD_NUMBER: _builtins.int
     PREFIX_FIELD_NUMBER: _builtins.int
     WITH_URLS_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     prefix: _builtins.str
     """Only paths that begin so."""
     with_urls: _builtins.bool
-    """Also make links."""
+    """Also make links, to the files of this page."""
+    page_size: _builtins.int
+    """1 to 10,000, which is the default."""
+    page_token: _builtins.str
     def __init__(
         self,
         *,
         run_id: _builtins.str = ...,
         prefix: _builtins.str = ...,
         with_urls: _builtins.bool = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["prefix", b"prefix", "run_id", b"run_id", "with_urls", b"with_urls"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token", "prefix", b"prefix", "run_id", b"run_id", "with_urls", b"with_urls"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -958,16 +969,21 @@ class ListFilesResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     FILES_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
     @_builtins.property
-    def files(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.FileLink]: ...
+    def files(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.FileLink]:
+        """By path."""
+
     def __init__(
         self,
         *,
         files: _abc.Iterable[_common_pb2.FileLink] | None = ...,
+        next_page_token: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["files", b"files"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["files", b"files", "next_page_token", b"next_page_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
