@@ -31,6 +31,13 @@ test: install
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal tests/unit tests/integration tests/e2e
 	tests/docker.sh
 
+# Faults for MINUTES while runs are under way, then everything is looked at. The same SEED makes the same faults and runs.
+MINUTES ?= 10
+SEED ?= 1
+.PHONY: chaos
+chaos: install
+	cd tests && $(BIN)/python -m chaos.trial --minutes $(MINUTES) --seed $(SEED)
+
 bench: install
 	$(BIN)/python tests/bench/bench.py
 	$(BIN)/python tests/bench/scheduler.py

@@ -2,99 +2,23 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from support import Embedded, finished, submit, tail, wait_for_state
+from tcp_proxy import Proxy
 
 from alveary import Workspace, config
 
 DELAY = 0.2
 
 
-class Proxy:
-    """A TCP proxy that holds everything back for DELAY, each way, and can cut all connections."""
-
-    def __init__(self, target: int) -> None:
-        self._target = target
-        self.port = 0
-        self._loop = asyncio.new_event_loop()
-        self._writers: set[asyncio.StreamWriter] = set()
-        self._tasks: set[asyncio.Task[None]] = set()
-        ready = threading.Event()
-
-        async def begin() -> None:
-            server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
-            self.port = server.sockets[0].getsockname()[1]
-            ready.set()
-
-        self._loop.create_task(begin())
-        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
-        self._thread.start()
-        assert ready.wait(10)
-
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        other_reader, other_writer = await asyncio.open_connection("127.0.0.1", self._target)
-        self._writers |= {writer, other_writer}
-        await asyncio.gather(self._pump(reader, other_writer), self._pump(other_reader, writer))
-
-    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        queue: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue()
-
-        async def deliver() -> None:
-            while True:
-                at, data = await queue.get()
-                await asyncio.sleep(max(0.0, at - self._loop.time()))
-                if not data:
-                    writer.close()
-                    return
-                writer.write(data)
-                await writer.drain()
-
-        task = asyncio.create_task(deliver())
-        self._tasks.add(task)
-        try:
-            while data := await reader.read(1 << 16):
-                await queue.put((self._loop.time() + DELAY, data))
-        except ConnectionError:
-            data = b""
-        await queue.put((self._loop.time(), b""))
-        await asyncio.gather(task, return_exceptions=True)
-
-    def cut(self) -> None:
-        """End every connection that there is."""
-
-        def work() -> None:
-            for writer in self._writers:
-                writer.transport.abort()
-            self._writers.clear()
-
-        self._loop.call_soon_threadsafe(work)
-
-    def close(self) -> None:
-        """End connections, tasks, the loop and its thread, in that order."""
-        self.cut()
-
-        async def end() -> None:
-            others = [t for t in asyncio.all_tasks() if t is not asyncio.current_task()]
-            for task in others:
-                task.cancel()
-            await asyncio.gather(*others, return_exceptions=True)
-
-        asyncio.run_coroutine_threadsafe(end(), self._loop).result(10)
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(10)
-        self._loop.close()
-
-
 @pytest.fixture
 def proxy(stack: Embedded) -> Iterator[Proxy]:
     port = int(json.loads(stack.config.read_text())["endpoint"].rpartition(":")[2])
-    opened = Proxy(port)
+    opened = Proxy(port, DELAY)
     yield opened
     opened.close()
 
