@@ -28,7 +28,7 @@ demo: install
 	PATH="$(BIN):$$PATH" tools/demo.sh "$(DATA)" "$(EPOCHS)"
 
 test: install
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal tests/unit tests/integration tests/e2e
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal tests/unit tests/integration tests/e2e tests/chaos
 	tests/docker.sh
 
 # Faults for MINUTES while runs are under way, then everything is looked at. The same SEED makes the same faults and runs.

@@ -24,6 +24,7 @@ from nats.js.api import (
     RetentionPolicy,
     StorageType,
     StreamConfig,
+    StreamInfo,
 )
 from nats.js.errors import APIError, BadRequestError, NotFoundError
 
@@ -211,9 +212,27 @@ class EventLog:
         except _TRANSIENT as error:
             raise Unavailable(f"the event log does not purge {subject}: {error or type(error).__name__}") from error
 
+    async def info(self, stream: str = STREAM) -> StreamInfo:
+        """What the server knows of a stream; asked again, for up to a minute, while it does not answer.
+
+        Raises:
+            Unavailable: it did not answer.
+        """
+        try:
+            async for attempt in stamina.retry_context(on=_retriable, attempts=None, timeout=60, wait_max=5.0):
+                with attempt:
+                    return await self.js.stream_info(stream)
+        except _TRANSIENT as error:
+            raise Unavailable(f"the message bus does not tell of its stream {stream}: {error or type(error).__name__}") from error
+        raise AssertionError("unreachable")
+
     async def last_sequence(self) -> int:
-        """Sequence of the newest event of all."""
-        return (await self.js.stream_info(STREAM)).state.last_seq
+        """Sequence of the newest event of all.
+
+        Raises:
+            Unavailable: the log did not answer within a minute.
+        """
+        return (await self.info()).state.last_seq
 
     async def follow(
         self, subjects: Sequence[str], start: int, stream: str = STREAM, *, headers_only: bool = False

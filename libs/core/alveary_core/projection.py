@@ -148,7 +148,7 @@ class Projection:
 
     async def run(self, log: EventLog) -> None:
         """Follow the log for ever."""
-        info = await log.js.stream_info(self.stream)
+        info = await log.info(self.stream)
         identity, self.goal = str(info.created), info.state.last_seq
 
         def begin(db: sqlite3.Connection) -> None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import faulthandler
+import os
 import signal
 import sys
+import threading
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
+import nats.errors
 from nats.aio.client import Client
 from prometheus_client import start_http_server
 
@@ -20,6 +24,8 @@ from alveary_core.settings import CoreSettings
 
 # Longest wait of each step of closing, seconds.
 _CLOSING = 10.0
+# All of it, seconds.
+_LEAVING = 60.0
 # How long a thread may hold the interpreter while another wants it.
 _SWITCH_SECONDS = 0.0005
 
@@ -74,18 +80,27 @@ class Service:
         self._closers.append(closer)
 
     async def close(self) -> None:
-        """Drain calls, stop tasks, close connections."""
+        """Drain calls, stop tasks, close connections. No step takes longer than 10 s, whatever does not answer."""
         if self._own_server:
-            await self.server.stop()
+            await self._close_step("calls", self.server.stop())
         for closer in reversed(self._closers):
-            await closer()
+            await self._close_step(getattr(closer, "__qualname__", str(closer)), closer())
         await self._end_tasks()
         try:
             async with asyncio.timeout(_CLOSING):
                 await self.connection.drain()
-        except TimeoutError:
-            await self.connection.close()
+        except (TimeoutError, nats.errors.Error) as error:
+            # What was acknowledged is stored; a server that is away cannot be told anything.
+            telemetry.logger().info("close.connection", error=str(error) or type(error).__name__)
+            await self._close_step("connection", self.connection.close())
         self.store.close()
+
+    async def _close_step(self, what: str, step: Awaitable[Any]) -> None:
+        try:
+            async with asyncio.timeout(_CLOSING):
+                await step
+        except TimeoutError:
+            telemetry.logger().error("close.stuck", step=what, seconds=_CLOSING)
 
     async def _end_tasks(self) -> None:
         # Asked again and again: a cancellation that meets the very end of a wait may be lost (cpython issue 86296).
@@ -123,8 +138,25 @@ async def serve(name: str, settings: CoreSettings, start: Callable[[Service], Aw
 
 
 async def until(stop: asyncio.Event, *services: Service) -> None:
-    """Return when `stop` is set or one of the services failed."""
+    """Return when `stop` is set or one of the services failed; from then on the process has 60 s to end."""
     waiter = asyncio.create_task(stop.wait())
     waiting: list[asyncio.Future[Any]] = [waiter, *(s.failed for s in services)]
     await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
     waiter.cancel()
+    leave_within(_LEAVING)
+
+
+def leave_within(seconds: float) -> None:
+    """End this process after `seconds` if it has not ended by then, so that its supervisor can start it again.
+
+    A process that waits for ever while it closes holds its port and answers nobody.
+    """
+
+    def leave() -> None:
+        telemetry.logger().error("close.abandoned", seconds=seconds)
+        faulthandler.dump_traceback(all_threads=True)
+        os._exit(70)  # EX_SOFTWARE, sysexits.h
+
+    timer = threading.Timer(seconds, leave)
+    timer.daemon = True
+    timer.start()

@@ -93,7 +93,7 @@ class Archiver:
     async def _same_stream(self, segments: list[Segment]) -> None:
         if not segments:
             return
-        state = (await self._log.js.stream_info(self._stream)).state
+        state = (await self._log.info(self._stream)).state
         lost = state.last_seq < self.position
         if not lost and state.first_seq <= self.position:
             newest = [r async for r in records(self._store, segments[-1:])]
@@ -134,7 +134,7 @@ async def verify(log: EventLog, store: ObjectStore, stream: str, say: Callable[[
     """
     segments = await covered(store, stream)
     last = segments[-1].last if segments else 0
-    state = (await log.js.stream_info(stream)).state
+    state = (await log.info(stream)).state
     # Both in order, one beside the other: neither is ever whole in memory.
     copied = records(store, segments)
     record = await anext(copied, None)
@@ -173,7 +173,7 @@ async def restore(log: EventLog, store: ObjectStore, say: Callable[[str], None],
     chains = {stream: await covered(store, stream) for stream in STREAMS}
     for stream in STREAMS:
         try:
-            state = (await log.js.stream_info(stream)).state
+            state = (await log.info(stream)).state
         except NotFoundError:
             continue
         if state.last_seq:
