@@ -24,7 +24,6 @@ class Log:
     """A log that holds `count` events, and more when told to."""
 
     def __init__(self, count: int) -> None:
-        self.js = self
         self.messages: asyncio.Queue[Any] = asyncio.Queue()
         self.last = 0
         for _ in range(count):
@@ -37,7 +36,7 @@ class Log:
         stored = SimpleNamespace(subject=key.subject("tagged"), headers=envelope(key, message, str(self.last), "t", ""), data=body(message))
         self.messages.put_nowait((stored, self.last))
 
-    async def stream_info(self, name: str) -> Any:
+    async def info(self, stream: str) -> Any:
         return SimpleNamespace(created="1", state=SimpleNamespace(last_seq=self.last))
 
     async def follow(self, subjects: Sequence[str], start: int, stream: str) -> AsyncGenerator[Any, None]:
