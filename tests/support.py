@@ -80,8 +80,8 @@ def launch(
     command += ["--runtime", runtime] if runtime else []
     command += ["--bind", bind] if bind else []
     log = state_dir / "up.log"
-    # Blocking calls on an event loop raise in the services (ALVEARY_TRAINER_GUARD_LOOP: in trainers); see alveary_core.stalls.
-    guarded = {"ALVEARY_GUARD_LOOP": "1"} | os.environ
+    # Blocking calls on an event loop raise in the services, and in trainers; see alveary_core.stalls.
+    guarded = {"ALVEARY_GUARD_LOOP": "1", "ALVEARY_TRAINER_GUARD_LOOP": "1"} | os.environ
     with log.open("wb") as opened:
         process = subprocess.Popen(command, env=guarded, stdout=opened, stderr=opened, stdin=subprocess.DEVNULL, start_new_session=True)
     deadline = time.monotonic() + 90

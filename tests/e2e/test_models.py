@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy
 import pytest
-from support import RUNTIME, finished, submit
+from support import RUNTIME, finished, lines, submit
 
-from alveary import AlvearyError, Environment, Model, Run, Workspace
+from alveary import AlvearyError, Environment, Model, RetryPolicy, Run, Workspace
 
 TORCH_HERE = Environment("torch", user_managed=True, interpreter=sys.executable)
 if RUNTIME == "docker":
@@ -129,13 +129,19 @@ def test_what_cannot_be_exported_says_why(trained: Run, file: str, shape: list[i
         model.export_onnx(shape, file=file)
 
 
-def test_a_script_registers_its_own_model(workspace: Workspace, tmp_path: Path) -> None:
+def test_a_script_registers_its_own_model_once_with_its_lineage(workspace: Workspace, tmp_path: Path) -> None:
     name = f"self-{os.getpid()}"
     run = submit(workspace, tmp_path, f"""
+        import os
         from alveary import Run
         open("outputs/m.txt", "w").write("weights")
-        print(Run.get_context().register_model({name!r}, "outputs/m.txt"))
-        """)  # fmt: skip
-    finished(run)
-    assert Model(workspace, name).get_file_names() == ["m.txt"]
-    assert Model(workspace, name).properties["run_id"] == run.id
+        for _ in range(2):
+            print(Run.get_context().register_model({name!r}, "outputs/m.txt"))
+        raise SystemExit(os.environ["ALVEARY_ATTEMPT"] == "1")
+        """, max_attempts=2, retry=RetryPolicy(backoff_seconds=0))  # fmt: skip
+    assert finished(run)["attempt"] == 2
+    assert lines(run) == [str({"name": name, "version": 1})] * 4
+    model = Model(workspace, name)
+    assert model.get_file_names() == ["m.txt"] and model.version == 1 and model.properties["run_id"] == run.id
+    outside = run.register_model(f"{name}-outside", "outputs/m.txt")
+    assert model.lineage == outside.lineage and model.lineage["run_id"] == run.id

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from support import Embedded, embedded, finished, lines, submit, until
+from support import Embedded, embedded, finished, lines, submit, until, wait_for_state
 
 from alveary import Run, Workspace
 from alveary.compute import AmlCompute, ComputeTarget
@@ -106,21 +106,30 @@ def test_a_paused_node_comes_back_too_late_and_cannot_write(frail: Embedded, wor
             process.wait(30)
 
 
-# Python reads it before anything else: the first life of a trainer fails in a place where nobody expects it.
+# Python reads it before anything else: a trainer that fails once in a place where nobody expects it.
+WAITING = """
+import os, time
+while not os.path.exists({go!r}):
+    time.sleep(0.05)
+"""
 BROKEN = """
 import os, sys
 marker = {marker!r}
-if "alveary_trainer" in sys.orig_argv and not os.path.exists(marker):
-    from alveary_trainer import attempt
-    async def conclude(self, status):
-        open(marker, "w").close()
-        raise LookupError("a bug")
-    attempt.Attempt._conclude = conclude
+if "alveary_trainer" in sys.orig_argv:
+    from alveary_trainer import outputs
+    original = outputs.OutputStore.store_all
+    async def store_all(self, names):
+        if not os.path.exists(marker):
+            open(marker, "w").close()
+            raise LookupError("a bug")
+        return await original(self, names)
+    outputs.OutputStore.store_all = store_all
 """
 
 
-def test_a_node_that_does_not_understand_itself_begins_again(frail: Embedded, workspace: Workspace, source: Path, tmp_path: Path) -> None:
-    """Nobody starts the trainers of machines that joined: they do it themselves, in the same process."""
+def test_a_trainer_that_fails_on_one_run_goes_on_with_the_others(
+    frail: Embedded, workspace: Workspace, source: Path, tmp_path: Path
+) -> None:
     ComputeTarget.create(workspace, "alone", AmlCompute.provisioning_configuration(kind="nodes"))
     command = frail.cli("node", "token", "alone").stdout.split()
     (tmp_path / "sitecustomize.py").write_text(BROKEN.format(marker=str(tmp_path / "marker")))
@@ -134,15 +143,21 @@ def test_a_node_that_does_not_understand_itself_begins_again(frail: Embedded, wo
         "--state-dir",
         str(tmp_path / "state"),
         "--cpus",
-        "1",
+        "2",
     ]
     with (tmp_path / "log").open("wb") as log:
         node = subprocess.Popen(joining, env=os.environ | {"PYTHONPATH": str(tmp_path)}, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
     try:
-        run = submit(workspace, source, "print('here')", compute_target="alone")
-        details = finished(run)
-        assert details["attempt"] == 2 and lines(run).count("here") >= 1 and (tmp_path / "marker").exists()
-        assert "a bug" in (tmp_path / "log").read_text() and node.poll() is None
+        neighbour = submit(workspace, source, WAITING.format(go=str(tmp_path / "go")), compute_target="alone", cpus=1)
+        wait_for_state(neighbour, "Running")
+        failing = submit(workspace, source, "print('here')", compute_target="alone", cpus=1)
+        details = finished(failing, "Failed")
+        assert details["attempt"] == 1 and details["exit"]["reason"] == "internal_error" and "a bug" in details["reason"]
+        system = lines(failing, "system")
+        assert "Traceback (most recent call last):" in system and any("LookupError: a bug" in line for line in system)
+        finished(submit(workspace, source, "print('the next one')", compute_target="alone", cpus=1))
+        (tmp_path / "go").touch()
+        assert finished(neighbour)["attempt"] == 1 and node.poll() is None
     finally:
         node.terminate()
         assert node.wait(60) == 0

@@ -9,7 +9,6 @@ import importlib.util
 import os
 import shutil
 import signal
-import sys
 import tempfile
 from pathlib import Path
 
@@ -126,8 +125,8 @@ def runtime_of(settings: TrainerSettings, cache: Path, store: ObjectStore, runs_
     return ProcessRuntime(Environments(cache / "environments", settings.environments_bytes, store), address)
 
 
-async def main() -> bool:
-    """Serve as a node until SIGTERM, or until the target shrinks; true: begin again, an attempt's end was not understood."""
+async def main() -> None:
+    """Serve as a node until SIGTERM, or until the target shrinks."""
     settings = TrainerSettings()
     if settings.gpu_count < 0:
         settings = settings.model_copy(update={"gpu_count": len(gpu_models())})
@@ -160,21 +159,24 @@ async def main() -> bool:
         start_http_server(settings.metrics_port)
     start = await service.log.last_sequence() + 1
     service.spawn(agent.follow(start), "follow")
-    service.spawn(agent.beat(), "beat")
     service.spawn(agent.disk.run(), "disk")
+    agent.heartbeat.start()
+    service.spawn(_whole(agent.heartbeat.over), "heartbeat")
     monitor = stalls.watch()
     await until(agent.done, service)
     monitor.stop()
     await agent.stop()
+    await context.close()
     await service.close()
-    shutil.rmtree(context.sockets_dir, ignore_errors=True)
+    await asyncio.to_thread(shutil.rmtree, context.sockets_dir, ignore_errors=True)
     os.close(claim)
     if service.failed.done():
         service.failed.result()
-    return agent.afresh
+
+
+async def _whole(future: asyncio.Future[None]) -> None:
+    await future
 
 
 if __name__ == "__main__":
-    if asyncio.run(main()):
-        # Not everywhere is somebody who would start it again.
-        os.execv(sys.executable, [sys.executable, "-m", "alveary_trainer"])
+    asyncio.run(main())

@@ -6,26 +6,23 @@ Of a run on several nodes each has an `Attempt`, its share of the placement; the
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import json
 import os
 import shutil
 import signal
 import time
+import traceback
 from collections import deque
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from google.protobuf.message import Message
 
 from alveary_contracts.common.v1 import common_pb2 as c
-from alveary_contracts.digests import manifest_json
 from alveary_contracts.events.v1 import events_pb2 as ev
 from alveary_contracts.logs.v1 import logs_pb2
-from alveary_contracts.names import path_problem, token
+from alveary_contracts.names import token
 from alveary_contracts.trainer.v1 import trainer_pb2 as pb
 from alveary_core import telemetry
 from alveary_core.errors import AlvearyError
@@ -33,15 +30,20 @@ from alveary_core.eventlog import Conflict
 from alveary_core.events import Key
 from alveary_core.objectstore import DigestMismatch
 from alveary_trainer import launch
-from alveary_trainer.adapters.runtime import Host, Limits, Outcome, Place, Say, Staged, StagingFailed, Tree, Usage, View, opened
+from alveary_trainer.adapters.runtime import Host, Limits, Outcome, Place, Say, Staged, StagingFailed, Tree, Usage, View
 from alveary_trainer.adapters.shared_cache import remove_tree
 from alveary_trainer.checkpoints import Checkpoints, fetch
-from alveary_trainer.context_server import Ask, ContextServer
+from alveary_trainer.context_server import ContextServer
 from alveary_trainer.crew import Leader, Member, subject
-from alveary_trainer.gang import ASKED, ENDED, LISTED, PEER, READY, RUNNING, STORED, File, Gang, name_files
+from alveary_trainer.file_names import printable
+from alveary_trainer.gang import ASKED, ENDED, LISTED, PEER, READY, RUNNING, STORED, Gang
+from alveary_trainer.lines import Lines
+from alveary_trainer.log_folder import LogFolder
 from alveary_trainer.node import NodeContext
+from alveary_trainer.outputs import STORING, OutputStore, walk
 from alveary_trainer.ranks import Rank, Ranks
-from alveary_trainer.shipper import FolderTail, Lines, Shipper, log_chunk, metric_batch, pump
+from alveary_trainer.script_api import operations
+from alveary_trainer.shipper import Shipper, log_chunk, metric_batch, pump
 
 T = TypeVar("T")
 # What is said of an end that was asked for.
@@ -51,16 +53,30 @@ _WORDS = {
     "timeout": "it ran longer than max_run_duration_seconds = {:g}",
     PEER: "another node of the run failed",
 }
-_STORING = (AlvearyError, DigestMismatch, OSError)
+# Ends that break off the storing as well: the processes are gone by then.
+_BREAKING_OFF = ("canceled", "timeout")
 # Instead of names: the leader could not decide them.
 _NO_NAMES = "none"
 _ALONE = Host("localhost", "", 0)
 # How long what was taken back on this node may take to be gone, seconds; it was killed.
 _GONE = 30.0
+# How long killed processes may take to end, what they printed to be read once they have, and each part of an attempt to be closed, seconds.
+_KILLED, _READ, _CLOSED = 120.0, 120.0, 30.0
+# How long logs and metrics may stand still at the end before what is left of them is lost, seconds; and where the end is broken off.
+_STALLED, _HURRIED = 60.0, 10.0
+# How often ./logs is looked at for files to be synced; beyond how many bytes they have to stand still for how long first, or wait for the end.
+_SYNC_SECONDS, _SYNCED, _STILL_SECONDS, _SYNCED_AT_END = 5.0, 64 << 20, 10.0, 4 << 30
+# An event that cannot be written is tried so often in a row, where nobody foresaw why.
+_REPORT_TRIES = 20
+_LONGEST_NOTE = 64 << 10
 
 
 class Fenced(Exception):
     """The attempt's place was taken from it: it says and stores nothing more."""
+
+
+class Unkillable(Exception):
+    """Killed processes do not end."""
 
 
 class Attempt:
@@ -89,15 +105,22 @@ class Attempt:
         self._end, self._why = "", ""
         self._ending, self._fenced = asyncio.Event(), asyncio.Event()
         self._tail: deque[str] = deque(maxlen=20)
-        self._logs = Shipper(node.log.js, f"alveary-logs.{token(key.workspace)}.{token(key.id)}", log_chunk)
-        self._metrics = Shipper(node.log.js, f"alveary-metrics.{token(key.workspace)}.{token(key.id)}", metric_batch(self.number))
+        self._logs = Shipper(node.log.js, f"alveary-logs.{token(key.workspace)}.{token(key.id)}", log_chunk, self._note, "log lines")
+        self._metrics = Shipper(
+            node.log.js, f"alveary-metrics.{token(key.workspace)}.{token(key.id)}", metric_batch(self.number), self._note, "metric points"
+        )
         self._reports: asyncio.Queue[Message | None] = asyncio.Queue()
-        self._uploaded: dict[str, c.FileEntry] = {}
+        # What was said of things beside the run that failed.
+        self._said: set[str] = set()
+        # Why its storing is broken off; "": it is not.
+        self._broken_off, self._breaking_off = "", asyncio.Event()
+        self._limiting: asyncio.Task[None] | None = None
+        self._outputs = OutputStore(node.store, key.id, self.number, index, self._code, self._note, count=self._count)
         self._held = AsyncExitStack()
         self._resume = self._code / ".alveary-resume"
         self._ranks: Ranks | None = None
         folder = self._code / "outputs/checkpoints"
-        self._checkpoints = Checkpoints(node.store, self.run_id, self.number, folder, node.settings.checkpoints_kept, index)
+        self._checkpoints = Checkpoints(node.store, self.run_id, self.number, folder, node.settings.checkpoints_kept, index, self._note)
         connection, where = node.log.connection, subject(key.workspace, key.id, self.number)
         self._crew: Leader | Member
         if index == 0:
@@ -112,7 +135,11 @@ class Attempt:
         return self._fenced.is_set()
 
     def end(self, why: str, message: str = "") -> None:
-        """Ask for the end, once; "fenced" overrules everything."""
+        """Ask for the end, once; "fenced" overrules everything. While it is finalizing, being canceled or over time breaks that off."""
+        if self.phase == "finalizing" and why in _BREAKING_OFF:
+            self._broken_off = self._broken_off or why
+            self._breaking_off.set()
+            return
         if self._end and why != "fenced":
             return
         self._end, self._why = why, message
@@ -152,90 +179,169 @@ class Attempt:
         return done  # type: ignore[return-value]
 
     async def run(self) -> None:
-        """All of it; returns when nothing is left of it on this node."""
+        """All of it; returns when nothing is left of it on this node. What fails here fails this attempt and no other."""
         reporter = asyncio.create_task(self._report())
         self._say("accepted", ev.AttemptAccepted(node=self._share.node, incarnation=self._node.incarnation))
         try:
-            await self._crew.start()
             try:
+                await self._crew.start()
                 status = await self._stage_and_run()
             except (StagingFailed, DigestMismatch, AlvearyError) as error:
-                status = c.ExitStatus(reason="staging_failed", message=str(error))
+                status = c.ExitStatus(reason="staging_failed", message=printable(str(error)))
+            except Exception as error:
+                status = self._fault(error, "staging or running it")
             if self._end != "fenced":
-                await self._conclude(status)
+                try:
+                    await self._conclude(status)
+                except Fenced:
+                    raise
+                except Exception as error:
+                    await self._conclude_anyway(self._fault(error, "storing its outputs"))
                 self._reports.put_nowait(None)
                 await self._unfenced(reporter)
         except Fenced:
             telemetry.logger().info("attempt.fenced", run=self.run_id, attempt=self.number, share=self.index)
         finally:
             reporter.cancel()
+            if self._limiting is not None:
+                self._limiting.cancel()
+            await self._clean()
+
+    async def _clean(self) -> None:
+        """Leave nothing on this node; what cannot be removed holds up nothing else."""
+
+        async def kill() -> None:
             if self._tree:
                 self._tree.kill()
-            await self._crew.close()
-            await self._logs.close()
-            await self._metrics.close()
-            await self._held.aclose()
-            await asyncio.to_thread(remove_tree, self._root)
+
+        steps = (
+            kill, self._crew.close, self._logs.close, self._metrics.close, self._held.aclose,
+            lambda: asyncio.to_thread(remove_tree, self._root),
+        )  # fmt: skip
+        for step in steps:
+            try:
+                async with asyncio.timeout(_CLOSED):
+                    await step()
+            except Exception:
+                telemetry.logger().exception("attempt.clean", run=self.run_id, attempt=self.number)
+
+    def _fault(self, error: Exception, doing: str) -> c.ExitStatus:
+        """The end of an attempt that the trainer failed on."""
+        telemetry.logger().error("attempt.fault", run=self.run_id, attempt=self.number, exc_info=error)
+        text = f"the trainer failed while {doing}: {type(error).__name__}: {error}"
+        self._note(text)
+        for line in "".join(traceback.format_exception(error)).splitlines():
+            self._note(line)
+        return c.ExitStatus(reason="internal_error", message=printable(text)[:4000], last_lines=self._tail)
 
     async def _conclude(self, status: c.ExitStatus) -> None:
-        """From the end of this node's processes to the report on the whole attempt."""
+        """From the end of this node's processes to the report on the whole attempt, unless it is broken off."""
         self.phase = "finalizing"
-        crew = self._crew
         if self._end == "disk_full":  # nothing of it is stored, and others need the space now
             await asyncio.to_thread(remove_tree, self._root)
         # A failure before there were ranks: what the program said, if anything.
         if not status.last_lines:
             status.last_lines[:] = self._tail
         first = self._ranks.first_failure() if self._ranks is not None else None
-        crew.tell(
+        self._crew.tell(
             phase=ENDED, exit=status, failed_at=first.ended_at if first else 0.0,
             ranks=sorted(self._ranks.ranks) if self._ranks is not None else [],
         )  # fmt: skip
+        try:
+            finished = await self._unfenced(self._unless(self._breaking_off, self._store()))
+        except AlvearyError as error:
+            finished = ev.AttemptFinished(exit=c.ExitStatus(reason="upload_failed", message=_not_stored(error)))
+        if self._breaking_off.is_set() and finished is None:
+            finished = await self._unfenced(self._break_off(status))
+        if finished is not None and not self.index:
+            await self._unfenced(self._ship_rest())
+            self._append_losses(finished.exit)
+            self._say("finished", finished)
+
+    async def _store(self) -> ev.AttemptFinished:
+        """Store what this share left, and what all shares left as the run's; returns what is to be said of it."""
+        crew = self._crew
         if isinstance(crew, Leader):
-            await self._unfenced(crew.all_at(ENDED, self._note))
+            await crew.all_at(ENDED, self._note)
             self._say("finalizing", ev.AttemptFinalizing(exit=crew.gang.verdict()))
         error, listing = "", ""
         if self._count > 1:
             try:
-                listing = await self._unfenced(self._list_files())
-            except _STORING as failure:
-                error = f"its outputs could not be stored: {failure}"
+                listing = await self._outputs.list_files()
+            except STORING as failure:
+                error = _not_stored(failure)
         crew.tell(phase=LISTED, listing=listing, error=error)
         if isinstance(crew, Leader):
-            await self._unfenced(crew.all_at(LISTED, self._note))
+            await crew.all_at(LISTED, self._note)
             try:
-                crew.gang.names = await self._unfenced(self._name_files(crew.gang))
-            except _STORING as failure:
-                error, crew.gang.names = f"its outputs could not be stored: {failure}", _NO_NAMES
+                crew.gang.names = await self._outputs.name_files(crew.gang)
+            except STORING as failure:
+                error, crew.gang.names = _not_stored(failure), _NO_NAMES
             crew.decide()
-        order = await self._unfenced(crew.until(STORED))
+        order = await crew.until(STORED)
         files: dict[str, c.FileEntry] = {}
         if order.names != _NO_NAMES:
             try:
-                files = await self._unfenced(self._store(await self._names(order)))
-            except _STORING as failure:
-                error = f"its outputs could not be stored: {failure}"
-        await self._unfenced(self._logs.flush())
-        await self._unfenced(self._metrics.flush())
+                files = await self._outputs.store_all(await self._outputs.names(order.names))
+            except STORING as failure:
+                error = _not_stored(failure)
+        await self._ship_rest()
         crew.tell(phase=STORED, error=error)
         if isinstance(crew, Member):
-            await self._unfenced(crew.heard())
-            return
-        await self._unfenced(crew.all_at(STORED, self._note))
-        manifest_digest, manifest = "", c.Manifest()
+            await crew.heard()
+            return ev.AttemptFinished()
+        await crew.all_at(STORED, self._note)
         status = crew.gang.verdict()
-        if status.reason != "upload_failed":
-            try:
-                manifest_digest, manifest = await self._unfenced(self._make_whole(crew.gang, files))
-            except _STORING as failure:
-                status = c.ExitStatus(reason="upload_failed", message=f"its outputs could not be stored: {failure}")
-        self._say(
-            "finished",
-            ev.AttemptFinished(
-                exit=status, manifest_digest=manifest_digest, output_files=len(manifest.files),
-                output_bytes=sum(f.size for f in manifest.files),
-            ),
-        )  # fmt: skip
+        if status.reason == "upload_failed":
+            return ev.AttemptFinished(exit=status)
+        try:
+            digest, count, size = await self._outputs.make_whole(crew.gang, crew.order.names, files)
+        except STORING as failure:
+            return ev.AttemptFinished(exit=c.ExitStatus(reason="upload_failed", message=_not_stored(failure)))
+        return ev.AttemptFinished(exit=status, manifest_digest=digest, output_files=count, output_bytes=size)
+
+    async def _break_off(self, status: c.ExitStatus) -> ev.AttemptFinished:
+        """The end of an attempt whose storing is not waited for; of one node, what was stored so far is the run's."""
+        outputs, crew = self._outputs, self._crew
+        words = _WORDS[self._broken_off].format(self.spec.max_run_duration_seconds)
+        text = f"{words}; {outputs.stored} of {outputs.total} files were stored by then"
+        self._note(text)
+        if isinstance(crew, Member):
+            crew.tell(phase=STORED, error=text)
+            return ev.AttemptFinished()
+        verdict = c.ExitStatus()
+        verdict.CopyFrom(crew.gang.verdict() if crew.gang.all_at(ENDED) else status)
+        if verdict.reason not in ASKED:
+            verdict.reason = self._broken_off
+        verdict.message = text
+        if self._count > 1:  # the others are stopped by the scheduler once this is over
+            return ev.AttemptFinished(exit=verdict)
+        try:
+            async with asyncio.timeout(_HURRIED):
+                digest, count, size = await outputs.make_whole(crew.gang, "own", outputs.done)
+        except (*STORING, TimeoutError) as failure:
+            self._note(_not_stored(failure))
+            return ev.AttemptFinished(exit=verdict)
+        return ev.AttemptFinished(exit=verdict, manifest_digest=digest, output_files=count, output_bytes=size)
+
+    async def _conclude_anyway(self, status: c.ExitStatus) -> None:
+        """The report on an attempt whose end could not be brought about as it should."""
+        self._crew.tell(phase=STORED, error=status.message)
+        await self._unfenced(self._ship_rest())
+        self._append_losses(status)
+        self._say("finished", ev.AttemptFinished(exit=status))
+
+    async def _ship_rest(self) -> None:
+        """Everything that was printed and logged is stored when this returns, or lost."""
+        patience = _HURRIED if self._breaking_off.is_set() else _STALLED
+        await self._logs.finish(patience)
+        await self._metrics.finish(patience)
+
+    def _append_losses(self, status: c.ExitStatus) -> None:
+        for count, what in ((self._logs.lost, "log lines"), (self._metrics.lost, "metric points")):
+            if count:
+                lost = f"{count:,} {what} were lost: the message bus did not take them"
+                status.message = f"{status.message}; {lost}" if status.message else lost
 
     # ---- reports --------------------------------------------------------------------------------------------------
 
@@ -248,6 +354,7 @@ class Attempt:
     async def _report(self) -> None:
         """Append events in order without holding up the work; ends after None."""
         while (event := await self._reports.get()) is not None:
+            tries = 0
             while self._end != "fenced":
                 try:
                     done = await self._node.log.append(self._key, [event], self._sequence)
@@ -259,13 +366,20 @@ class Attempt:
                     self._sequence = present[-1].sequence if present else 0
                     if present and type(present[-1].message) is type(event):
                         break
-                except AlvearyError as error:
+                except AlvearyError as error:  # the log is away: for as long as the attempt has its lease
                     telemetry.logger().warning("attempt.report", run=self.run_id, error=str(error))
+                    await asyncio.sleep(0.5)
+                except Exception:
+                    tries += 1
+                    telemetry.logger().exception("attempt.report", run=self.run_id, tries=tries)
+                    if tries == _REPORT_TRIES:
+                        raise  # the placement is taken back once this node no longer names it
                     await asyncio.sleep(0.5)
 
     def _note(self, text: str) -> None:
         where = f"{self._share.node}: " if self._count > 1 else ""
-        line = logs_pb2.LogLine(stream="system", attempt=self.number, data=f"{where}{text}".encode())
+        data = f"{where}{text}".encode(errors="backslashreplace")[:_LONGEST_NOTE]
+        line = logs_pb2.LogLine(stream="system", attempt=self.number, data=data)
         line.time.GetCurrentTime()
         self._logs.add(line)
 
@@ -397,12 +511,17 @@ class Attempt:
         sockets = self._node.sockets_dir / self.name
         sockets.mkdir(mode=0o700)
         place = self._place = Place(self.name, self._root, sockets / "run.sock", self._node.runtime_dir, inputs)
-        server = ContextServer(place.socket, self.run_id, self._metrics, self._asks(place))
+        below = runtime.readable_below(place)
+        self._outputs.own, self._outputs.below = place.root, below
+        asks = operations(self._node, self.run_id, self.number, self.spec, place, self._outputs, self._note)
+        server = ContextServer(place.socket, self.run_id, self._metrics, asks, self._note)
         await server.start()
-        tasks: list[asyncio.Task[None]] = []
         mpi = self.spec.launcher == c.LAUNCHER_MPI and isinstance(self._crew, Leader)
         ranks = Ranks(sockets, self._logs, self.number, self._launch_there if mpi else None)
         self._ranks = ranks if launch.has_ranks(self.spec) or self._count > 1 else None
+        first = self.index * launch.ranks_per_node(self.spec)
+        folder = LogFolder(self._code / "logs", self._logs, self.number, below, first, self._note)
+        tasks: list[asyncio.Task[None]] = []
         try:
             view = runtime.view(place, staged)
             own, argv = self._argv(staged, view, team, command)
@@ -414,36 +533,91 @@ class Attempt:
             tree = self._tree = await runtime.launch(place, staged, argv, env, self._limits(team))
             self.phase = "running"
             self._crew.tell(phase=RUNNING)
+            self._limiting = asyncio.create_task(self._limit())
             launcher = "launcher-" if launch.has_ranks(self.spec) else ""
-            first = self.index * launch.ranks_per_node(self.spec)
             pumps = [
                 asyncio.create_task(pump(fd, Lines(self._logs, f"{launcher}{name}", first, self.number, self._tail), self._logs))
                 for fd, name in ((tree.stdout, "stdout"), (tree.stderr, "stderr"))
             ]
-            folder = FolderTail(self._code / "logs", self._logs, self.number, runtime.readable_below(place), first)
-            work = (folder.run(), self._measure(), self._enforce(tree), self._limit(), self._started(), self._keep(place))
-            tasks = [asyncio.create_task(w) for w in work]
-            outcome = await tree.wait()
-            ended_at = time.time()
-            await asyncio.gather(*pumps)
+            watching = [asyncio.create_task(w) for w in (self._measure(), self._enforce(tree), self._started())]
+            following = asyncio.create_task(self._kept_up(folder.run, "following ./logs"))
+            keeping = asyncio.create_task(self._keep(below))
+            syncing = asyncio.create_task(self._kept_up(lambda: self._sync_logs(folder, place, below), "syncing ./logs"))
+            tasks = [*watching, following, keeping, syncing, *pumps]
+            outcome = await self._outcome(tree, watching)
+            self.phase, ended_at = "finalizing", time.time()
+            await self._read_rest(pumps)
             await ranks.finish()
-            tasks[0].cancel()
-            await asyncio.gather(tasks[0], return_exceptions=True)
-            await folder.finish()
+            await _ended(following, syncing)
+            await self._attempted(folder.finish, "following ./logs")
             await server.finish()
-            tasks[-1].cancel()
-            await asyncio.gather(tasks[-1], return_exceptions=True)
-            await self._sync(place, last=True)
+            await _ended(keeping)
+            await self._unless(self._breaking_off, self._unless(self._fenced, self._sync(below, last=True)))
             if self._count > 1 and not launch.has_ranks(self.spec):
                 stopped = self._end in (PEER, *ASKED)
                 ranks.ranks[self.index] = Rank(self.index, 0, self._tail, outcome.exit_code, outcome.signal, stopped, ended_at)
             return self._status(outcome)
         finally:
-            for task in tasks:
-                task.cancel()
+            await _ended(*tasks)
+            folder.close()
             await server.finish(0.1)
             await ranks.finish(0.1)
-            shutil.rmtree(sockets, ignore_errors=True)
+            await asyncio.to_thread(shutil.rmtree, sockets, ignore_errors=True)
+
+    async def _outcome(self, tree: Tree, watching: Sequence[asyncio.Task[None]]) -> Outcome:
+        """How the processes ended. Where one of those who watch them fails, they are killed, and its failure is raised."""
+        waiting, watchers = asyncio.ensure_future(tree.wait()), set(watching)
+        try:
+            while not waiting.done():
+                done, _ = await asyncio.wait({waiting, *watchers}, return_when=asyncio.FIRST_COMPLETED)
+                for task in done & watchers:
+                    watchers.discard(task)
+                    task.result()
+            return waiting.result()
+        finally:
+            deadline = time.monotonic() + _GONE
+            while not waiting.done() and time.monotonic() < deadline:
+                tree.kill()  # again: what is only just being started is not there yet
+                await asyncio.wait({waiting}, timeout=0.2)
+            if not waiting.done():
+                waiting.cancel()
+                await asyncio.gather(waiting, return_exceptions=True)
+
+    async def _read_rest(self, pumps: Sequence[asyncio.Task[None]]) -> None:
+        """Read what the processes left in their pipes, which end when nobody holds them any more."""
+        _, late = await asyncio.wait(pumps, timeout=_READ)
+        if late:
+            self._note(f"its output was still open {_READ:.0f} s after its end: what comes now is not kept")
+        await _ended(*late)
+        for task in pumps:
+            if not task.cancelled() and (error := task.exception()) is not None:
+                raise error
+
+    async def _kept_up(self, work: Callable[[], Awaitable[None]], what: str) -> None:
+        """Something beside the run that runs for ever; where it fails, the run goes on, and it begins again."""
+        while True:
+            await self._attempted(work, what)
+            await asyncio.sleep(_SYNC_SECONDS)
+
+    async def _attempted(self, work: Callable[[], Awaitable[None]], what: str) -> None:
+        try:
+            await work()
+        except Exception as error:
+            telemetry.logger().exception("attempt.beside", run=self.run_id, what=what)
+            text = f"{what} failed: {type(error).__name__}: {error}"
+            if text not in self._said:
+                self._said.add(text)
+                self._note(text)
+
+    async def _sync_logs(self, folder: LogFolder, place: Place, below: Path) -> None:
+        """Store what of ./logs is not followed as text (event files, profiles) while the run lives. Of the first share alone."""
+        while not self.index:
+            begun = time.monotonic()
+            found = await asyncio.to_thread(walk, self._code, ("logs",), place.root, below)
+            files = [f for f in found.files if not folder.follows((f.device, f.inode)) and f.size <= _SYNCED_AT_END]
+            looked = time.monotonic() - begun
+            await self._outputs.sync(files, _SYNCED, _STILL_SECONDS)
+            await asyncio.sleep(max(_SYNC_SECONDS, 20 * looked))
 
     async def _started(self) -> None:
         """Say that it runs once it does on every node."""
@@ -459,25 +633,29 @@ class Attempt:
             self._note(f"{self._why or self._end}: SIGTERM, then SIGKILL after {self.spec.grace_seconds:g} s")
             tree.terminate()
             await asyncio.sleep(self.spec.grace_seconds)
+        killed = time.monotonic()
         while True:  # until wait() sees the end and cancels this
             tree.kill()
             await asyncio.sleep(0.2)
+            if time.monotonic() - killed > _KILLED:
+                raise Unkillable(f"its processes have not ended {_KILLED:.0f} s after SIGKILL: the kernel holds them, look at the node")
 
-    async def _keep(self, place: Place) -> None:
+    async def _keep(self, below: Path) -> None:
         """Copy checkpoints away, once a second."""
         while True:
             await asyncio.sleep(1.0)
-            await self._sync(place)
+            await self._sync(below)
 
-    async def _sync(self, place: Place, *, last: bool = False) -> None:
+    async def _sync(self, below: Path, *, last: bool = False) -> None:
         if self._end in ("fenced", "disk_full"):
             return
-        try:
-            if await self._checkpoints.sync(self._node.runtime.readable_below(place), last=last):
+
+        async def sync() -> None:
+            if await self._checkpoints.sync(below, last=last):
                 self.saved_at = time.monotonic()
-        except (AlvearyError, OSError) as error:
-            # The run goes on; the next second tries again, and the end stores all outputs or fails.
-            self._note(f"its checkpoints could not be copied: {error}")
+
+        # The run goes on; the next second tries again, and the end stores all outputs or fails.
+        await self._attempted(sync, "copying its checkpoints away")
 
     async def _limit(self) -> None:
         if self.spec.max_run_duration_seconds and self.index == 0:
@@ -554,165 +732,13 @@ class Attempt:
         elif not failed and ranks.ranks:
             status.last_lines[:] = ranks.ranks[min(ranks.ranks)].tail
 
-    # ---- storing --------------------------------------------------------------------------------------------------
 
-    async def _put(self, path: Path, name: str, final: str = "") -> c.FileEntry:
-        """Store a file under its final name; where that is not known yet, any share but the first has a place of its own."""
-        below = self._node.runtime.readable_below(self._place) if self._place else self._root
-        with opened(path, below) as readable:
-            entry = await self._node.store.put_file("runs", self._object(final) if final else self._aside(name), readable)
-        entry.path = name
-        self._uploaded[name] = entry
-        return entry
+def _not_stored(failure: BaseException) -> str:
+    return printable(f"its outputs could not be stored: {failure or type(failure).__name__}")
 
-    def _object(self, name: str) -> str:
-        return f"{self.run_id}/{self.number}/{name}"
 
-    def _aside(self, name: str) -> str:
-        return self._object(f".gang/{self.index}/{name}" if self.index else name)
-
-    def _stored_files(self) -> list[Path]:
-        """Files of ./outputs and ./logs; what leads outside the run's folders is left out, and said."""
-        found = []
-        below = self._node.runtime.readable_below(self._place) if self._place else self._root
-        for top in ("outputs", "logs"):
-            for root, _, names in os.walk(self._code / top):
-                for path in (Path(root, n) for n in names):
-                    try:
-                        with opened(path, below):
-                            found.append(path)
-                    except (ValueError, OSError) as error:
-                        self._note(f"not stored: {path.relative_to(self._code)}: {error}")
-        return found
-
-    async def _store(self, names: dict[str, str] | None) -> dict[str, c.FileEntry]:
-        """./outputs and ./logs, under the names that were decided (None: their own); returns what is stored, by its own path."""
-        code, store = self._code, self._node.store
-        files = await asyncio.to_thread(self._stored_files)
-        if names is not None:
-            files = [f for f in files if names.get(f.relative_to(code).as_posix())]
-        total = sum(f.stat().st_size for f in files)
-        if files:
-            self._note(f"storing {len(files)} files, {total / 1e6:.1f} MB")
-        done, said = 0, time.monotonic()
-        slots = asyncio.Semaphore(32)
-        before = dict(self._uploaded)
-        stored: dict[str, c.FileEntry] = {}
-
-        async def one(path: Path) -> None:
-            nonlocal done, said
-            async with slots:
-                own = path.relative_to(code).as_posix()
-                stored[own] = entry = await self._put(path, own, names[own] if names is not None else own)
-            done += entry.size
-            if time.monotonic() - said > 2:
-                said = time.monotonic()
-                self._note(f"stored {done / 1e6:.1f} of {total / 1e6:.1f} MB")
-
-        try:
-            async with asyncio.TaskGroup() as group:
-                for path in files:
-                    group.create_task(one(path))
-        except ExceptionGroup as error:
-            raise error.exceptions[0] from error
-        # What the script stored itself, under names that are no files of ./outputs and ./logs.
-        if names is not None:
-            for own in before.keys() - stored.keys():
-                if names.get(own) and self._object(names[own]) != self._aside(own):
-                    await store.copy("runs", self._object(names[own]), "runs", self._aside(own))
-        return before | stored
-
-    async def _list_files(self) -> str:
-        """Say in the object store which files this share has; returns the digest of what it said."""
-        code = self._code
-
-        def look() -> list[File]:
-            below = self._node.runtime.readable_below(self._place) if self._place else self._root
-            found = {n: File(n, e.size, e.sha256, e.executable) for n, e in self._uploaded.items()}
-            for path in self._stored_files():
-                own = path.relative_to(code).as_posix()
-                with opened(path, below) as readable, readable.open("rb") as content:
-                    info = os.fstat(content.fileno())
-                    digest = hashlib.file_digest(content, "sha256").hexdigest()
-                    found[own] = File(own, info.st_size, digest, bool(info.st_mode & 0o100))
-            return [f for _, f in sorted(found.items())]
-
-        return await self._say_aside(f"{self.index}.json", [asdict(f) for f in await asyncio.to_thread(look)])
-
-    async def _say_aside(self, name: str, what: object) -> str:
-        data = json.dumps(what).encode()
-        await self._node.store.put("runs", self._object(f".gang/{name}"), data)
-        return hashlib.sha256(data).hexdigest()
-
-    async def _read_aside(self, name: str, digest: str) -> Any:
-        data = await self._node.store.get("runs", self._object(f".gang/{name}"))
-        if hashlib.sha256(data).hexdigest() != digest:
-            raise DigestMismatch(f"runs/{self.run_id}/{self.number}/.gang/{name} is not what was written there")
-        return json.loads(data)
-
-    async def _listings(self, gang: Gang) -> dict[int, list[File]]:
-        found = {}
-        for index, report in sorted(gang.reports.items()):
-            found[index] = [File(**f) for f in await self._read_aside(f"{index}.json", report.listing)] if report.listing else []
-        return found
-
-    async def _name_files(self, gang: Gang) -> str:
-        """Decide under which names all shares store their files: the one with rank 0 keeps its own."""
-        if self._count == 1:
-            return "own"
-        order = sorted(gang.reports, key=lambda i: (min(gang.reports[i].ranks, default=10**9), i))
-        names = name_files(await self._listings(gang), order)
-        return await self._say_aside("names.json", names)
-
-    async def _names(self, order: pb.GangOrder) -> dict[str, str] | None:
-        if self._count == 1:
-            return None
-        found: dict[str, str] = (await self._read_aside("names.json", order.names))[str(self.index)]
-        return found
-
-    async def _make_whole(self, gang: Gang, mine: dict[str, c.FileEntry]) -> tuple[str, c.Manifest]:
-        """The manifest that makes what all shares stored the run's; returns its digest."""
-        entries: dict[str, c.FileEntry] = {}
-        if self._count == 1:
-            entries = mine
-        else:
-            names = await self._names(self._crew.order)
-            assert names is not None
-            every: dict[str, dict[str, str]] = await self._read_aside("names.json", self._crew.order.names)
-            for index, files in (await self._listings(gang)).items():
-                for file in files:
-                    if name := every[str(index)].get(file.path):
-                        entries[name] = c.FileEntry(path=name, size=file.size, sha256=file.sha256, executable=file.executable)
-        manifest = c.Manifest(files=sorted(entries.values(), key=lambda f: f.path))
-        data = manifest_json(manifest)
-        await self._node.store.put("runs", self._object("manifest.json"), data)
-        if self._count > 1:
-            await self._node.store.delete("runs", await self._node.store.keys("runs", self._object(".gang/")))
-        return hashlib.sha256(data).hexdigest(), manifest
-
-    # ---- what the script may ask ----------------------------------------------------------------------------------
-
-    def _asks(self, place: Place) -> dict[str, Ask]:
-        runtime = self._node.runtime
-
-        async def upload(message: dict[str, Any]) -> Any:
-            name = str(message["name"])
-            if problem := path_problem(name):
-                raise ValueError(problem)
-            entry = await self._put(runtime.host_path(place, str(message["path"])), name)
-            return {"path": entry.path, "size": entry.size, "sha256": entry.sha256}
-
-        async def tag(message: dict[str, Any]) -> Any:
-            await self._node.tag(self.run_id, message)
-            return True
-
-        async def register(message: dict[str, Any]) -> Any:
-            path = (self._code / str(message["path"])).resolve()
-            if not path.is_relative_to(self._code.resolve()) or not path.exists():
-                raise ValueError(f"model_path {message['path']!r} is no file or folder of this run's working directory")
-            return await self._node.register(self.run_id, path, message, runtime.readable_below(place))
-
-        async def info(_: dict[str, Any]) -> Any:
-            return {"run_id": self.run_id, "attempt": self.number, "tags": dict(self.spec.tags), "properties": dict(self.spec.properties)}
-
-        return {"upload": upload, "tag": tag, "register": register, "info": info}
+async def _ended(*tasks: asyncio.Task[None]) -> None:
+    """Cancel tasks, and return when they have ended."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

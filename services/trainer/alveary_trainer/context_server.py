@@ -1,33 +1,49 @@
 """What a training script may ask, over a Unix socket of its attempt: JSON lines, one object each.
 
 The socket is the identity: whoever reaches it is this attempt and no other, and no message can name another run.
-Metrics are one-way; everything else carries an `id` and is answered {"id", "ok"} or {"id", "error"}.
+Metrics are one-way; everything else carries an `id` and is answered {"id", "ok"} or {"id", "error"}, with {"id", "working"} every
+few seconds before that where it takes longer. A metric that is refused is answered {"id": null, "error"}; one with an `id` is
+answered in any case.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import math
+import re
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 from alveary_contracts.runs.v1 import runs_pb2 as pb
 from alveary_core import telemetry
-from alveary_trainer.shipper import Shipper
+from alveary_trainer.shipper import Shipper, TooLarge
 
-MAX_LINE = 16 << 20
+# Longest message, bytes of JSON.
+MAX_LINE = 8 << 20
+# Messages beyond this are parsed on a thread.
+_LARGE = 128 << 10
+_WORKING_SECONDS = 15.0
+# Answers that nobody asked for are left out while so many bytes wait to be read.
+_UNREAD = 64 << 10
+_MOST_NOTES = 20
+_NAME = re.compile(rb'"name": ?"((?:[^"\\]|\\.){1,1536})"')
 Ask = Callable[[dict[str, Any]], Awaitable[Any]]
 
 
 class ContextServer:
     """The socket of one attempt."""
 
-    def __init__(self, path: Path, run_id: str, metrics: Shipper, asks: dict[str, Ask]) -> None:
-        self._path, self._run_id, self._metrics, self._asks = path, run_id, metrics, asks
+    def __init__(
+        self, path: Path, run_id: str, metrics: Shipper, asks: dict[str, Ask], note: Callable[[str], None] = lambda _: None
+    ) -> None:
+        """`note` is told of what was refused, a bounded number of times."""
+        self._path, self._run_id, self._metrics, self._asks, self._note = path, run_id, metrics, asks, note
         self._server: asyncio.Server | None = None
         self._connections: set[asyncio.Task[None]] = set()
+        self._noted = 0
 
     async def start(self) -> None:
         """Listen; only this user may connect."""
@@ -48,24 +64,53 @@ class ContextServer:
         assert task is not None
         self._connections.add(task)
         try:
-            while line := await reader.readline():
+            while (line := await self._line(reader)) is not None:
                 await self._metrics.room()
-                answer = await self._take(line)
-                if answer is not None:
-                    writer.write(json.dumps(answer).encode() + b"\n")
+                answer = await self._take(line, writer)
+                if answer is None:
+                    continue
+                if answer["id"] is None and writer.transport.get_write_buffer_size() > _UNREAD:
+                    continue  # nobody reads them
+                writer.write(json.dumps(answer).encode() + b"\n")
+                if answer["id"] is not None:
                     await writer.drain()
-        except (ConnectionError, ValueError) as error:  # ValueError: a line beyond the limit
+        except ConnectionError as error:
             telemetry.logger().info("context.closed", run=self._run_id, error=str(error))
         finally:
             self._connections.discard(task)
             writer.close()
 
-    async def _take(self, line: bytes) -> dict[str, Any] | None:
+    async def _line(self, reader: asyncio.StreamReader) -> bytes | TooLarge | None:
+        """The next line, or why it is not taken; None: there is no more."""
         try:
-            message = json.loads(line)
+            return await reader.readuntil(b"\n")
+        except asyncio.IncompleteReadError as error:
+            return error.partial or None
+        except asyncio.LimitOverrunError as error:
+            head, size = await reader.read(4096), 4096
+            over = error
+            while True:  # to the end of the line
+                size += len(await reader.read(max(over.consumed, 1)))
+                try:
+                    size += len(await reader.readuntil(b"\n"))
+                    break
+                except asyncio.LimitOverrunError as again:
+                    over = again
+                except asyncio.IncompleteReadError:
+                    break
+            found = _NAME.search(head)
+            name = found.group(1).decode(errors="replace") if found else ""
+            what = f"metric {name!r}" if name else "a message"
+            return TooLarge(f"{what} is refused: it has about {size:,} bytes, and a message may have {MAX_LINE:,}")
+
+    async def _take(self, line: bytes | TooLarge, writer: asyncio.StreamWriter) -> dict[str, Any] | None:
+        if isinstance(line, TooLarge):
+            return self._refuse(None, line)
+        try:
+            message = json.loads(line) if len(line) < _LARGE else await asyncio.to_thread(json.loads, line)
             if not isinstance(message, dict):
                 raise ValueError("not an object")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             return {"id": None, "error": f"not a JSON object: {error}"}
         ident = message.get("id")
         if message.get("run_id", self._run_id) != self._run_id:
@@ -73,17 +118,47 @@ class ContextServer:
         op = message.get("op")
         try:
             if op == "metric":
-                self._metrics.add(point(message))
-                return None
+                made = point(message) if len(line) < _LARGE else await asyncio.to_thread(point, message)
+                self._metrics.add(made)
+                return {"id": ident, "ok": True} if ident is not None else None
             if op == "flush":
                 await self._metrics.flush(float(message.get("timeout", 60)))
                 return {"id": ident, "ok": True}
             if op not in self._asks:
                 return {"id": ident, "error": f"there is no operation {op!r}"}
-            return {"id": ident, "ok": await self._asks[op](message)}
-        except Exception as error:
+            async with _working(ident, writer):
+                return {"id": ident, "ok": await self._asks[op](message)}
+        except Exception as error:  # whatever a message makes of us: its sender is told, and the next one is taken
+            if op == "metric":
+                return self._refuse(
+                    ident, ValueError(f"metric {str(message.get('name'))[:256]!r} is refused: {error or type(error).__name__}")
+                )
             telemetry.logger().info("context.refused", run=self._run_id, op=op, error=str(error))
             return {"id": ident, "error": str(error) or type(error).__name__}
+
+    def _refuse(self, ident: object, error: Exception) -> dict[str, Any]:
+        self._noted += 1
+        if self._noted <= _MOST_NOTES:
+            more = "; no more of this is said here" if self._noted == _MOST_NOTES else ""
+            self._note(f"{error}{more}")
+        return {"id": ident, "error": str(error)}
+
+
+@contextlib.asynccontextmanager
+async def _working(ident: object, writer: asyncio.StreamWriter) -> Any:
+    """Let who asked know every few seconds that it is being worked on."""
+
+    async def say() -> None:
+        while True:
+            await asyncio.sleep(_WORKING_SECONDS)
+            writer.write(json.dumps({"id": ident, "working": True}).encode() + b"\n")
+
+    task = asyncio.create_task(say())
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 def point(message: dict[str, Any]) -> pb.MetricPoint:
@@ -95,7 +170,9 @@ def point(message: dict[str, Any]) -> pb.MetricPoint:
     name = message["name"]
     if not isinstance(name, str) or not name or len(name) > 256:
         raise ValueError("a metric needs a name of 1 to 256 characters")
-    made = pb.MetricPoint(name=name, description=str(message.get("description", "")))
+    if any("\ud800" <= character <= "\udfff" for character in name):
+        raise ValueError("its name is not UTF-8")
+    made = pb.MetricPoint(name=name, description=str(message.get("description", "")).encode(errors="backslashreplace").decode())
     at = float(message["time"])
     made.time.FromNanoseconds(int(at * 1e6) * 1000)
     if message.get("step") is not None:
@@ -113,7 +190,7 @@ def point(message: dict[str, Any]) -> pb.MetricPoint:
         case "image":
             made.image_path = str(value)
         case "text":
-            made.text = str(value)
+            made.text = str(value).encode(errors="backslashreplace").decode()
         case _:
             raise ValueError(f"there is no kind of metric {kind!r}")
     return made

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Callable
 
 import nats.errors
@@ -20,9 +21,12 @@ from nats.aio.subscription import Subscription
 from alveary_contracts.names import token
 from alveary_contracts.trainer.v1 import trainer_pb2 as pb
 from alveary_core import telemetry
-from alveary_trainer.gang import Gang
+from alveary_core.errors import Unavailable
+from alveary_trainer.gang import ENDED, Gang
 
 _PATIENCE = 2.0
+# How long a share whose processes have ended may say nothing, and a leader may not answer, seconds.
+_SILENT, _UNANSWERED = 120.0, 600.0
 
 
 def subject(workspace: str, run_id: str, attempt: int) -> str:
@@ -94,6 +98,8 @@ class Leader(Crew):
         self._orders: dict[int, pb.GangOrder] = {}
         self._moved = asyncio.Event()
         self._answers: set[asyncio.Task[None]] = set()
+        # When each other share spoke last, time.monotonic().
+        self._heard: dict[int, float] = {}
         self._closing = False
         self._told()
 
@@ -123,7 +129,12 @@ class Leader(Crew):
         self._moved.set()
 
     async def all_at(self, phase: int, note: Callable[[str], None]) -> None:
-        """Return when every share has come so far; says every half minute who has not."""
+        """Return when every share has come so far; says every half minute who has not.
+
+        Raises:
+            Unavailable: one that is awaited after the processes' end has said nothing for long.
+        """
+        begun = time.monotonic()
         while not self.gang.all_at(phase):
             self._sound()
             moved = self._moved
@@ -133,6 +144,16 @@ class Leader(Crew):
             except TimeoutError:
                 late = self.gang.behind(phase) or ["nodes that have not said a word"]
                 note(f"waits for {', '.join(late)}")
+                self._look_for_silence(phase, begun)
+
+    def _look_for_silence(self, phase: int, begun: float) -> None:
+        now = time.monotonic()
+        silent = [
+            report.node for index, report in sorted(self.gang.reports.items())
+            if index and report.phase < phase and now - max(self._heard.get(index, 0.0), begun) > _SILENT
+        ]  # fmt: skip
+        if phase >= ENDED and silent:
+            raise Unavailable(f"{', '.join(silent)} said nothing for {_SILENT:.0f} s: its trainer does not get on with this run")
 
     async def moved(self) -> None:
         """Return when something that anybody said, or was told, has changed."""
@@ -156,6 +177,7 @@ class Leader(Crew):
         if not 0 < report.index < self.gang.count:
             telemetry.logger().warning("gang.stranger", index=report.index, node=report.node)
             return
+        self._heard[report.index] = time.monotonic()
         if self.gang.take(report):
             self.decide()
         with contextlib.suppress(TimeoutError):
@@ -203,7 +225,7 @@ class Member(Crew):
         self._acknowledged.set()
 
     async def _talk(self) -> None:
-        pause = 0.1
+        pause, answered = 0.1, time.monotonic()
         while True:
             self._changed.clear()
             self.me.seen = self.order.version
@@ -218,10 +240,12 @@ class Member(Crew):
                     answer = pb.GangOrder.FromString(asking.result().data)
                 except (nats.errors.Error, TimeoutError, OSError, DecodeError) as error:
                     telemetry.logger().info("gang.unanswered", where=self._where, error=str(error) or type(error).__name__)
+                    if time.monotonic() - answered > _UNANSWERED:
+                        raise Unavailable(f"the first node of this run has not answered for {_UNANSWERED:.0f} s") from error
                     await asyncio.sleep(pause)
                     pause = min(pause * 2, 2.0)
                     continue
-                pause = 0.1
+                pause, answered = 0.1, time.monotonic()
                 self._ordered(answer)
                 if not self._changed.is_set():
                     self._acknowledged.set()

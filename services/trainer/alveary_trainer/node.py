@@ -2,22 +2,44 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass
+import os
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import grpc
 import grpc.aio
+import stamina
 
 from alveary_contracts.common.v1 import common_pb2 as c
 from alveary_contracts.registry.v1 import registry_pb2, registry_pb2_grpc
 from alveary_contracts.runs.v1 import runs_pb2, runs_pb2_grpc
 from alveary_core.eventlog import EventLog
-from alveary_core.objectstore import ObjectStore
+from alveary_core.objectstore import FileChanged, ObjectStore
 from alveary_trainer.adapters.runtime import Runtime, opened
+from alveary_trainer.outputs import Found, each, walk
 from alveary_trainer.settings import TrainerSettings
 from alveary_trainer.staging import ContentCache
+
+T = TypeVar("T")
+# How long what a script asks of the platform is repeated, and one try of it may take, seconds.
+_PATIENCE, _ONE_TRY = 60.0, 30.0
+# What a service that is being restarted, or a proxy before it, answers. All that is asked may be repeated.
+_PASSING = (
+    grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.ABORTED, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED,
+)  # fmt: skip
+_WORKERS = 8
+
+
+class Refused(Exception):
+    """The platform said no to what a script asked, or did not answer in time; the text is for the script's author."""
+
+
+def _passing(error: Exception) -> bool:
+    return isinstance(error, grpc.aio.AioRpcError) and error.code() in _PASSING
 
 
 @dataclass
@@ -39,44 +61,101 @@ class NodeContext:
     runtime_dir: Path
     # What to say of an attempt that failed by itself while the node's disk is full; empty: it is not.
     disk_fault: Callable[[], str] = str
+    # By endpoint; they reconnect by themselves.
+    _channels: dict[str, grpc.aio.Channel] = field(default_factory=dict)
 
     def _channel(self, endpoint: str) -> grpc.aio.Channel:
         if not endpoint:
             raise ValueError("this node was started without ALVEARY_ENDPOINT: tags and models need it")
-        if not self.settings.endpoint_tls:
-            return grpc.aio.insecure_channel(endpoint)
-        trusted = self.settings.ca.read_bytes() if self.settings.ca else None
-        return grpc.aio.secure_channel(endpoint, grpc.ssl_channel_credentials(trusted))
+        if endpoint not in self._channels:
+            options = [
+                ("grpc.max_reconnect_backoff_ms", 1000), ("grpc.max_receive_message_length", 64 << 20),
+                ("grpc.max_send_message_length", 64 << 20),
+            ]  # fmt: skip
+            if self.settings.endpoint_tls:
+                trusted = grpc.ssl_channel_credentials(self.settings.ca.read_bytes() if self.settings.ca else None)
+                self._channels[endpoint] = grpc.aio.secure_channel(endpoint, trusted, options=options)
+            else:
+                self._channels[endpoint] = grpc.aio.insecure_channel(endpoint, options=options)
+        return self._channels[endpoint]
 
-    def _metadata(self) -> tuple[tuple[str, str], ...]:
-        return (("authorization", f"Bearer {self.settings.node_token.get_secret_value()}"),)
+    async def close(self) -> None:
+        """Close the connections that scripts' requests use."""
+        for channel in self._channels.values():
+            await channel.close()
+        self._channels.clear()
+
+    async def _call(self, what: str, method: Callable[..., Awaitable[T]], request: object) -> T:
+        """One idempotent call, repeated with backoff while the service is away.
+
+        Raises:
+            Refused: it said no, or for _PATIENCE seconds nothing.
+        """
+        metadata = (("authorization", f"Bearer {self.settings.node_token.get_secret_value()}"),)
+        try:
+            async for attempt in stamina.retry_context(on=_passing, attempts=None, timeout=_PATIENCE, wait_initial=0.1, wait_max=3.0):
+                with attempt:
+                    return await method(request, metadata=metadata, timeout=_ONE_TRY)
+        except grpc.aio.AioRpcError as error:
+            tried = f" (tried again for {_PATIENCE:.0f} s)" if _passing(error) else ""
+            raise Refused(f"{what}: {error.details() or error.code().name}{tried}") from error
+        raise AssertionError("unreachable")
 
     async def tag(self, run_id: str, message: dict[str, Any]) -> None:
-        """TagRun on behalf of a script."""
+        """TagRun on behalf of a script.
+
+        Raises:
+            Refused: the platform said no, or did not answer in time.
+        """
         request = runs_pb2.TagRunRequest(
             run_id=run_id, set=message.get("set", {}), remove=message.get("remove", []),
             properties=message.get("properties", {}),
         )  # fmt: skip
-        async with self._channel(self.settings.endpoint) as channel:
-            await runs_pb2_grpc.RunServiceStub(channel).TagRun(request, metadata=self._metadata(), timeout=30)
+        await self._call("the run's tags", runs_pb2_grpc.RunServiceStub(self._channel(self.settings.endpoint)).TagRun, request)
 
-    async def register(self, run_id: str, path: Path, message: dict[str, Any], below: Path) -> dict[str, Any]:
-        """RegisterModel on behalf of a script, with files as they are now; they must lie below `below`."""
-        files = [f for f in sorted(path.rglob("*")) if f.is_file()] if path.is_dir() else [path]
-        base = path if path.is_dir() else path.parent
+    async def register(
+        self, run_id: str, path: Path, message: dict[str, Any], own: Path, below: Path, note: Callable[[str], None] = lambda _: None
+    ) -> dict[str, Any]:
+        """RegisterModel on behalf of a script, with files as they are now; they must lie below `below`.
+
+        Links are followed within `own`. The same content under the same name is one version of a run, however often it is asked
+        for. `note` is told what is left out.
+
+        Raises:
+            Refused: the platform said no, or did not answer in time.
+            ValueError: a file changed meanwhile, or there is none.
+        """
+        single = path.is_file()
+        found = await asyncio.to_thread(walk, path.parent if single else path, (path.name if single else ".",), own, below)
+        for text in found.remarks[:20]:
+            note(f"model {message['name']}: {text}")
+        if not found.files:
+            raise ValueError(f"{path.name} has no file that could be stored")
         manifest = c.Manifest()
-        for file in files:
-            with opened(file, below) as readable:
-                with readable.open("rb") as content:
-                    digest = hashlib.file_digest(content, "sha256").hexdigest()
-                entry = await self.store.put_file("models", f"blobs/{digest}", readable, sha256=digest)
-            entry.path = file.relative_to(base).as_posix()
-            manifest.files.append(entry)
+
+        async def one(file: Found) -> None:
+            digest, size, executable = await asyncio.to_thread(_digested, file.path, below)
+            key = f"blobs/{digest}"
+            if await self.store.size("models", key) != size:
+                with opened(file.path, below) as readable:
+                    try:
+                        await self.store.put_file("models", key, readable, sha256=digest)
+                    except FileChanged as error:
+                        raise ValueError(f"{file.name} changed while it was registered") from error
+            manifest.files.append(c.FileEntry(path=file.name, size=size, sha256=digest, executable=executable))
+
+        await each(found.files, one, _WORKERS)
         request = registry_pb2.RegisterModelRequest(
             name=str(message["name"]), manifest=manifest, description=str(message.get("description") or ""),
-            tags=message.get("tags") or {}, properties=(message.get("properties") or {}) | {"run_id": run_id},
+            tags=message.get("tags") or {}, properties=(message.get("properties") or {}) | {"run_id": run_id}, run_id=run_id,
         )  # fmt: skip
-        async with self._channel(self.settings.registry_endpoint or self.settings.endpoint) as channel:
-            stub = registry_pb2_grpc.ModelServiceStub(channel)
-            reply = await stub.RegisterModel(request, metadata=self._metadata(), timeout=60)
+        channel = self._channel(self.settings.registry_endpoint or self.settings.endpoint)
+        reply = await self._call(f"model {request.name}", registry_pb2_grpc.ModelServiceStub(channel).RegisterModel, request)
         return {"name": reply.model.name, "version": reply.model.version}
+
+
+def _digested(path: Path, below: Path) -> tuple[str, int, bool]:
+    """Digest and size of a file, and whether it is a program."""
+    with opened(path, below) as readable, readable.open("rb") as content:
+        info = os.fstat(content.fileno())
+        return hashlib.file_digest(content, "sha256").hexdigest(), info.st_size, bool(info.st_mode & 0o100)

@@ -17,7 +17,8 @@ from typing import Any
 
 from alveary_contracts.common.v1 import common_pb2 as c
 from alveary_core import telemetry
-from alveary_trainer.shipper import Lines, Shipper, pump
+from alveary_trainer.lines import Lines
+from alveary_trainer.shipper import Shipper, pump
 
 # (host, command) -> exit code; what mpirun wants started on another node.
 Launch = Callable[[str, str], Awaitable[int]]

@@ -1,49 +1,98 @@
-"""Log lines and metric points on their way to the bus: batched, acknowledged, in order, bounded."""
+"""Log lines and metric points on their way to the bus: batched, acknowledged, in order, bounded.
+
+What the bus refuses never stops a run: a message that is too large is refused by itself, and while a stream takes nothing (it is
+full) batches are lost after a while, counted, and the loss is said. A bus that cannot be reached loses nothing: the attempt's
+lease ends first.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections import deque
 from collections.abc import Callable
-from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 import nats.errors
 from google.protobuf.message import Message
 from nats.js import JetStreamContext
-from nats.js.errors import APIError
+from nats.js.errors import APIError, NoStreamResponseError
 
 from alveary_contracts.ids import new_id
 from alveary_contracts.logs.v1 import logs_pb2
 from alveary_contracts.runs.v1 import runs_pb2
 from alveary_core import telemetry
-from alveary_trainer.adapters.runtime import opened
+
+if TYPE_CHECKING:
+    from alveary_trainer.lines import Lines
 
 # A process that prints faster than the network takes is slowed down once this much waits, bytes.
 HIGH_WATER = 8 << 20
 CHUNK = 192 << 10
-LINE = 256 << 10
+# Largest message that is taken, bytes as it is sent: what one metric point may have.
+LARGEST = 1 << 20
 _LINGER = 0.005
-_IN_FLIGHT = 8
+# How long a stream may refuse what it is sent before it is lost, and how often it is tried meanwhile and after, seconds.
+_REFUSING_SECONDS = 30.0
+_RETRY_SECONDS = 1.0
+# JetStream's error for a message beyond the stream's own limit.
+_TOO_LARGE = 10054
+
+
+class Publish(Protocol):
+    """What a shipper needs of JetStream."""
+
+    async def publish(
+        self, subject: str, payload: bytes = ..., timeout: float | None = ..., *, headers: dict[str, str] | None = ...
+    ) -> object:
+        """Return once the stream has the message."""
+        ...
+
+
+class TooLarge(ValueError):
+    """A message is larger than one may be; the text says how large, and what the limit is."""
 
 
 class Shipper:
     """Publishes messages in batches, each under an id of its own, until it is acknowledged."""
 
-    def __init__(self, js: JetStreamContext, subject: str, make: Callable[[list[Message]], Message]) -> None:
-        self._js, self._subject, self._make = js, subject, make
+    def __init__(
+        self, js: JetStreamContext | Publish, subject: str, make: Callable[[list[Message]], Message], note: Callable[[str], None] = lambda _: None,
+        what: str = "messages", refusing_seconds: float = _REFUSING_SECONDS,
+    ) -> None:  # fmt: skip
+        """`note` is told of what was lost or refused, `what` names the messages in it.
+
+        `refusing_seconds`: how long a stream may refuse a batch before it is lost.
+        """
+        self._js, self._subject, self._make, self._note, self._what = js, subject, make, note, what
+        self._refusing_seconds = refusing_seconds
         self._queue: deque[tuple[Message, int]] = deque()
         self._waiting = 0
         self._arrived, self._drained = asyncio.Event(), asyncio.Event()
         self._drained.set()
         self._room = asyncio.Event()
         self._room.set()
-        self._closed = False
+        # Messages that were lost, ever and since it was said last.
+        self.lost = self._unsaid = 0
+        # When the stream took something last, and was tried last, while it refuses (time.monotonic()); 0: it does not.
+        self._refusing, self._tried = 0.0, 0.0
+        self._acknowledged = time.monotonic()
+        self._given_up = False
         self._task = asyncio.create_task(self._run())
 
     def add(self, message: Message) -> None:
-        """Take one; look at `room` before taking many."""
+        """Take one; look at `room` before taking many.
+
+        Raises:
+            TooLarge: it has more than LARGEST bytes.
+        """
         size = message.ByteSize()
+        if size > LARGEST:
+            raise TooLarge(f"it has {size:,} bytes, and one may have {LARGEST:,}")
+        if self._given_up:
+            self._lose(1)
+            return
         self._queue.append((message, size))
         self._waiting += size
         self._drained.clear()
@@ -66,7 +115,7 @@ class Shipper:
                 batch.append(message)
                 size += one
             if batch:
-                await self._publish(self._make(batch).SerializeToString())
+                await self._ship(batch)
             self._waiting -= size
             if self._waiting < HIGH_WATER // 2:
                 self._room.set()
@@ -74,28 +123,87 @@ class Shipper:
                 self._arrived.clear()
                 self._drained.set()
 
-    async def _publish(self, data: bytes) -> None:
-        # One at a time keeps the order; an id that stays the same makes repeating harmless. There is no limit to
-        # the number of tries: the attempt ends when its lease does, and this task with it.
+    async def _ship(self, batch: list[Message]) -> None:
+        """Send a batch, or lose it; never raises."""
+        if self._refusing and time.monotonic() - self._refusing > self._refusing_seconds:
+            if time.monotonic() - self._tried < _RETRY_SECONDS:
+                self._lose(len(batch))
+                return
+            patience = 0.0
+        else:
+            patience = self._refusing_seconds
+        try:
+            await self._publish(self._make(batch).SerializeToString(), patience)
+            self._acknowledged, self._refusing = time.monotonic(), 0.0
+            if self._unsaid:
+                lost, self._unsaid = self._unsaid, 0
+                self._note(f"{lost:,} {self._what} were lost: the stream {self._subject.partition('.')[0]} took nothing, it was full")
+        except TooLarge as error:
+            if len(batch) > 1:
+                half = len(batch) // 2
+                await self._ship(batch[:half])
+                await self._ship(batch[half:])
+                return
+            self._lose(1, said=True)
+            self._note(f"one of the {self._what} was refused by the message bus: {error}")
+        except Exception as error:  # the stream refuses, or something that nobody foresaw: the next batch may do better
+            self._lose(len(batch))
+            telemetry.logger().warning("ship.lost", subject=self._subject, messages=len(batch), error=str(error) or type(error).__name__)
+
+    async def _publish(self, data: bytes, patience: float) -> None:
+        # One at a time keeps the order; an id that stays the same makes repeating harmless.
         headers = {"Nats-Msg-Id": new_id()}
         pause = 0.05
         while True:
+            self._tried = time.monotonic()
             try:
-                await self._js.publish(self._subject, data, headers=headers, timeout=5)
+                await self._js.publish(self._subject, data, timeout=5, headers=headers)
                 return
-            except (nats.errors.Error, APIError, TimeoutError, OSError) as error:
+            except nats.errors.MaxPayloadError as error:
+                raise TooLarge(f"{len(data):,} bytes are more than it takes") from error
+            except (APIError, NoStreamResponseError) as error:
+                if isinstance(error, APIError) and error.err_code == _TOO_LARGE:
+                    raise TooLarge(f"{len(data):,} bytes are more than its stream takes") from error
+                self._refusing = self._refusing or time.monotonic()
+                if time.monotonic() >= self._refusing + patience or self._given_up:
+                    raise
+                telemetry.logger().info("ship.refused", subject=self._subject, error=str(error) or type(error).__name__)
+            except (nats.errors.Error, TimeoutError, OSError) as error:
+                # Nobody answers: for as long as the attempt has its lease.
+                if self._given_up:
+                    raise
                 telemetry.logger().info("ship.retry", subject=self._subject, error=str(error) or type(error).__name__)
-                await asyncio.sleep(pause)
-                pause = min(pause * 2, 2.0)
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, 2.0)
+
+    def _lose(self, count: int, *, said: bool = False) -> None:
+        self.lost += count
+        self._unsaid += 0 if said else count
+        telemetry.LOST.labels(self._what).inc(count)
 
     async def flush(self, patience: float | None = None) -> None:
-        """Return when all that was added is acknowledged.
+        """Return when all that was added is acknowledged, or lost.
 
         Raises:
             TimeoutError: not within `patience` seconds.
         """
         async with asyncio.timeout(patience):
             await self._drained.wait()
+
+    async def finish(self, stalled_seconds: float) -> None:
+        """Flush; what waits when nothing was acknowledged for so long is lost, and so is what comes after."""
+        start = time.monotonic()
+        while not self._drained.is_set():
+            left = max(self._acknowledged, start) + stalled_seconds - time.monotonic()
+            if left <= 0:
+                self._given_up = True
+                self._lose(len(self._queue))
+                self._queue.clear()
+                return
+            try:
+                await self.flush(min(left, 1.0))
+            except TimeoutError:
+                continue
 
     async def close(self) -> None:
         """Stop; what was not acknowledged is lost, so flush first."""
@@ -113,40 +221,6 @@ def metric_batch(attempt: int) -> Callable[[list[Message]], Message]:
     return lambda points: runs_pb2.MetricBatch(points=points, attempt=attempt)  # type: ignore[arg-type]
 
 
-class Lines:
-    """Bytes in, lines out to the shipper: any length, any bytes, each with the time it was read."""
-
-    def __init__(self, shipper: Shipper, stream: str, rank: int, attempt: int, tail: deque[str] | None = None) -> None:
-        self._shipper, self._tail = shipper, tail
-        self._stream, self._rank, self._attempt = stream, rank, attempt
-        self._rest = b""
-
-    def feed(self, data: bytes) -> None:
-        """Take what was read."""
-        *lines, self._rest = (self._rest + data).split(b"\n")
-        for line in lines:
-            while len(line) > LINE:
-                self._add(line[:LINE], partial=True)
-                line = line[LINE:]
-            self._add(line)
-        while len(self._rest) > LINE:
-            self._add(self._rest[:LINE], partial=True)
-            self._rest = self._rest[LINE:]
-
-    def end(self) -> None:
-        """No more comes: a last line without an end counts too."""
-        if self._rest:
-            self._add(self._rest)
-        self._rest = b""
-
-    def _add(self, data: bytes, partial: bool = False) -> None:
-        line = logs_pb2.LogLine(stream=self._stream, rank=self._rank, attempt=self._attempt, data=data, partial=partial)
-        line.time.GetCurrentTime()
-        self._shipper.add(line)
-        if self._tail is not None:
-            self._tail.append(data[:2000].decode(errors="replace"))
-
-
 async def pump(fd: int, lines: Lines, shipper: Shipper) -> None:
     """Read a pipe to its end. While the shipper has no room nothing is read, and the writer is slowed down."""
     loop = asyncio.get_running_loop()
@@ -159,9 +233,10 @@ async def pump(fd: int, lines: Lines, shipper: Shipper) -> None:
                 ready = loop.create_future()
                 loop.add_reader(fd, lambda ready=ready: ready.done() or ready.set_result(None))  # type: ignore[misc]
                 try:
-                    await ready
+                    await asyncio.wait({ready}, timeout=lines.due)
                 finally:
                     loop.remove_reader(fd)
+                lines.show()
                 continue
             if not data:
                 return
@@ -169,49 +244,3 @@ async def pump(fd: int, lines: Lines, shipper: Shipper) -> None:
     finally:
         lines.end()
         os.close(fd)
-
-
-class FolderTail:
-    """Streams what is appended to the files of a folder (./logs), each file a stream of its own."""
-
-    MAX_FILES = 200
-
-    def __init__(self, folder: Path, shipper: Shipper, attempt: int, below: Path, rank: int = 0) -> None:
-        self._folder, self._shipper, self._attempt, self._below, self._rank = folder, shipper, attempt, below, rank
-        self._known: dict[Path, tuple[int, Lines]] = {}
-
-    async def run(self) -> None:
-        """Look every half second, for ever."""
-        while True:
-            await self.look()
-            await asyncio.sleep(0.5)
-
-    async def look(self) -> None:
-        """Ship what is new."""
-        for path in sorted(self._folder.rglob("*")):
-            if path.is_symlink() or not path.is_file():
-                continue
-            if path not in self._known:
-                if len(self._known) >= self.MAX_FILES:
-                    continue  # they are stored at the end all the same
-                name = f"logs/{path.relative_to(self._folder)}"
-                self._known[path] = (0, Lines(self._shipper, name, self._rank, self._attempt))
-            position, lines = self._known[path]
-            try:
-                with opened(path, self._below) as readable, readable.open("rb") as file:
-                    if os.fstat(file.fileno()).st_size < position:
-                        position = 0  # truncated: it begins anew
-                    file.seek(position)
-                    while data := file.read(1 << 16):
-                        await self._shipper.room()
-                        lines.feed(data)
-                        position += len(data)
-            except (FileNotFoundError, ValueError):
-                continue  # it went, or became something else, meanwhile
-            self._known[path] = (position, lines)
-
-    async def finish(self) -> None:
-        """Ship the rest."""
-        await self.look()
-        for _, lines in self._known.values():
-            lines.end()

@@ -43,9 +43,9 @@ class ContentCache:
             data = await self._store.get(self._bucket, f"manifests/{digest}.json")
         except NotFound as error:
             raise StagingFailed(f"{self._bucket}: there is no manifest {digest}") from error
-        if hashlib.sha256(data).hexdigest() != digest:
+        if await asyncio.to_thread(lambda: hashlib.sha256(data).hexdigest()) != digest:
             raise StagingFailed(f"{self._bucket}: the manifest {digest} is damaged: its digest is another")
-        manifest = manifest_from_json(data)
+        manifest = await asyncio.to_thread(manifest_from_json, data)
         slots = asyncio.Semaphore(_PARALLEL)
         try:
             async with asyncio.TaskGroup() as group:
@@ -56,9 +56,7 @@ class ContentCache:
         except ExceptionGroup as group_error:
             raise group_error.exceptions[0] from group_error
         if self._read_only:
-            for root, folders, _ in os.walk(part):
-                for name in folders:
-                    os.chmod(os.path.join(root, name), 0o555)
+            await asyncio.to_thread(_seal, part)
 
     async def _one(self, file: c.FileEntry, path: Path, slots: asyncio.Semaphore) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -66,3 +64,10 @@ class ContentCache:
             await self._store.get_file(self._bucket, f"blobs/{file.sha256}", path, file.sha256)
         mode = 0o555 if file.executable else 0o444
         path.chmod(mode if self._read_only else mode | 0o200)
+
+
+def _seal(folder: Path) -> None:
+    """Make all folders below one read-only. Blocks."""
+    for root, folders, _ in os.walk(folder):
+        for name in folders:
+            os.chmod(os.path.join(root, name), 0o555)
