@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from pathlib import Path
 
 from google.protobuf.message import Message
@@ -17,11 +18,29 @@ from alveary_core.events import Event, Key, body, decode, envelope, name_of
 from alveary_core.objectstore import DigestMismatch, FileChanged
 
 
+class MemoryLetters:
+    """Dead letters in a list: (consumer, sequence, error)."""
+
+    def __init__(self) -> None:
+        self.letters: list[tuple[str, int, str]] = []
+
+    async def put(self, consumer: str, subject: str, sequence: int, error: BaseException | str, tries: int = 1) -> None:
+        self.letters.append((consumer, sequence, str(error)))
+
+    async def forget(self, consumer: str) -> None:
+        self.letters = [letter for letter in self.letters if letter[0] != consumer]
+
+    @contextlib.asynccontextmanager
+    async def serving(self, consumer: str, handle: object, *, each: bool = False) -> AsyncIterator[None]:
+        yield
+
+
 class MemoryLog:
     """The event log's append, read and purge."""
 
     def __init__(self, source: str = "test") -> None:
         self.source = source
+        self.dead_letters = MemoryLetters()
         self._stored: list[tuple[int, str, dict[str, str], bytes]] = []
         self._sequence = 0
 

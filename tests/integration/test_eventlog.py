@@ -140,23 +140,6 @@ async def test_reads_of_ones_own_writes_wait_and_give_up_with_a_reason(log: Even
             await view.wait_for(view.position + 1_000_000, patience=0.2)
 
 
-async def test_a_failing_apply_leaves_event_and_position_unwritten(log: EventLog, tmp_path: Path) -> None:
-    key = Key("w", "run", new_id())
-    view = Tags(tmp_path / "a.sqlite", key)
-    real = view.apply
-
-    def fails(event: Event) -> None:
-        real(event)
-        raise RuntimeError("half way")
-
-    view.apply = fails  # type: ignore[method-assign]
-    await log.append(key, [tagged("1")], 0)
-    with pytest.raises(RuntimeError):
-        await view.run(log)
-    assert await view.rows("SELECT * FROM seen") == []
-    assert (await view.row("SELECT sequence FROM position"))[0] == 0  # type: ignore[index]
-
-
 async def test_a_follower_survives_the_loss_of_its_consumer(log: EventLog) -> None:
     key = Key("w", "run", new_id())
     got: list[int] = []

@@ -27,6 +27,8 @@ BUCKETS: dict[str, dict[str, str]] = {
     "registry": {"datasets": "rw", "models": "rw", "runs": "r", "snapshots": "r"},
     "archiver": {"archive": "rw"},
 }
+# Events that a service could not handle, and the answer when it is asked to try one again.
+_LETTERS = ("alveary-dead.>", "alveary-redrive.>")
 _COMMON = ("$JS.API.>", "$JS.ACK.>", "$JS.FC.>", "_INBOX.>", "_FC.>")
 _DENY = ("$JS.API.STREAM.DELETE.>", "$JS.API.STREAM.UPDATE.>", "$JS.API.STREAM.MSG.DELETE.>")
 _PURGE = "$JS.API.STREAM.PURGE.ALVEARY"
@@ -40,7 +42,7 @@ def nats_users(passwords: Mapping[str, str]) -> str:
     for name, own in WRITES.items():
         # Compaction purges what one newer event says: of runs, placements and attempts, so runs alone may.
         deny = [*_DENY, *([] if name in ("runs", "restore") else [_PURGE])]
-        allow = json.dumps([*own, *_COMMON])
+        allow = json.dumps([*own, *_COMMON, *(_LETTERS if name != "trainer" else ())])
         users.append(
             f'{{user: {name}, password: "{passwords[name]}", permissions: {{publish: {{allow: {allow}, deny: {json.dumps(deny)}}}}}}}'
         )

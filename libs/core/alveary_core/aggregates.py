@@ -46,10 +46,18 @@ class Aggregates(Generic[S]):
         if key not in self._cache:
             state, sequence = self._initial(), 0
             for event in await self._log.read(key):
-                state, sequence = self._evolve(state, event), event.sequence
+                state, sequence = await self._fold(state, event), event.sequence
             self._remember(key, state, sequence)
         self._cache.move_to_end(key)
         return self._cache[key]
+
+    async def _fold(self, state: S, event: Event) -> S:
+        """`state` after `event`; as it was, with a dead letter, if the event cannot be folded."""
+        try:
+            return self._evolve(state, event)
+        except Exception as error:
+            await self._log.dead_letters.put(f"aggregate-{self._kind}", event.key.subject(event.name), event.sequence, error)
+            return state
 
     def _remember(self, key: Key, state: S, sequence: int) -> None:
         self._cache[key] = (state, sequence)
@@ -79,7 +87,7 @@ class Aggregates(Generic[S]):
                     try:
                         for message in messages:
                             done = await self._log.append(key, [message], sequence)
-                            state = self._evolve(state, self._event(key, message, done.sequence))
+                            state = await self._fold(state, self._event(key, message, done.sequence))
                             sequence = done.sequence
                             self._remember(key, state, sequence)
                         return state, sequence

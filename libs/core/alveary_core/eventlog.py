@@ -12,6 +12,7 @@ from typing import Any
 
 import nats.errors
 import stamina
+from google.protobuf.empty_pb2 import Empty
 from google.protobuf.message import Message
 from nats.aio.client import Client
 from nats.aio.msg import Msg
@@ -29,16 +30,18 @@ from nats.js.api import (
 from nats.js.errors import APIError, BadRequestError, NotFoundError
 
 from alveary_contracts.ids import new_id
-from alveary_core import telemetry, tls
-from alveary_core.errors import Unavailable
-from alveary_core.events import STREAM, Event, Key, body, decode, envelope, name_of
+from alveary_core import deadletters, telemetry, tls
+from alveary_core.consumer import Consumer
+from alveary_core.deadletters import DeadLetters
+from alveary_core.errors import InvalidArgument, Unavailable
+from alveary_core.events import STREAM, Event, Key, MalformedEvent, UnknownEvent, body, decode, envelope, name_of
 
 LOGS, METRICS = "ALVEARY_LOGS", "ALVEARY_METRICS"
 # JetStream's error for a missed Nats-Expected-Last-Subject-Sequence.
 _WRONG_LAST_SEQUENCE = (10071, 10164)
 _HEARTBEAT = 2.0
-# An event that is not acknowledged for so long is handed out again.
-_ACK_SECONDS = 30.0
+# Room that subject and headers of an event take, at most.
+_ENVELOPE_BYTES = 8 << 10
 _TRANSIENT = (nats.errors.Error, asyncio.TimeoutError, ConnectionError, OSError)
 
 
@@ -99,7 +102,7 @@ async def connect(url: str, user: str, password: str, name: str, patience: float
 
 
 async def ensure_streams(connection: Client, patience: float = 30.0) -> None:
-    """Create the three streams where they are missing. Idempotent and safe to race."""
+    """Create the streams where they are missing. Idempotent and safe to race."""
     js = connection.jetstream(timeout=5)
     day = 24 * 3600.0
     wanted = [
@@ -117,6 +120,7 @@ async def ensure_streams(connection: Client, patience: float = 30.0) -> None:
             name=METRICS, subjects=["alveary-metrics.>"], storage=StorageType.FILE, duplicate_window=120,
             max_age=3650 * day, allow_direct=True, description="Metric points of runs.",
         ),
+        deadletters.STREAM_CONFIG,
     ]  # fmt: skip
     async for attempt in stamina.retry_context(on=_TRANSIENT, attempts=None, timeout=patience, wait_max=1.0):
         with attempt:
@@ -137,6 +141,7 @@ class EventLog:
         # For what may take long on a large stream.
         self._patient_js: JetStreamContext = connection.jetstream(timeout=60)
         self.source = source
+        self.dead_letters = DeadLetters(connection, source)
 
     async def append(self, key: Key, messages: Sequence[Message], expected: int) -> Appended:
         """Append events to an aggregate whose newest event is `expected` (0: it has none).
@@ -146,6 +151,7 @@ class EventLog:
 
         Raises:
             Conflict: the aggregate has a newer event. Reload and decide again.
+            InvalidArgument: an event is larger than a message of the log may be.
             Unavailable: the log did not answer in time; what was appended of `messages` is a prefix of them.
         """
         for message in messages:
@@ -155,7 +161,15 @@ class EventLog:
             headers = envelope(key, message, new_id(), self.source, telemetry.traceparent.get())
             headers["Nats-Expected-Last-Subject-Sequence"] = str(expected)
             headers["Nats-Expected-Last-Subject-Sequence-Subject"] = key.subject()
-            expected = await self._publish(key.subject(name), body(message), headers, aggregate)
+            data = body(message)
+            if len(data) > (most := self.connection.max_payload - _ENVELOPE_BYTES):
+                raise InvalidArgument(
+                    (
+                        f"{aggregate}.{name}",
+                        f"the event of {aggregate} {key.id} would have {len(data)} bytes, and the event log takes {most}",
+                    )
+                )
+            expected = await self._publish(key.subject(name), data, headers, aggregate)
             telemetry.APPENDS.labels(f"{aggregate}.{name}").inc()
         return Appended(expected)
 
@@ -174,22 +188,31 @@ class EventLog:
         raise AssertionError("unreachable")
 
     async def read(self, key: Key) -> list[Event]:
-        """All events of one aggregate, from the server itself: never stale.
+        """All events of one aggregate, from the server itself: never stale. The message of one that cannot be read is Empty.
 
         Raises:
             Unavailable: the log did not answer in time.
         """
         events: list[Event] = []
+        start = 1
         try:
             while True:
                 # Direct gets, one event after another: an aggregate has few, and this needs no consumer.
-                start = events[-1].sequence + 1 if events else 1
                 try:
                     raw = await self.js.get_msg(STREAM, seq=start, subject=key.subject(), next=True)
                 except NotFoundError:
                     return events
                 assert raw.subject is not None and raw.seq is not None
-                events.append(decode(raw.subject, dict(raw.headers or {}), raw.data or b"", raw.seq))
+                start = raw.seq + 1
+                try:
+                    events.append(decode(raw.subject, dict(raw.headers or {}), raw.data or b"", raw.seq))
+                    continue
+                except UnknownEvent as error:
+                    telemetry.logger().warning("event.unknown", error=str(error))
+                except MalformedEvent as error:
+                    await self.dead_letters.put(f"aggregate-{key.aggregate}", raw.subject, raw.seq, error)
+                # It changes nothing, but who appends must know that it is there.
+                events.append(Event("", key, raw.subject.rpartition(".")[2], Empty(), raw.seq, 0.0))
         except _TRANSIENT as error:
             raise Unavailable(f"the event log does not answer: {error or type(error).__name__}") from error
 
@@ -307,86 +330,11 @@ class EventLog:
     ) -> None:
         """Hand each event to `handler`, at least once, in order; replicas of a service share one `durable`.
 
-        An event whose handler raised comes again, later and later (up to 30 s); others are not held up by it. With `at_once`
-        more than 1, so many are handled at the same time, which has no order then. Runs until cancelled.
+        An event whose handler raised comes again, later and later (up to 30 s); others are not held up by it. After a
+        bounded number of tries it is set aside as a dead letter. With `at_once` more than 1, so many are handled at the same
+        time, which has no order then. Runs until cancelled.
         """
-        log = telemetry.logger()
-        group = f"alveary-deliver-{durable}"
-        config = ConsumerConfig(
-            durable_name=durable, deliver_group=group, deliver_subject=group, ack_policy=AckPolicy.EXPLICIT,
-            ack_wait=_ACK_SECONDS, max_ack_pending=512, filter_subjects=list(subjects), idle_heartbeat=None,
-            deliver_policy=DeliverPolicy.BY_START_SEQUENCE, opt_start_seq=start,
-        )  # fmt: skip
-        subscription = await self.connection.subscribe(group, queue=group, pending_msgs_limit=-1, pending_bytes_limit=-1)
-        ready = False
-        handling: set[asyncio.Task[None]] = set()
-        try:
-            while True:
-                try:
-                    if not ready:
-                        await self._ensure_consumer(config)
-                        ready = True
-                    message = await subscription.next_msg(timeout=30)
-                except TimeoutError:
-                    ready = False  # make sure once in a while that the consumer is still there
-                    continue
-                except _TRANSIENT as error:
-                    if self.connection.is_closed:
-                        raise Unavailable("the connection to the message bus was closed") from error
-                    log.info("consume.retry", durable=durable, error=str(error) or type(error).__name__)
-                    ready = False
-                    await asyncio.sleep(0.5)
-                    continue
-                handling.add(asyncio.create_task(self._handle(durable, message, handler)))
-                while len(handling) >= at_once:
-                    done, handling = await asyncio.wait(handling, return_when=asyncio.FIRST_COMPLETED)
-                    for task in done:
-                        task.result()
-        finally:
-            for task in handling:
-                task.cancel()
-            await asyncio.gather(*handling, return_exceptions=True)
-
-    async def _ensure_consumer(self, config: ConsumerConfig) -> None:
-        try:
-            await self.js.consumer_info(STREAM, str(config.durable_name))
-        except NotFoundError:
-            await self.js.add_consumer(STREAM, config)
-
-    async def _handle(self, durable: str, message: Msg, handler: Callable[[Event], Awaitable[None]]) -> None:
-        log = telemetry.logger()
-        tries = message.metadata.num_delivered or 1
-        try:
-            event = decode(message.subject, dict(message.headers or {}), message.data, message.metadata.sequence.stream)
-        except ValueError as error:
-            log.warning("event.unknown", error=str(error))
-            await message.term()
-            return
-        telemetry.start_trace(event.traceparent)
-        working = asyncio.create_task(_say_in_progress(message))
-        try:
-            await handler(event)
-        except asyncio.CancelledError:
-            raise
-        except Exception as error:
-            telemetry.HANDLED.labels(durable, "error").inc()
-            log.error("handler.failed", durable=durable, type=event.type, id=event.key.id, tries=tries, exc_info=error)
-            with contextlib.suppress(*_TRANSIENT):
-                await message.nak(delay=min(0.2 * 2 ** min(tries, 8), 30.0))
-            return
-        finally:
-            working.cancel()
-        telemetry.HANDLED.labels(durable, "ok").inc()
-        with contextlib.suppress(*_TRANSIENT):  # a lost ack means that it comes again: handlers are idempotent
-            await message.ack()
-
-
-async def _say_in_progress(message: Msg) -> None:
-    """Keep a message that is being handled from coming again (to another replica, too) for as long as that takes."""
-    while True:
-        await asyncio.sleep(_ACK_SECONDS / 3)
-        with contextlib.suppress(*_TRANSIENT):  # then it comes again: handlers are idempotent
-            await message.in_progress()
+        await Consumer(self, durable, subjects, handler, start, at_once).run()
 
 
 class _Gap(Exception):

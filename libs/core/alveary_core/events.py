@@ -6,13 +6,16 @@ import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from google.protobuf.json_format import MessageToJson, Parse
+from google.protobuf.json_format import MessageToJson, Parse, ParseError
 from google.protobuf.message import Message
 
 from alveary_contracts.events.v1 import events_pb2
 from alveary_contracts.names import event_name, message_name, token, untoken
+from alveary_core.errors import InvalidArgument
 
 STREAM = "ALVEARY"
+# Of workspace and id together, percent-encoded: nats-server's limit for a command line, subject and inbox, is 4 KiB.
+_MOST_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -24,8 +27,15 @@ class Key:
     id: str
 
     def subject(self, event: str = "*") -> str:
-        """Subject of its `event`, or of all its events."""
-        return f"alveary.{token(self.workspace)}.{self.aggregate}.{token(self.id)}.{event}"
+        """Subject of its `event`, or of all its events.
+
+        Raises:
+            InvalidArgument: no aggregate can have this id.
+        """
+        workspace, ident = token(self.workspace), token(self.id)
+        if not workspace or not ident or len(workspace) + len(ident) > _MOST_TOKENS:
+            raise InvalidArgument((f"{self.aggregate} id", f"{self.id[:80]!r}: an id or name of 1 to about 300 characters is needed"))
+        return f"alveary.{workspace}.{self.aggregate}.{ident}.{event}"
 
 
 @dataclass(frozen=True)
@@ -81,21 +91,34 @@ def envelope(key: Key, message: Message, event_id: str, source: str, trace: str)
     return headers
 
 
+class UnknownEvent(ValueError):
+    """A message of the stream that this version has no name for: a newer version wrote it, or it is none of Alveary's."""
+
+
+class MalformedEvent(ValueError):
+    """A message of the stream that claims to be an event of this version, and cannot be read as one."""
+
+
 def decode(subject: str, headers: dict[str, str], data: bytes, sequence: int) -> Event:
     """An event from what the stream holds.
 
     Raises:
-        ValueError: it is none of ours.
+        UnknownEvent: this version knows no such event.
+        MalformedEvent: its body or envelope cannot be read.
     """
     parts = subject.split(".")
     if len(parts) != 5 or parts[0] != "alveary":
-        raise ValueError(f"{subject}: not an event subject")
+        raise UnknownEvent(f"{subject}: not an event subject")
     _, workspace, aggregate, ident, name = parts
     kind = getattr(events_pb2, message_name(aggregate, name), None)
-    if kind is None:
-        raise ValueError(f"{subject}: this version knows no event {aggregate}.{name}")
-    # Fields of a newer version are ignored, so that services can be upgraded one after another.
-    message: Message = Parse(data, kind(), ignore_unknown_fields=True)
-    at = datetime.fromisoformat(headers["ce-time"].replace("Z", "+00:00")).timestamp()
+    if kind is None or event_name(message_name(aggregate, name)) != (aggregate, name):
+        raise UnknownEvent(f"{subject}: this version knows no event {aggregate}.{name}")
+    try:
+        # Fields of a newer version are ignored, so that services can be upgraded one after another.
+        message: Message = Parse(data, kind(), ignore_unknown_fields=True)
+        at = datetime.fromisoformat(headers["ce-time"].replace("Z", "+00:00")).timestamp()
+        ident_of = headers["ce-id"]
+    except (ParseError, KeyError, ValueError, OverflowError, RecursionError) as error:
+        raise MalformedEvent(f"{subject}: its body or envelope cannot be read: {type(error).__name__}: {error}") from error
     key = Key(untoken(workspace), aggregate, untoken(ident))
-    return Event(headers["ce-id"], key, name, message, sequence, at, headers.get("traceparent", ""))
+    return Event(ident_of, key, name, message, sequence, at, headers.get("traceparent", ""))

@@ -7,6 +7,7 @@ import contextlib
 import json
 import sqlite3
 import time
+import traceback
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import Any, TypeVar
 from alveary_core import telemetry
 from alveary_core.errors import Unavailable
 from alveary_core.eventlog import EventLog
-from alveary_core.events import STREAM, Event, decode
+from alveary_core.events import STREAM, Event, UnknownEvent, decode
 from alveary_core.readers import Readers
 
 T = TypeVar("T")
@@ -24,10 +25,18 @@ T = TypeVar("T")
 _BATCH, _BATCH_BYTES = 500, 8 << 20
 # Of one transaction of a model that is folded on the event loop.
 _BATCH_INLINE = 20
-_SCHEMA = "CREATE TABLE IF NOT EXISTS position (one INTEGER PRIMARY KEY CHECK (one = 1), sequence INTEGER, log TEXT)"
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS position (one INTEGER PRIMARY KEY CHECK (one = 1), sequence INTEGER, log TEXT);
+CREATE TABLE IF NOT EXISTS set_aside (sequence INTEGER PRIMARY KEY, subject TEXT, error TEXT, told INTEGER DEFAULT 0);
+"""
+# Where a batch has so many events, and none of them can be folded, the model is at fault rather than the events.
+_ALL_BAD = 50
 # What passes by itself, or when somebody makes room: the same batch is tried again, for so many seconds in all.
 _PASSING = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_CANTOPEN)
 _PATIENCE = 600.0
+# In the place of the log's identity: the file is to be made anew.
+_AGAIN = "again"
+_ERROR_CHARACTERS = 8000
 # How often a replay says how far it is, seconds.
 _SAY = 5.0
 
@@ -47,6 +56,7 @@ class Projection:
 
     A subclass names `subjects` and `schema`, and `apply` writes one event's rows to `db`. An event's rows and its
     sequence are committed in one transaction, so that the file is at every moment exactly the fold up to its position.
+    An event for which `apply` raises leaves no rows: it is set aside as a dead letter, and the model goes on behind it.
 
     `apply` runs in the writer's thread, with `db`, the writer's connection. Everybody else reads through `rows`, `row` and
     `read`, which run beside the event loop and see what is committed.
@@ -59,8 +69,6 @@ class Projection:
     version: int = 1
     # True where `apply` changes what belongs to the event loop: then it runs there, a few events at a time.
     inline: bool = False
-    # Of an inline model: True where `apply` may be called again for an event whose transaction was rolled back.
-    repeatable: bool = False
 
     def __init__(self, path: Path | str, attached: dict[str, str] | None = None) -> None:
         self.path = str(path)
@@ -73,6 +81,9 @@ class Projection:
         self._watchers: dict[str, set[asyncio.Event]] = {}
         self._writer = ThreadPoolExecutor(1, "view-writer")
         self._said = 0.0
+        self._log: EventLog | None = None
+        # There may be events that were set aside, and no dead letter says so yet.
+        self._untold = False
         self.db = self._open()
         self.readers = Readers(self.path, attached)
 
@@ -94,7 +105,7 @@ class Projection:
                 Path(self.path + suffix).unlink(missing_ok=True)
             db = self._connect()
         assert db is not None
-        db.execute(_SCHEMA)
+        db.executescript(_SCHEMA)
         db.execute(f"PRAGMA user_version={self.version}")
         db.executescript(self.schema)
         row = db.execute("SELECT sequence FROM position").fetchone()
@@ -112,8 +123,7 @@ class Projection:
         names = [r[0] for r in db.execute("SELECT name FROM sqlite_master WHERE type='table' AND name NOT LIKE 'sqlite_%'")]
         for name in names:
             db.execute(f'DROP TABLE "{name}"')
-        db.execute(_SCHEMA)
-        db.executescript(self.schema)
+        _execute_all(db, _SCHEMA + self.schema)
         self.position = 0
 
     def close(self) -> None:
@@ -124,11 +134,20 @@ class Projection:
 
     # ---- following the log ----------------------------------------------------------------------------------------
 
+    @property
+    def name(self) -> str:
+        """What dead letters call this model."""
+        return type(self).__name__
+
     def decode(self, raw: Raw) -> Event | None:
-        """The event of a message; None: it is none that this version knows."""
+        """The event of a message; None: it is none that this version knows.
+
+        Raises:
+            MalformedEvent: it claims to be one, and cannot be read.
+        """
         try:
             return decode(raw.subject, raw.headers, raw.data, raw.sequence)
-        except ValueError as error:
+        except UnknownEvent as error:
             telemetry.logger().warning("event.unknown", error=str(error))
             return None
 
@@ -154,11 +173,21 @@ class Projection:
         def begin(db: sqlite3.Connection) -> None:
             row = db.execute("SELECT log FROM position").fetchone()
             if (row and row[0] != identity) or self.position > self.goal:
-                telemetry.logger().warning("projection.rebuild", path=self.path, why="the event log is another one")
+                why = "a dead letter is tried again" if row and row[0] == _AGAIN else "the event log is another one"
+                telemetry.logger().warning("projection.rebuild", path=self.path, why=why)
                 self._wipe(db)
+                self.forget()
             db.execute("INSERT OR IGNORE INTO position VALUES (1, 0, ?)", (identity,))
 
         await self.write(begin)
+        self._log = log
+        if not self.position:
+            await log.dead_letters.forget(self.name)  # all events are folded anew
+        self._untold = True
+        async with log.dead_letters.serving(self.name, self._retry, each=True):
+            await self._follow(log)
+
+    async def _follow(self, log: EventLog) -> None:
         batch: list[Raw] = []
         size = 0
         most = _BATCH_INLINE if self.inline else _BATCH
@@ -185,19 +214,33 @@ class Projection:
             telemetry.VIEW.labels(type(self).__name__).set(self.position)
             for event in events:
                 for listener in self._listeners:
-                    listener(event)
+                    self._tell(listener, event)
                 for watcher in self._watchers.get(event.key.id, ()):
                     watcher.set()
         async with self._changed:
             self._changed.notify_all()
+        if self._untold:
+            await self._tell_of_set_aside()
+
+    @staticmethod
+    def _tell(listener: Callable[[Event], None], event: Event) -> None:
+        try:
+            listener(event)
+        except Exception as error:  # the event is committed: what one listener makes of it must not stop the model
+            telemetry.logger().error("listener.failed", type=event.type, id=event.key.id, exc_info=error)
 
     def _fold_batch(self, batch: list[Raw]) -> list[Event]:
-        events = [event for raw in batch if (event := self.decode(raw)) is not None]
+        try:
+            return self._transaction(batch, self._fold_all)
+        except Exception as error:
+            if not _is_of_an_event(error):
+                raise
+        return self._transaction(batch, self._fold_each)
+
+    def _transaction(self, batch: list[Raw], fold: Callable[[list[Raw]], list[Event]]) -> list[Event]:
         self.db.execute("BEGIN IMMEDIATE")
         try:
-            for event in events:
-                self.apply(event)
-            self.flush()
+            events = fold(batch)
             self.db.execute("UPDATE position SET sequence = ?", (batch[-1].sequence,))
             self.db.execute("COMMIT")
         except BaseException:
@@ -206,6 +249,59 @@ class Projection:
             self.forget()
             raise
         return events
+
+    def _fold_all(self, batch: list[Raw]) -> list[Event]:
+        events = [event for raw in batch if (event := self.decode(raw)) is not None]
+        for event in events:
+            self.apply(event)
+        self.flush()
+        return events
+
+    def _fold_each(self, batch: list[Raw]) -> list[Event]:
+        """Fold one event after another, each in a savepoint of its own, and set aside those that cannot be folded."""
+        events: list[Event] = []
+        for raw in batch:
+            self.db.execute("SAVEPOINT event")
+            try:
+                if (event := self.decode(raw)) is not None:
+                    self.apply(event)
+                    self.flush()
+                    events.append(event)
+            except Exception as error:
+                if not _is_of_an_event(error) or (raw is batch[-1] and not events and len(batch) >= _ALL_BAD):
+                    raise
+                self.db.execute("ROLLBACK TO event")
+                self.forget()
+                self.set_aside(raw.sequence, raw.subject, error)
+            self.db.execute("RELEASE event")
+        return events
+
+    def set_aside(self, sequence: int, subject: str, error: Exception) -> None:
+        """Note, in the transaction that is open, that an event is no part of the model; a dead letter will say so."""
+        text = f"{type(error).__name__}: {error}\n{''.join(traceback.format_exception(error))}"
+        self.db.execute(
+            "INSERT OR REPLACE INTO set_aside (sequence, subject, error) VALUES (?,?,?)",
+            (sequence, subject, text[:_ERROR_CHARACTERS].encode("utf-8", "backslashreplace").decode()),
+        )
+        self._untold = True
+
+    async def _tell_of_set_aside(self) -> None:
+        """Make a dead letter of each event that was set aside; what cannot be told now is told with a later batch."""
+        assert self._log is not None
+        rows = await self.write(lambda db: db.execute("SELECT * FROM set_aside WHERE told=0 ORDER BY sequence").fetchall())
+        for row in rows:
+            try:
+                await self._log.dead_letters.put(self.name, row["subject"], row["sequence"], row["error"])
+            except Unavailable as error:
+                telemetry.logger().error("dead-letter.failed", view=self.name, sequence=row["sequence"], error=str(error))
+                return
+            await self.write(lambda db, row=row: db.execute("UPDATE set_aside SET told=1 WHERE sequence=?", (row["sequence"],)))  # type: ignore[misc]
+        self._untold = False
+
+    async def _retry(self, sequence: int) -> tuple[str, str]:
+        """Have the model made anew when it is opened next: an event cannot be folded out of its place."""
+        await self.write(lambda db: db.execute("UPDATE position SET log=?", (_AGAIN,)))
+        return "later", f"{self.name} is folded anew when its service starts next: restart it"
 
     async def _patiently(self, work: Callable[[], T]) -> T:
         """Do it where `apply` runs; while the disk is full or the file is locked, again."""
@@ -222,8 +318,7 @@ class Projection:
                     raise
             except sqlite3.OperationalError as error:
                 # Extended codes hold the primary one in their low byte.
-                # What an inline model remembers was changed already; unless it sees to that, it is read again after a restart.
-                if (self.inline and not self.repeatable) or error.sqlite_errorcode & 0xFF not in _PASSING or time.monotonic() > deadline:
+                if error.sqlite_errorcode & 0xFF not in _PASSING or time.monotonic() > deadline:
                     raise
                 telemetry.logger().warning("projection.retry", path=self.path, error=str(error), seconds=pause)
             except sqlite3.DatabaseError as error:
@@ -312,3 +407,20 @@ class Projection:
         """The first row, or None."""
         found: sqlite3.Row | None = await self.readers.run(lambda db: db.execute(sql, parameters).fetchone())
         return found
+
+
+def _is_of_an_event(error: Exception) -> bool:
+    """Whether an error of `apply` may be the fault of its event, rather than of the disk or the file."""
+    if isinstance(error, sqlite3.OperationalError):
+        return error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_TOOBIG
+    if isinstance(error, sqlite3.DatabaseError):
+        # Errors of the driver itself, such as a parameter that it cannot bind, carry no code.
+        return getattr(error, "sqlite_errorcode", 0) & 0xFF not in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, *_PASSING)
+    return not isinstance(error, (MemoryError, OSError))
+
+
+def _execute_all(db: sqlite3.Connection, script: str) -> None:
+    """Execute statements inside the transaction that is open; `executescript` would commit it."""
+    for statement in script.split(";"):
+        if statement.strip():
+            db.execute(statement)

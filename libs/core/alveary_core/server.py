@@ -11,6 +11,7 @@ from typing import Any
 
 import grpc
 import grpc.aio
+import nats.errors
 import structlog
 from google.protobuf.descriptor import ServiceDescriptor
 from google.rpc import code_pb2, status_pb2
@@ -20,7 +21,7 @@ from grpc_status import rpc_status
 
 from alveary_core import auth, telemetry
 from alveary_core.disk import DiskGuard
-from alveary_core.errors import AlvearyError, Unauthenticated
+from alveary_core.errors import AlvearyError, Unauthenticated, Unavailable
 
 # Unary calls that name no deadline get this one, seconds.
 DEFAULT_DEADLINE = 60.0
@@ -125,6 +126,9 @@ class _Call:
             return
         if isinstance(error, AlvearyError):
             status = error.status()
+        elif isinstance(error, nats.errors.Error):  # also when it answers too late
+            telemetry.logger().warning("rpc.unavailable", rpc=f"{self._service}/{self._method}", exc_info=error)
+            status = Unavailable(f"{self._method}: the message bus does not answer ({type(error).__name__}): try again").status()
         elif isinstance(error, TimeoutError):
             status = status_pb2.Status(code=code_pb2.DEADLINE_EXCEEDED, message=f"{self._method} did not finish before its deadline")
         else:

@@ -102,6 +102,10 @@ class Client:
         return runs_pb2_grpc.EventServiceStub(self._at("runs"))
 
     @cached_property
+    def letters(self) -> runs_pb2_grpc.DeadLetterServiceAsyncStub:
+        return runs_pb2_grpc.DeadLetterServiceStub(self._at("runs"))
+
+    @cached_property
     def images(self) -> images_pb2_grpc.ImageServiceAsyncStub:
         return images_pb2_grpc.ImageServiceStub(self._at("images"))
 
@@ -542,6 +546,28 @@ class Client:
         await self._upload(self._preparing(self.datasets.PrepareDataset, reg.PrepareDatasetRequest, verify), manifest, paths, progress)
         request = reg.RegisterDatasetRequest(name=name, manifest=manifest, description=description, tags=tags)
         return (await self.call(self.datasets.RegisterDataset, request, timeout=_LONG)).dataset  # type: ignore[no-any-return]
+
+    # ---- dead letters ---------------------------------------------------------------------------------------------
+
+    async def dead_letters(self) -> list[c.DeadLetter]:
+        """Events of the workspace that a service could not handle and set aside, oldest first; the caller must be an owner."""
+        found: list[c.DeadLetter] = []
+        token = ""
+        while True:
+            reply = await self.call(self.letters.ListDeadLetters, pb.ListDeadLettersRequest(page_size=1000, page_token=token))
+            found += reply.letters
+            token = reply.next_page_token
+            if not token:
+                return found
+
+    async def retry_dead_letters(self, ids: Sequence[str]) -> list[pb.DeadLetterOutcome]:
+        """Have up to 100 dead letters tried once more by the services that set them aside; what came of each."""
+        reply = await self.call(self.letters.RetryDeadLetters, pb.RetryDeadLettersRequest(ids=ids), timeout=600)
+        return list(reply.outcomes)
+
+    async def drop_dead_letters(self, ids: Sequence[str]) -> None:
+        """Forget up to 100 dead letters."""
+        await self.call(self.letters.DropDeadLetters, pb.DropDeadLettersRequest(ids=ids))
 
     # ---- events ---------------------------------------------------------------------------------------------------
 

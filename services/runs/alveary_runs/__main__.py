@@ -11,6 +11,7 @@ from alveary_core.settings import CoreSettings, MetricLimits
 from alveary_runs import domain
 from alveary_runs.api import ExperimentService, RunService, WorkspaceService
 from alveary_runs.compaction import Compaction
+from alveary_runs.dead_letters import DeadLetterService, measure
 from alveary_runs.handlers import SUBJECTS, Handlers, settle
 from alveary_runs.metrics import MetricsProjection
 from alveary_runs.projection import RunsProjection
@@ -27,11 +28,13 @@ async def start(service: Service) -> None:
     runs_pb2_grpc.add_ExperimentServiceServicer_to_server(ExperimentService(projection), server.server)
     runs_pb2_grpc.add_WorkspaceServiceServicer_to_server(WorkspaceService(), server.server)
     runs_pb2_grpc.add_EventServiceServicer_to_server(EventService(service.log), server.server)
+    runs_pb2_grpc.add_DeadLetterServiceServicer_to_server(DeadLetterService(service.log.dead_letters), server.server)
     server.add(runs_pb2.DESCRIPTOR.services_by_name.values())
     service.spawn(projection.run(service.log), "projection")
     service.spawn(metrics.run(service.log), "metrics")
     service.spawn(service.log.consume("runs", SUBJECTS, Handlers(runs, projection)), "handlers")
     service.spawn(settle(runs, projection), "settle")
+    service.spawn(measure(service.log.dead_letters), "dead-letters")
     settings = service.settings
     compaction = Compaction(service.log, projection, settings.compact_after_seconds, settings.compact_interval_seconds)
     service.spawn(compaction.run(), "compaction")

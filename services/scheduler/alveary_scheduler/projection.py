@@ -17,7 +17,6 @@ class SchedulerProjection(Projection):
     version = 1
     # The state belongs to the scheduler's decisions, which are made on the event loop.
     inline = True
-    repeatable = True
     schema = """
     CREATE TABLE IF NOT EXISTS live (sequence INTEGER PRIMARY KEY, workspace TEXT, aggregate TEXT, id TEXT, name TEXT,
       time REAL, message TEXT, body BLOB);
@@ -28,23 +27,32 @@ class SchedulerProjection(Projection):
         super().__init__(path)
         self.state = domain.State()
         self.specs: dict[str, Event] = {}
-        # Sequence up to which `state` includes the log; the rows may be behind it.
-        self._folded = 0
-        for row in self.db.execute("SELECT * FROM live ORDER BY sequence"):
-            message = getattr(ev, row["message"])()
-            message.ParseFromString(row["body"])
+        self._load()
+
+    def _load(self) -> None:
+        """Fold the state from the rows of what is live."""
+        self.state, self.specs = domain.State(), {}
+        for row in self.db.execute("SELECT * FROM live ORDER BY sequence").fetchall():
             key = Key(row["workspace"], row["aggregate"], row["id"])
-            self._fold(Event("", key, row["name"], message, row["sequence"], row["time"]))
+            try:
+                message = getattr(ev, row["message"])()
+                message.ParseFromString(row["body"])
+                self._fold(Event("", key, row["name"], message, row["sequence"], row["time"]))
+            except Exception as error:  # an earlier version could fold it
+                self.db.execute("DELETE FROM live WHERE sequence=?", (row["sequence"],))
+                self.set_aside(row["sequence"], key.subject(row["name"]), error)
+                self._load()
+                return
+
+    def forget(self) -> None:
+        """The transaction was rolled back, and with it what `apply` changed in the state."""
+        self._load()
 
     def _wipe(self, db: sqlite3.Connection) -> None:
         super()._wipe(db)
-        self.state, self._folded = domain.State(), 0
-        self.specs.clear()
+        self.state, self.specs = domain.State(), {}
 
     def _fold(self, event: Event) -> None:
-        if event.sequence <= self._folded:
-            return  # the disk was full when its rows were written, and they are written again
-        self._folded = event.sequence
         domain.evolve(self.state, event)
         if isinstance(event.message, (ev.RunPrepared, ev.RunRetrying)):
             self.specs[event.key.id] = event

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from fakes import MemoryLetters
 
 from alveary_contracts.events.v1 import events_pb2 as ev
 from alveary_core.errors import DeadlineExceeded
@@ -25,6 +26,7 @@ class Log:
 
     def __init__(self, count: int) -> None:
         self.messages: asyncio.Queue[Any] = asyncio.Queue()
+        self.dead_letters = MemoryLetters()
         self.last = 0
         for _ in range(count):
             self.add()

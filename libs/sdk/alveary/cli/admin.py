@@ -1,4 +1,4 @@
-"""alveary admin: the second copy of the event log."""
+"""alveary admin: the second copy of the event log; dead letters."""
 
 from __future__ import annotations
 
@@ -10,12 +10,16 @@ from pathlib import Path
 import click
 
 from alveary.cli.common import state_dir_option, state_folder
+from alveary.cli.dead_letters import dead_letters
 from alveary.errors import AlvearyError
 
 
 @click.group(no_args_is_help=True)
 def admin() -> None:
-    """Verify the second copy of the event log; restore from it."""
+    """Verify and restore the event log; see to events that could not be handled."""
+
+
+admin.add_command(dead_letters)
 
 
 def _run(what: str, environment: dict[str, str]) -> None:

@@ -700,6 +700,69 @@ class RankExit(_message.Message):
 Global___RankExit: _TypeAlias = RankExit  # noqa: Y015
 
 @_typing.final
+class DeadLetter(_message.Message):
+    """An event that a service could not handle or fold after a bounded number of tries. It was set aside, so that others are
+    not held up; it stays in the event log.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    SERVICE_FIELD_NUMBER: _builtins.int
+    CONSUMER_FIELD_NUMBER: _builtins.int
+    WORKSPACE_FIELD_NUMBER: _builtins.int
+    SUBJECT_FIELD_NUMBER: _builtins.int
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    TYPE_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    TRACEBACK_FIELD_NUMBER: _builtins.int
+    TRIES_FIELD_NUMBER: _builtins.int
+    FIRST_AT_FIELD_NUMBER: _builtins.int
+    LAST_AT_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """"<service>/<consumer>/<sequence>"."""
+    service: _builtins.str
+    consumer: _builtins.str
+    """The durable consumer of the service, the class of its read model, or "aggregate-<kind>" where its own commands fold."""
+    workspace: _builtins.str
+    subject: _builtins.str
+    """Of the event."""
+    sequence: _builtins.int
+    type: _builtins.str
+    """"run.prepared"."""
+    error: _builtins.str
+    """Class and text of the exception; where it was raised."""
+    traceback: _builtins.str
+    tries: _builtins.int
+    @_builtins.property
+    def first_at(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def last_at(self) -> _timestamp_pb2.Timestamp: ...
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        service: _builtins.str = ...,
+        consumer: _builtins.str = ...,
+        workspace: _builtins.str = ...,
+        subject: _builtins.str = ...,
+        sequence: _builtins.int = ...,
+        type: _builtins.str = ...,
+        error: _builtins.str = ...,
+        traceback: _builtins.str = ...,
+        tries: _builtins.int = ...,
+        first_at: _timestamp_pb2.Timestamp | None = ...,
+        last_at: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["first_at", b"first_at", "last_at", b"last_at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["consumer", b"consumer", "error", b"error", "first_at", b"first_at", "id", b"id", "last_at", b"last_at", "sequence", b"sequence", "service", b"service", "subject", b"subject", "traceback", b"traceback", "tries", b"tries", "type", b"type", "workspace", b"workspace"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeadLetter: _TypeAlias = DeadLetter  # noqa: Y015
+
+@_typing.final
 class PresignedUrl(_message.Message):
     """A link to an object, valid until `expires`."""
 

@@ -804,3 +804,212 @@ class EventService(object):
             timeout,
             metadata,
             _registered_method=True)
+
+
+class DeadLetterServiceStub(object):
+    """Events of the workspace that some service could not handle.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.CountDeadLetters = channel.unary_unary(
+                '/alveary.runs.v1.DeadLetterService/CountDeadLetters',
+                request_serializer=alveary_dot_runs_dot_v1_dot_runs__pb2.CountDeadLettersRequest.SerializeToString,
+                response_deserializer=alveary_dot_runs_dot_v1_dot_runs__pb2.CountDeadLettersResponse.FromString,
+                _registered_method=True)
+        self.ListDeadLetters = channel.unary_unary(
+                '/alveary.runs.v1.DeadLetterService/ListDeadLetters',
+                request_serializer=alveary_dot_runs_dot_v1_dot_runs__pb2.ListDeadLettersRequest.SerializeToString,
+                response_deserializer=alveary_dot_runs_dot_v1_dot_runs__pb2.ListDeadLettersResponse.FromString,
+                _registered_method=True)
+        self.RetryDeadLetters = channel.unary_unary(
+                '/alveary.runs.v1.DeadLetterService/RetryDeadLetters',
+                request_serializer=alveary_dot_runs_dot_v1_dot_runs__pb2.RetryDeadLettersRequest.SerializeToString,
+                response_deserializer=alveary_dot_runs_dot_v1_dot_runs__pb2.RetryDeadLettersResponse.FromString,
+                _registered_method=True)
+        self.DropDeadLetters = channel.unary_unary(
+                '/alveary.runs.v1.DeadLetterService/DropDeadLetters',
+                request_serializer=alveary_dot_runs_dot_v1_dot_runs__pb2.DropDeadLettersRequest.SerializeToString,
+                response_deserializer=alveary_dot_runs_dot_v1_dot_runs__pb2.DropDeadLettersResponse.FromString,
+                _registered_method=True)
+
+
+class DeadLetterServiceServicer(object):
+    """Events of the workspace that some service could not handle.
+    """
+
+    def CountDeadLetters(self, request, context):
+        """How many there are; needs the role reader.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListDeadLetters(self, request, context):
+        """Oldest first. This and what follows needs the role owner.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RetryDeadLetters(self, request, context):
+        """Hands letters to the services that set them aside, once more. What succeeds is no dead letter any longer. A read model
+        cannot take an event out of order: it is folded anew, with the event in its place, when its service starts next.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DropDeadLetters(self, request, context):
+        """Forgets letters. Their events stay in the event log, unhandled.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_DeadLetterServiceServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'CountDeadLetters': grpc.unary_unary_rpc_method_handler(
+                    servicer.CountDeadLetters,
+                    request_deserializer=alveary_dot_runs_dot_v1_dot_runs__pb2.CountDeadLettersRequest.FromString,
+                    response_serializer=alveary_dot_runs_dot_v1_dot_runs__pb2.CountDeadLettersResponse.SerializeToString,
+            ),
+            'ListDeadLetters': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListDeadLetters,
+                    request_deserializer=alveary_dot_runs_dot_v1_dot_runs__pb2.ListDeadLettersRequest.FromString,
+                    response_serializer=alveary_dot_runs_dot_v1_dot_runs__pb2.ListDeadLettersResponse.SerializeToString,
+            ),
+            'RetryDeadLetters': grpc.unary_unary_rpc_method_handler(
+                    servicer.RetryDeadLetters,
+                    request_deserializer=alveary_dot_runs_dot_v1_dot_runs__pb2.RetryDeadLettersRequest.FromString,
+                    response_serializer=alveary_dot_runs_dot_v1_dot_runs__pb2.RetryDeadLettersResponse.SerializeToString,
+            ),
+            'DropDeadLetters': grpc.unary_unary_rpc_method_handler(
+                    servicer.DropDeadLetters,
+                    request_deserializer=alveary_dot_runs_dot_v1_dot_runs__pb2.DropDeadLettersRequest.FromString,
+                    response_serializer=alveary_dot_runs_dot_v1_dot_runs__pb2.DropDeadLettersResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'alveary.runs.v1.DeadLetterService', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('alveary.runs.v1.DeadLetterService', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class DeadLetterService(object):
+    """Events of the workspace that some service could not handle.
+    """
+
+    @staticmethod
+    def CountDeadLetters(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/alveary.runs.v1.DeadLetterService/CountDeadLetters',
+            alveary_dot_runs_dot_v1_dot_runs__pb2.CountDeadLettersRequest.SerializeToString,
+            alveary_dot_runs_dot_v1_dot_runs__pb2.CountDeadLettersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListDeadLetters(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/alveary.runs.v1.DeadLetterService/ListDeadLetters',
+            alveary_dot_runs_dot_v1_dot_runs__pb2.ListDeadLettersRequest.SerializeToString,
+            alveary_dot_runs_dot_v1_dot_runs__pb2.ListDeadLettersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RetryDeadLetters(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/alveary.runs.v1.DeadLetterService/RetryDeadLetters',
+            alveary_dot_runs_dot_v1_dot_runs__pb2.RetryDeadLettersRequest.SerializeToString,
+            alveary_dot_runs_dot_v1_dot_runs__pb2.RetryDeadLettersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DropDeadLetters(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/alveary.runs.v1.DeadLetterService/DropDeadLetters',
+            alveary_dot_runs_dot_v1_dot_runs__pb2.DropDeadLettersRequest.SerializeToString,
+            alveary_dot_runs_dot_v1_dot_runs__pb2.DropDeadLettersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)

@@ -260,3 +260,76 @@ class EventServiceServicer(metaclass=_abc_1.ABCMeta):
         """
 
 def add_EventServiceServicer_to_server(servicer: EventServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
+
+class DeadLetterServiceStub:
+    """Events of the workspace that some service could not handle."""
+
+    @_typing.overload
+    def __new__(cls, channel: _grpc.Channel) -> _Self: ...
+    @_typing.overload
+    def __new__(cls, channel: _aio.Channel) -> DeadLetterServiceAsyncStub: ...
+    CountDeadLetters: _grpc.UnaryUnaryMultiCallable[_runs_pb2.CountDeadLettersRequest, _runs_pb2.CountDeadLettersResponse]
+    """How many there are; needs the role reader."""
+    ListDeadLetters: _grpc.UnaryUnaryMultiCallable[_runs_pb2.ListDeadLettersRequest, _runs_pb2.ListDeadLettersResponse]
+    """Oldest first. This and what follows needs the role owner."""
+    RetryDeadLetters: _grpc.UnaryUnaryMultiCallable[_runs_pb2.RetryDeadLettersRequest, _runs_pb2.RetryDeadLettersResponse]
+    """Hands letters to the services that set them aside, once more. What succeeds is no dead letter any longer. A read model
+    cannot take an event out of order: it is folded anew, with the event in its place, when its service starts next.
+    """
+    DropDeadLetters: _grpc.UnaryUnaryMultiCallable[_runs_pb2.DropDeadLettersRequest, _runs_pb2.DropDeadLettersResponse]
+    """Forgets letters. Their events stay in the event log, unhandled."""
+
+@_typing.type_check_only
+class DeadLetterServiceAsyncStub(DeadLetterServiceStub):
+    """Events of the workspace that some service could not handle."""
+
+    def __init__(self, channel: _aio.Channel) -> None: ...
+    CountDeadLetters: _aio.UnaryUnaryMultiCallable[_runs_pb2.CountDeadLettersRequest, _runs_pb2.CountDeadLettersResponse]  # type: ignore[assignment]
+    """How many there are; needs the role reader."""
+    ListDeadLetters: _aio.UnaryUnaryMultiCallable[_runs_pb2.ListDeadLettersRequest, _runs_pb2.ListDeadLettersResponse]  # type: ignore[assignment]
+    """Oldest first. This and what follows needs the role owner."""
+    RetryDeadLetters: _aio.UnaryUnaryMultiCallable[_runs_pb2.RetryDeadLettersRequest, _runs_pb2.RetryDeadLettersResponse]  # type: ignore[assignment]
+    """Hands letters to the services that set them aside, once more. What succeeds is no dead letter any longer. A read model
+    cannot take an event out of order: it is folded anew, with the event in its place, when its service starts next.
+    """
+    DropDeadLetters: _aio.UnaryUnaryMultiCallable[_runs_pb2.DropDeadLettersRequest, _runs_pb2.DropDeadLettersResponse]  # type: ignore[assignment]
+    """Forgets letters. Their events stay in the event log, unhandled."""
+
+class DeadLetterServiceServicer(metaclass=_abc_1.ABCMeta):
+    """Events of the workspace that some service could not handle."""
+
+    @_abc_1.abstractmethod
+    def CountDeadLetters(
+        self,
+        request: _runs_pb2.CountDeadLettersRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_runs_pb2.CountDeadLettersResponse, _abc.Awaitable[_runs_pb2.CountDeadLettersResponse]]:
+        """How many there are; needs the role reader."""
+
+    @_abc_1.abstractmethod
+    def ListDeadLetters(
+        self,
+        request: _runs_pb2.ListDeadLettersRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_runs_pb2.ListDeadLettersResponse, _abc.Awaitable[_runs_pb2.ListDeadLettersResponse]]:
+        """Oldest first. This and what follows needs the role owner."""
+
+    @_abc_1.abstractmethod
+    def RetryDeadLetters(
+        self,
+        request: _runs_pb2.RetryDeadLettersRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_runs_pb2.RetryDeadLettersResponse, _abc.Awaitable[_runs_pb2.RetryDeadLettersResponse]]:
+        """Hands letters to the services that set them aside, once more. What succeeds is no dead letter any longer. A read model
+        cannot take an event out of order: it is folded anew, with the event in its place, when its service starts next.
+        """
+
+    @_abc_1.abstractmethod
+    def DropDeadLetters(
+        self,
+        request: _runs_pb2.DropDeadLettersRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_runs_pb2.DropDeadLettersResponse, _abc.Awaitable[_runs_pb2.DropDeadLettersResponse]]:
+        """Forgets letters. Their events stay in the event log, unhandled."""
+
+def add_DeadLetterServiceServicer_to_server(servicer: DeadLetterServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
