@@ -7,10 +7,12 @@ import sys
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from alveary_contracts.proxies import DIRECT
+
 
 def main() -> int:
     """Ask once, within three seconds."""
-    with grpc.insecure_channel(sys.argv[1]) as channel:
+    with grpc.insecure_channel(sys.argv[1], options=DIRECT) as channel:
         try:
             stub = health_pb2_grpc.HealthStub(channel)
             reply = stub.Check(health_pb2.HealthCheckRequest(), timeout=3)  # type: ignore[attr-defined]

@@ -15,6 +15,7 @@ import nats.errors
 from nats.aio.client import Client
 from prometheus_client import start_http_server
 
+from alveary_contracts.proxies import exempt
 from alveary_core import stalls, telemetry
 from alveary_core.disk import DiskGuard
 from alveary_core.eventlog import EventLog, connect, ensure_streams
@@ -52,6 +53,8 @@ class Service:
         """Connect to the bus and the object store; create the streams where they are missing, unless told not to."""
         s = self.settings
         s.state_dir.mkdir(parents=True, exist_ok=True)
+        # Of its own clients none reads the variables; what it starts, and the docker SDK, do.
+        exempt(os.environ, (s.nats_url, s.s3_endpoint, s.s3_public_endpoint, os.environ.get("DOCKER_HOST", "")))
         self.connection = await connect(s.nats_url, s.nats_user, s.nats_password.get_secret_value(), f"alveary-{self.name}", ca=s.ca)
         if streams:
             await ensure_streams(self.connection)

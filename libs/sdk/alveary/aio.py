@@ -18,6 +18,7 @@ from alveary.config import Config
 from alveary.errors import AlvearyError, NoPlatform
 from alveary_contracts.common.v1 import common_pb2 as c
 from alveary_contracts.ids import is_id, new_id
+from alveary_contracts.proxies import DIRECT
 from alveary_contracts.runs.v1 import runs_pb2 as pb
 from alveary_contracts.runs.v1 import runs_pb2_grpc
 
@@ -72,6 +73,7 @@ class Client:
         options = [
             ("grpc.max_receive_message_length", 64 << 20), ("grpc.max_send_message_length", 64 << 20),
             ("grpc.keepalive_time_ms", 20000), ("grpc.keepalive_timeout_ms", 10000), ("grpc.max_reconnect_backoff_ms", 2000),
+            *DIRECT,
         ]  # fmt: skip
         endpoints = {config.endpoint, *config.endpoints.values()}
         if config.tls:

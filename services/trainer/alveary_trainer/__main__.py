@@ -9,7 +9,6 @@ import importlib.util
 import os
 import shutil
 import signal
-import tempfile
 from pathlib import Path
 
 from prometheus_client import start_http_server
@@ -19,6 +18,7 @@ from alveary_contracts.trainer.v1 import trainer_pb2, trainer_pb2_grpc
 from alveary_core import stalls, telemetry
 from alveary_core.objectstore import ObjectStore
 from alveary_core.service import Service, until
+from alveary_trainer.adapters.cgroups import Groups
 from alveary_trainer.adapters.environments import Environments
 from alveary_trainer.adapters.gpus import gpu_models
 from alveary_trainer.adapters.process import ProcessRuntime, address_towards, become_subreaper
@@ -27,6 +27,7 @@ from alveary_trainer.adapters.shared_cache import remove_tree
 from alveary_trainer.agent import Agent, TrainerService
 from alveary_trainer.node import NodeContext
 from alveary_trainer.settings import TrainerSettings
+from alveary_trainer.short_paths import ShortLinks, sockets
 from alveary_trainer.staging import ContentCache
 
 # mpirun splits its launch agent at spaces, and paths may have some: it finds this one on the PATH.
@@ -47,7 +48,13 @@ def library(cache: Path) -> Path:
     for file in files:
         digest.update(str(file.relative_to(source)).encode() + b"\0" + file.read_bytes())
     ours = Path(__file__).parent / "adapters"
-    scripts = {"alveary_shim.py": ours / "shim.py", "alveary_rank.py": ours / "rank.py", "alveary_mpi_agent.py": ours / "mpi_agent.py"}
+    names = {
+        "alveary_shim.py": "shim.py",
+        "alveary_rank.py": "rank.py",
+        "alveary_mpi_agent.py": "mpi_agent.py",
+        "alveary_exec.py": "alveary_exec.py",
+    }
+    scripts = {name: ours / file for name, file in names.items()}
     for script in scripts.values():
         digest.update(script.read_bytes())
     digest.update(_RSH.encode())
@@ -65,21 +72,6 @@ def library(cache: Path) -> Path:
         except OSError:  # another trainer of this machine was faster
             shutil.rmtree(part)
     return final
-
-
-def sockets(settings: TrainerSettings, runs_dir: Path) -> Path:
-    """A short folder that belongs to this node alone: what an earlier life left in it goes."""
-    base = settings.sockets_dir or Path(tempfile.gettempdir(), f"alveary-{os.getuid()}")
-    folder = base / hashlib.sha256(str(runs_dir.resolve()).encode()).hexdigest()[:12]
-    # <run>-<attempt>.<share>/ranks.sock goes below it, and a socket's path may have 107 bytes (unix(7)).
-    if len(str(folder)) > 107 - len(f"/{new_id()}-10.1023/ranks.sock"):
-        raise RuntimeError(f"{folder} is too long a path for sockets: set ALVEARY_SOCKETS_DIR to a shorter one")
-    base.mkdir(mode=0o711, parents=True, exist_ok=True)
-    if base.stat().st_uid not in (os.getuid(), 0):
-        raise RuntimeError(f"{base} belongs to somebody else: set ALVEARY_SOCKETS_DIR")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(mode=0o711)
-    return folder
 
 
 def claimed(runs_dir: Path) -> int:
@@ -122,11 +114,15 @@ def runtime_of(settings: TrainerSettings, cache: Path, store: ObjectStore, runs_
 
         return DockerRuntime(settings, cache, store, runs_dir)
     address = settings.address or address_towards(settings.nats_url)
-    return ProcessRuntime(Environments(cache / "environments", settings.environments_bytes, store), address)
+    groups = Groups(runs_dir)
+    for sentence in groups.support.sentences():
+        telemetry.logger().info("processes", how=sentence)
+    return ProcessRuntime(Environments(cache / "environments", settings.environments_bytes, store), groups, ShortLinks(runs_dir), address)
 
 
 async def main() -> None:
     """Serve as a node until SIGTERM, or until the target shrinks."""
+    os.umask(0o022)  # folders that runs read are made here, by whoever started it with whatever mask
     settings = TrainerSettings()
     if settings.gpu_count < 0:
         settings = settings.model_copy(update={"gpu_count": len(gpu_models())})
@@ -145,7 +141,7 @@ async def main() -> None:
         ContentCache(cache / "snapshots", "snapshots", service.store, limit, read_only=False),
         ContentCache(cache / "datasets", "datasets", service.store, limit, read_only=True),
         ContentCache(cache / "models", "models", service.store, limit, read_only=True),
-        runs_dir, sockets(settings, runs_dir), library(cache),
+        runs_dir, sockets(runs_dir, settings.sockets_dir), library(cache),
     )  # fmt: skip
     await context.runtime.sweep()
     agent = Agent(context)
@@ -168,6 +164,7 @@ async def main() -> None:
     await agent.stop()
     await context.close()
     await service.close()
+    await asyncio.to_thread(context.runtime.close)
     await asyncio.to_thread(shutil.rmtree, context.sockets_dir, ignore_errors=True)
     os.close(claim)
     if service.failed.done():

@@ -476,8 +476,6 @@ class Attempt:
         """The program of each rank, and what is launched here."""
         spec, runtime = self.spec, self._node.runtime
         own = launch.program(spec, staged.python, view.inputs)
-        if spec.command and own[0] == spec.command[0]:
-            own[0] = runtime.command(own[0], staged)
         if spec.launcher == c.LAUNCHER_TORCHRUN:
             return own, launch.torchrun(spec, staged.python, view.lib, team, f"{self.run_id}-{self.number}")
         if spec.launcher == c.LAUNCHER_MPI:
@@ -507,9 +505,9 @@ class Attempt:
 
     async def _supervise(self, staged: Staged, inputs: dict[str, Path], team: launch.Team, command: Sequence[str]) -> c.ExitStatus:
         runtime = self._node.runtime
-        (self._root / "tmp").mkdir()
+        (self._root / "tmp").mkdir(mode=0o700)
         sockets = self._node.sockets_dir / self.name
-        sockets.mkdir(mode=0o700)
+        sockets.mkdir(mode=0o700, parents=True)
         place = self._place = Place(self.name, self._root, sockets / "run.sock", self._node.runtime_dir, inputs)
         below = runtime.readable_below(place)
         self._outputs.own, self._outputs.below = place.root, below
@@ -535,17 +533,23 @@ class Attempt:
             self._crew.tell(phase=RUNNING)
             self._limiting = asyncio.create_task(self._limit())
             launcher = "launcher-" if launch.has_ranks(self.spec) else ""
+            over = asyncio.Event()
             pumps = [
-                asyncio.create_task(pump(fd, Lines(self._logs, f"{launcher}{name}", first, self.number, self._tail), self._logs))
+                asyncio.create_task(pump(fd, Lines(self._logs, f"{launcher}{name}", first, self.number, self._tail), self._logs, over))
                 for fd, name in ((tree.stdout, "stdout"), (tree.stderr, "stderr"))
             ]
-            watching = [asyncio.create_task(w) for w in (self._measure(), self._enforce(tree), self._started())]
+            watching = [asyncio.create_task(w) for w in (self._measure(), self._enforce(tree, ranks), self._started())]
             following = asyncio.create_task(self._kept_up(folder.run, "following ./logs"))
             keeping = asyncio.create_task(self._keep(below))
             syncing = asyncio.create_task(self._kept_up(lambda: self._sync_logs(folder, place, below), "syncing ./logs"))
             tasks = [*watching, following, keeping, syncing, *pumps]
             outcome = await self._outcome(tree, watching)
             self.phase, ended_at = "finalizing", time.time()
+            over.set()
+            if outcome.left:
+                self._note(
+                    f"processes {', '.join(map(str, outcome.left))} were killed and do not die: they wait for a device or a file system"
+                )
             await self._read_rest(pumps)
             await ranks.finish()
             await _ended(following, syncing)
@@ -563,6 +567,7 @@ class Attempt:
             await server.finish(0.1)
             await ranks.finish(0.1)
             await asyncio.to_thread(shutil.rmtree, sockets, ignore_errors=True)
+            runtime.leave(place)
 
     async def _outcome(self, tree: Tree, watching: Sequence[asyncio.Task[None]]) -> Outcome:
         """How the processes ended. Where one of those who watch them fails, they are killed, and its failure is raised."""
@@ -626,12 +631,13 @@ class Attempt:
                 await self._crew.all_at(RUNNING, self._note)
             self._say("started", ev.AttemptStarted(process_count=self._count * launch.ranks_per_node(self.spec)))
 
-    async def _enforce(self, tree: Tree) -> None:
-        """When the end is asked for: SIGTERM, the grace, SIGKILL."""
+    async def _enforce(self, tree: Tree, ranks: Ranks) -> None:
+        """When the end is asked for: SIGTERM to the main process of each rank, once; the grace; SIGKILL to all."""
         await self._ending.wait()
         if self._end in (PEER, *ASKED):
             self._note(f"{self._why or self._end}: SIGTERM, then SIGKILL after {self.spec.grace_seconds:g} s")
-            tree.terminate()
+            if not ranks.ask():
+                tree.terminate()
             await asyncio.sleep(self.spec.grace_seconds)
         killed = time.monotonic()
         while True:  # until wait() sees the end and cancels this
@@ -666,6 +672,12 @@ class Attempt:
         limit = self.spec.resources.memory_bytes
         while self._tree is not None:
             self.usage = await asyncio.to_thread(self._tree.usage)
+            if self.usage.excess:
+                self.end("limit", self.usage.excess)
+            if self.usage.oom_kills:
+                self._note(f"out of memory: it reached its limit of {limit / 2**20:.0f} MiB, and the kernel killed a process of it")
+                self.end("out_of_memory")
+                return
             if limit and self.usage.memory_bytes > limit:
                 self._note(f"out of memory: {self.usage.memory_bytes / 2**20:.0f} MiB are more than the {limit / 2**20:.0f} asked for")
                 self.end("out_of_memory")
@@ -686,7 +698,9 @@ class Attempt:
         elif self._end in (PEER, *ASKED):
             status.reason = self._end
             status.message = self._why or _WORDS[self._end].format(self.spec.max_run_duration_seconds)
-        elif outcome.signal == signal.SIGKILL and outcome.out_of_memory:
+        elif self._end == "limit":
+            status.reason, status.message = "signal", self._why
+        elif outcome.out_of_memory:
             limit = self.spec.resources.memory_bytes
             what = f"it needed more than its {limit / 2**20:.0f} MiB" if limit else "the node ran out of memory"
             status.reason, status.message = "out_of_memory", f"the kernel killed it because {what}"
@@ -695,9 +709,9 @@ class Attempt:
             status.reason, status.message = "signal", f"it was ended by {name}"
         elif outcome.exit_code is not None:
             status.reason = "exited"
-            status.message = "" if outcome.exit_code == 0 else f"it ended with exit code {outcome.exit_code}"
+            status.message = "" if outcome.exit_code == 0 else outcome.problem or f"it ended with exit code {outcome.exit_code}"
         else:
-            status.reason, status.message = "launch_failed", "its supervisor was killed"
+            status.reason, status.message = "launch_failed", outcome.problem or "its supervisor was killed"
         if self._ranks is not None:
             self._blame(status, self._ranks)
         if (

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from alveary_contracts.common.v1 import common_pb2 as c
+from alveary_contracts.proxies import exempt
 from alveary_trainer.adapters.runtime import Host, View
 
 # Started by the launcher in place of the program, which it starts and reports on.
@@ -64,14 +65,20 @@ def torchrun(spec: c.RunSpec, python: str, lib: str, team: Team, name: str) -> l
 
     https://docs.pytorch.org/docs/stable/elastic/run.html
     """
-    where = ["--standalone"]
-    if team.count > 1:
-        where = [
-            f"--nnodes={team.count}", "--rdzv-backend=c10d", f"--rdzv-id={name}", f"--rdzv-endpoint={team.hosts[0]}:{team.port}",
-            f"--rdzv-conf=is_host={int(team.index == 0)},join_timeout={_JOIN_SECONDS}", f"--local-addr={team.host.name}",
-        ]  # fmt: skip
+    # Addresses, not names: torchrun would look up the name of the machine, which need not resolve, nor be a name by the
+    # rules of DNS, and would wait for what answers there. Port 0: one that is free.
+    endpoint, address = ("127.0.0.1:0", "127.0.0.1") if team.count == 1 else (f"{_bracketed(team.hosts[0])}:{team.port}", team.host.name)
+    where = [
+        f"--nnodes={team.count}", "--rdzv-backend=c10d", f"--rdzv-id={name}", f"--rdzv-endpoint={endpoint}",
+        f"--rdzv-conf=is_host={int(team.index == 0)},join_timeout={_JOIN_SECONDS}", f"--local-addr={address}",
+    ]  # fmt: skip
     run = [python, "-u", "-m", "torch.distributed.run", *where, f"--nproc-per-node={spec.process_count_per_node}"]
     return [*run, f"--max-restarts={spec.max_restarts}", "--no-python", python, "-I", "-S", f"{lib}/alveary_rank.py"]
+
+
+def _bracketed(host: str) -> str:
+    """A host as it stands before a port."""
+    return f"[{host}]" if ":" in host else host
 
 
 def mpi_host(index: int) -> str:
@@ -140,6 +147,11 @@ def variables(spec: c.RunSpec, view: View, python: str, run_id: str, attempt: in
         env |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     if team.count > 1 or spec.launcher == c.LAUNCHER_MPI:
         env |= {"MASTER_ADDR": team.hosts[0], "MASTER_PORT": str(team.port), "NODE_RANK": str(team.index), "NODE_COUNT": str(team.count)}
+    if team.count == 1 and spec.launcher == c.LAUNCHER_TORCHRUN:
+        # Gloo would look up the name of the machine.
+        env.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    # The processes of a run reach each other without a proxy.
+    exempt(env, team.hosts if team.count > 1 else ())
     if team.count > 1 and team.host.interface:
         # The name of the machine may resolve to an address that the others do not reach.
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):

@@ -15,6 +15,7 @@ import grpc.aio
 import stamina
 
 from alveary_contracts.common.v1 import common_pb2 as c
+from alveary_contracts.proxies import DIRECT
 from alveary_contracts.registry.v1 import registry_pb2, registry_pb2_grpc
 from alveary_contracts.runs.v1 import runs_pb2, runs_pb2_grpc
 from alveary_core.eventlog import EventLog
@@ -70,7 +71,7 @@ class NodeContext:
         if endpoint not in self._channels:
             options = [
                 ("grpc.max_reconnect_backoff_ms", 1000), ("grpc.max_receive_message_length", 64 << 20),
-                ("grpc.max_send_message_length", 64 << 20),
+                ("grpc.max_send_message_length", 64 << 20), *DIRECT,
             ]  # fmt: skip
             if self.settings.endpoint_tls:
                 trusted = grpc.ssl_channel_credentials(self.settings.ca.read_bytes() if self.settings.ca else None)

@@ -25,7 +25,7 @@ Launch = Callable[[str, str], Awaitable[int]]
 _BACKLOG = 1024
 
 
-@dataclass
+@dataclass(eq=False)
 class Rank:
     """One process of a distributed run, as its launcher started it last."""
 
@@ -37,6 +37,8 @@ class Rank:
     # Its launcher ended it.
     stopped: bool = False
     ended_at: float = 0.0
+    # Why its program could not be started.
+    problem: str = ""
 
     @property
     def failed(self) -> bool:
@@ -45,6 +47,8 @@ class Rank:
 
     def words(self) -> str:
         """How it ended, for a sentence."""
+        if self.problem:
+            return f"could not start: {self.problem}"
         if self.signal is not None:
             return f"was ended by {signal.Signals(self.signal).name if self.signal in set(signal.Signals) else self.signal}"
         return f"ended with exit code {self.exit_code}"
@@ -58,7 +62,25 @@ class Ranks:
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
         self._tasks: set[asyncio.Task[None]] = set()
         self._accepting: asyncio.Task[None] | None = None
+        self._live: dict[Rank, socket.socket] = {}
+        self._asked, self._over = False, asyncio.Event()
         self.ranks: dict[int, Rank] = {}
+
+    def ask(self) -> bool:
+        """Ask the main process of each rank to end, once; those that begin later do not begin. False: none lives here.
+
+        Their launcher is not asked: see adapters/rank.py.
+        """
+        first, self._asked = not self._asked, True
+        asked = False
+        for rank, connection in list(self._live.items()):
+            if rank.ended_at:
+                continue
+            asked = True
+            if first:
+                with contextlib.suppress(OSError):  # it is gone, and the launcher sees it
+                    connection.send(b"stop")
+        return asked
 
     def start(self, argv: list[str], cwd: str) -> None:
         """Take connections of ranks, each of which is to run `argv` in `cwd`."""
@@ -100,13 +122,19 @@ class Ranks:
         for descriptor, name in zip(descriptors, ("stdout", "stderr"), strict=True):
             os.set_blocking(descriptor, False)
             lines = Lines(self._shipper, name, rank.number, self._attempt, rank.tail)
-            pumps.append(asyncio.create_task(pump(descriptor, lines, self._shipper)))
+            pumps.append(asyncio.create_task(pump(descriptor, lines, self._shipper, self._over)))
         try:
+            if self._asked:
+                rank.stopped, rank.ended_at = True, time.time()
+                await loop.sock_sendall(connection, b"stop")
+                await asyncio.gather(*pumps)
+                return
+            self._live[rank] = connection
             await loop.sock_sendall(connection, b"go")
             data = await loop.sock_recv(connection, 1 << 16)
             ended = json.loads(data) if data else {"signal": signal.SIGKILL, "stopped": True}
             rank.exit_code, rank.signal = ended.get("exit_code"), ended.get("signal")
-            rank.stopped, rank.ended_at = bool(ended["stopped"]), time.time()
+            rank.stopped, rank.ended_at, rank.problem = bool(ended["stopped"]), time.time(), str(ended.get("problem", ""))
             with contextlib.suppress(OSError):
                 await loop.sock_sendall(connection, b"noted")
             await asyncio.gather(*pumps)
@@ -114,6 +142,7 @@ class Ranks:
             rank.signal, rank.stopped, rank.ended_at = signal.SIGKILL, True, time.time()
             await asyncio.gather(*pumps)
         finally:
+            self._live.pop(rank, None)
             for task in pumps:
                 task.cancel()
 
@@ -127,6 +156,7 @@ class Ranks:
 
     async def finish(self, patience: float = 10.0) -> None:
         """The processes are gone: read what they left, then close."""
+        self._over.set()
         if self._accepting is not None:
             self._accepting.cancel()
             await asyncio.gather(self._accepting, return_exceptions=True)

@@ -221,19 +221,27 @@ def metric_batch(attempt: int) -> Callable[[list[Message]], Message]:
     return lambda points: runs_pb2.MetricBatch(points=points, attempt=attempt)  # type: ignore[arg-type]
 
 
-async def pump(fd: int, lines: Lines, shipper: Shipper) -> None:
-    """Read a pipe to its end. While the shipper has no room nothing is read, and the writer is slowed down."""
+async def pump(fd: int, lines: Lines, shipper: Shipper, over: asyncio.Event | None = None) -> None:
+    """Read a pipe to its end. While the shipper has no room nothing is read, and the writer is slowed down.
+
+    `over`: set once all writers are dead; then what the pipe holds is read, and its end is not waited for, as somebody else
+    may hold it open.
+    """
+    over = over or asyncio.Event()
     loop = asyncio.get_running_loop()
+    waiting = asyncio.create_task(over.wait())
     try:
         while True:
             await shipper.room()
             try:
                 data = os.read(fd, 1 << 16)
             except BlockingIOError:
+                if over.is_set():
+                    return
                 ready = loop.create_future()
                 loop.add_reader(fd, lambda ready=ready: ready.done() or ready.set_result(None))  # type: ignore[misc]
                 try:
-                    await asyncio.wait({ready}, timeout=lines.due)
+                    await asyncio.wait({ready, waiting}, timeout=lines.due, return_when=asyncio.FIRST_COMPLETED)
                 finally:
                     loop.remove_reader(fd)
                 lines.show()
@@ -242,5 +250,6 @@ async def pump(fd: int, lines: Lines, shipper: Shipper) -> None:
                 return
             lines.feed(data)
     finally:
+        waiting.cancel()
         lines.end()
         os.close(fd)

@@ -33,7 +33,7 @@ def test_a_program_is_a_script_a_module_or_a_command_and_finds_its_inputs() -> N
 def test_torchrun_meets_at_the_first_node_alone_or_with_others() -> None:
     spec = c.RunSpec(entry_script="a.py", launcher=c.LAUNCHER_TORCHRUN, process_count_per_node=2, max_restarts=3)
     alone = launch.torchrun(spec, "py", "/lib", team(0, 1), "r-1")
-    assert "--standalone" in alone and not any(w.startswith("--rdzv") for w in alone)
+    assert {"--nnodes=1", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"} <= set(alone), "the machine's name is looked up"
     words = launch.torchrun(spec, "py", "/lib", team(), "r-1")
     assert {"--nnodes=2", "--nproc-per-node=2", "--max-restarts=3", "--rdzv-endpoint=10.0.0.1:4711", "--local-addr=10.0.0.2"} <= set(words)
     assert "is_host=0" in next(w for w in words if w.startswith("--rdzv-conf")) and words[-1] == "/lib/alveary_rank.py"

@@ -27,6 +27,7 @@ from alveary.local.layout import SERVICES, Layout, write_private
 from alveary.local.replay import positions, slowest
 from alveary.local.upkeep import ServerWatch, cut, last_lines
 from alveary_contracts.events.v1 import events_pb2 as ev
+from alveary_contracts.proxies import DIRECT
 from alveary_contracts.scheduler.v1 import scheduler_pb2, scheduler_pb2_grpc
 from alveary_core import disk
 from alveary_core.auth import Principal, issue
@@ -197,7 +198,7 @@ class Stack:
         for service in services:
             with grpc.insecure_channel(
                 self.layout.endpoint_of(service),
-                options=[("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 200)],
+                options=[("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 200), *DIRECT],
             ) as channel:
                 ready = grpc.channel_ready_future(channel)
                 while True:
@@ -240,7 +241,7 @@ class Stack:
 
     def _ensure_target(self, token: str) -> None:
         spec = ev.ComputeSpec(min_nodes=1, max_nodes=1, idle_seconds_before_scaledown=1800, description="this machine")
-        with grpc.insecure_channel(self.layout.endpoint_of("scheduler")) as channel:
+        with grpc.insecure_channel(self.layout.endpoint_of("scheduler"), options=DIRECT) as channel:
             stub = scheduler_pb2_grpc.ComputeServiceStub(channel)
             metadata = (("authorization", f"Bearer {token}"),)
             deadline = time.monotonic() + READY_SECONDS

@@ -28,10 +28,11 @@ import requests
 
 from alveary_contracts.common.v1 import common_pb2 as c
 from alveary_contracts.digests import lock_key
+from alveary_contracts.proxies import for_runs, host_of
 from alveary_core import telemetry
 from alveary_core.errors import NotFound
 from alveary_core.objectstore import ObjectStore
-from alveary_trainer.adapters.runtime import Host, Limits, Outcome, Place, Say, Staged, StagingFailed, Usage, View
+from alveary_trainer.adapters.runtime import MOST_PROCESSES, Host, Limits, Outcome, Place, Say, Staged, StagingFailed, Usage, View
 from alveary_trainer.settings import TrainerSettings
 
 T = TypeVar("T")
@@ -45,7 +46,6 @@ _WORK, _TMP, _LIB, _IO, _SOCKETS, _INPUTS = (
     "/alveary/work", "/tmp", "/alveary/lib", "/alveary/io", "/alveary/socket", "/alveary/inputs",
 )  # fmt: skip
 _SHM = 64 << 20
-_PIDS = 8192
 _INSIST = 3.0
 _FORGOTTEN = 120.0
 _REFUSED = (docker.errors.DockerException, requests.exceptions.RequestException)
@@ -156,9 +156,12 @@ class DockerRuntime:
     # ---- folders --------------------------------------------------------------------------------------------------
 
     def view(self, place: Place, staged: Staged) -> View:
-        """Fixed paths inside the container; it inherits the image's own variables."""
+        """Fixed paths inside the container; it inherits the image's own variables, and the node's proxies."""
         inputs = {name: f"{_INPUTS}/{name}" for name in place.inputs}
-        return View(_WORK, _TMP, f"{_SOCKETS}/{place.socket.name}", _LIB, inputs, {})
+        return View(_WORK, _TMP, f"{_SOCKETS}/{place.socket.name}", _LIB, inputs, _reachable(for_runs(os.environ)))
+
+    def leave(self, place: Place) -> None:
+        """Nothing: the paths are the container's own."""
 
     def host_path(self, place: Place, path: str) -> Path:
         """Of a path below the working directory or /tmp."""
@@ -257,7 +260,7 @@ class DockerRuntime:
         host = api.create_host_config(
             binds=binds, network_mode=network, read_only=True, cap_drop=["ALL"], security_opt=["no-new-privileges"],
             nano_cpus=int(resources.cpus * 1e9) or None, mem_limit=memory, memswap_limit=memory, shm_size=resources.shm_bytes or _SHM,
-            pids_limit=_PIDS, device_requests=devices, log_config={"Type": "none"}, ipc_mode="private",
+            pids_limit=MOST_PROCESSES, device_requests=devices, log_config={"Type": "none"}, ipc_mode="private",
         )  # fmt: skip
         shim = [staged.python, "-I", "-S", f"{_LIB}/alveary_shim.py", _IO, f"{_SOCKETS}/{place.socket.name}"]
         created = api.create_container(
@@ -304,6 +307,9 @@ class DockerRuntime:
 
         await self._do(work)
 
+    def close(self) -> None:
+        """Nothing: the daemon removes the containers."""
+
 
 class ContainerTree:
     """One running container."""
@@ -327,14 +333,15 @@ class ContainerTree:
             await self._runtime._do(lambda: self._runtime._remove(self._container))
             if self._gang:
                 await self._runtime._do(lambda: self._runtime._leave_gang(self._gang))
-        report: dict[str, int] = {}
+        report: dict[str, Any] = {}
         with contextlib.suppress(FileNotFoundError):  # the shim was killed, or could not begin
             for line in (self._folder / "report.json").read_text().splitlines():
                 report |= json.loads(line)
         killed = bool(state.get("OOMKilled"))
         if not report.keys() & {"exit_code", "signal"} and killed:
             return Outcome(signal=9, out_of_memory=True)
-        return Outcome(report.get("exit_code"), report.get("signal"), killed)
+        code = report.get("exit_code")
+        return Outcome(code, report.get("signal"), killed and code != 0, str(report.get("problem", "")))
 
     def _wait(self) -> dict[str, Any]:
         api, pause = self._runtime._api, 0.1
@@ -357,7 +364,7 @@ class ContainerTree:
         return asyncio.get_running_loop().run_in_executor(self._runtime._pool, work)
 
     def terminate(self) -> None:
-        """SIGTERM to the shim, which passes it on to all."""
+        """SIGTERM to the shim, which asks the main process, once."""
         self._signal("SIGTERM")
 
     def kill(self) -> None:
@@ -381,6 +388,16 @@ class ContainerTree:
             usage.cpu_percent = max(spent - self._last[1], 0.0) / (now - self._last[0]) * 100
         self._last = (now, spent)
         return usage
+
+
+def _reachable(proxies: Mapping[str, str]) -> dict[str, str]:
+    """Without those that listen on this machine's loopback: in a container that is another."""
+    lost = {
+        name
+        for name, value in proxies.items()
+        if not name.lower().startswith("no_") and host_of(value) in ("localhost", "127.0.0.1", "::1")
+    }
+    return {name: value for name, value in proxies.items() if name not in lost}
 
 
 def gang_network(gang: str) -> str:

@@ -75,9 +75,10 @@ class Environments:
         if wheels is not None:  # beside the machine's own find-links, which an option would replace
             env["UV_FIND_LINKS"] = ",".join(filter(None, [env.get("UV_FIND_LINKS"), str(wheels)]))
         env.pop("UV_CONSTRAINT", None)  # the lock was resolved under it; with --require-hashes uv refuses ranges
+        # In the trainer's session, by which it is told from orphans of runs (process.end_orphans).
         process = await asyncio.create_subprocess_exec(
             uv_binary(), *arguments, cwd=cwd, env=env, stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE, start_new_session=True,
+            stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE, process_group=0,
         )  # fmt: skip
         try:
             async with asyncio.timeout(3600):

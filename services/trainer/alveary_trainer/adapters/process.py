@@ -12,20 +12,31 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Mapping, Sequence
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
 import psutil
 
 from alveary_contracts.common.v1 import common_pb2 as c
+from alveary_contracts.proxies import for_runs
+from alveary_trainer.adapters import alveary_exec
+from alveary_trainer.adapters.cgroups import Group, Groups
 from alveary_trainer.adapters.environments import Environments
-from alveary_trainer.adapters.runtime import Host, Limits, Outcome, Place, Say, Staged, StagingFailed, Usage, View
+from alveary_trainer.adapters.memory import used_bytes
+from alveary_trainer.adapters.runtime import MOST_PROCESSES, Host, Limits, Outcome, Place, Say, Staged, StagingFailed, Usage, View
+from alveary_trainer.short_paths import ShortLinks
 
 _SHIM = Path(__file__).with_name("shim.py")
 # What a training process inherits of the trainer's environment; everything else is the run's own.
-_INHERITED = ("PATH", "HOME", "LANG", "LC_ALL", "TZ", "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "LD_LIBRARY_PATH")  # fmt: skip
+_INHERITED = ("PATH", "HOME", "TZ", "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "LD_LIBRARY_PATH")  # fmt: skip
+
+# How long killed processes may take to be gone, and a shim to report them, seconds.
+_REST_SECONDS, _INSIST_SECONDS = 10.0, 30.0
 
 
 class ProcessRuntime:
@@ -33,9 +44,9 @@ class ProcessRuntime:
 
     kind = "process"
 
-    def __init__(self, environments: Environments, address: str = "127.0.0.1") -> None:
+    def __init__(self, environments: Environments, groups: Groups, links: ShortLinks, address: str = "127.0.0.1") -> None:
         """`address`: by which other nodes reach this one."""
-        self._environments, self._address = environments, address
+        self._environments, self._groups, self._links, self._address = environments, groups, links, address
 
     @asynccontextmanager
     async def stage(self, workspace: str, digest: str, environment: c.Environment, say: Say) -> AsyncIterator[Staged]:
@@ -44,11 +55,15 @@ class ProcessRuntime:
             yield Staged(str(python))
 
     def view(self, place: Place, staged: Staged) -> View:
-        """The node's own paths."""
-        inherited = {name: os.environ[name] for name in _INHERITED if name in os.environ}
+        """The node's own paths; the temporary folder has a short name, see short_paths.py."""
+        inherited = {name: os.environ[name] for name in _INHERITED if name in os.environ} | locale_of(os.environ) | for_runs(os.environ)
         inherited["PATH"] = f"{Path(staged.python).parent}:{inherited.get('PATH', '/usr/bin:/bin')}"
         inputs = {name: str(path) for name, path in place.inputs.items()}
-        return View(str(place.work), str(place.tmp), str(place.socket), str(place.lib), inputs, inherited)
+        return View(str(place.work), str(self._links.make(place.tmp)), str(place.socket), str(place.lib), inputs, inherited)
+
+    def leave(self, place: Place) -> None:
+        """See Runtime."""
+        self._links.remove(place.tmp)
 
     def host_path(self, place: Place, path: str) -> Path:
         """The path itself; a relative one begins in the working directory."""
@@ -69,8 +84,9 @@ class ProcessRuntime:
         """See Runtime. The processes share the network of their node."""
         interface, subnet = interface_of(self._address)
         # A loopback address is good for the nodes of one machine.
-        realm = Path("/proc/sys/kernel/random/boot_id").read_text().strip() if self._address.startswith("127.") else ""
-        with socket.socket() as probe:
+        loopback = ipaddress.ip_address(self._address.partition("%")[0]).is_loopback
+        realm = Path("/proc/sys/kernel/random/boot_id").read_text().strip() if loopback else ""
+        with socket.socket(socket.AF_INET6 if ":" in self._address else socket.AF_INET) as probe:
             try:
                 probe.bind((self._address, 0))
             except OSError as error:
@@ -80,87 +96,219 @@ class ProcessRuntime:
     async def launch(self, place: Place, staged: Staged, argv: Sequence[str], env: Mapping[str, str], limits: Limits) -> ProcessTree:
         """See Runtime."""
         gpus = {"CUDA_VISIBLE_DEVICES": ",".join(str(g) for g in limits.gpus)}
-        return ProcessTree.launch(argv, place.work, dict(env) | gpus)
+        try:
+            group = await asyncio.to_thread(self._groups.make, place.name, limits.resources.memory_bytes, MOST_PROCESSES)
+        except OSError as error:
+            raise StagingFailed(f"the control groups of this node cannot be used any more: {error}") from error
+        # On this thread: the kernel tells the shim of the end of the thread that started it.
+        return ProcessTree.launch(argv, place.work, dict(env) | gpus, group, self._links)
 
     async def sweep(self) -> None:
-        """Nothing: what a dead trainer started died with it."""
+        """End what an earlier life of this node left: what killed its shim and outlived the trainer too."""
+        await asyncio.to_thread(self._groups.sweep)
+        await asyncio.to_thread(end_strays, self._links.runs_dir)
+        self._links.sweep()
+
+    def close(self) -> None:
+        """The node is no more."""
+        self._groups.close()
 
 
 class ProcessTree:
     """One launched process and all that descends from it."""
 
-    def __init__(self, shim: subprocess.Popen[bytes], stdout: int, stderr: int, status: int) -> None:
+    # Those that this process started and that have not ended; whatever else is its child was an orphan.
+    _shims: ClassVar[set[int]] = set()
+    _starting: ClassVar[threading.Lock] = threading.Lock()
+
+    def __init__(
+        self, shim: subprocess.Popen[bytes], stdout: int, stderr: int, status: int, group: Group, links: ShortLinks | None
+    ) -> None:
         self._shim, self.stdout, self.stderr, self._status = shim, stdout, stderr, status
+        self._group, self._links = group, links
         self._cpu: dict[int, psutil.Process] = {}
+        self._spent: tuple[float, float] | None = None
         self._oom_before = oom_kills()
+        self._first_kill = 0.0
 
     @classmethod
-    def launch(cls, argv: Sequence[str], cwd: Path, env: dict[str, str]) -> ProcessTree:
+    def launch(
+        cls, argv: Sequence[str], cwd: Path, env: Mapping[str, str], group: Group | None = None, links: ShortLinks | None = None
+    ) -> ProcessTree:
         """Start `argv` under a shim. The caller reads `stdout` and `stderr`, which are non-blocking."""
+        group = group or Group()
+        order = {"argv": list(argv), "cwd": str(cwd), "env": dict(env), "group": group.order, "trainer": os.getpid()}
+        # A file: a pipe would block here until the shim reads it, where the environment is large.
+        written = os.memfd_create("alveary-order")
         out_read, out_write = os.pipe()
         err_read, err_write = os.pipe()
         status_read, status_write = os.pipe()
         try:
-            shim = subprocess.Popen(
-                [sys.executable, "-I", "-S", str(_SHIM), str(status_write)], stdin=subprocess.PIPE, stdout=out_write,
-                stderr=err_write, pass_fds=[status_write], env={"PATH": "/usr/bin:/bin"}, start_new_session=True,
-            )  # fmt: skip
-        finally:
-            for fd in (out_write, err_write, status_write):
+            with os.fdopen(os.dup(written), "wb") as file:
+                file.write(json.dumps(order).encode())
+            with cls._starting:
+                shim = subprocess.Popen(
+                    [sys.executable, "-I", "-S", str(_SHIM), str(status_write), str(written)], stdin=subprocess.DEVNULL, stdout=out_write,
+                    stderr=err_write, pass_fds=[status_write, written], env={"PATH": "/usr/bin:/bin"}, start_new_session=True,
+                )  # fmt: skip
+                cls._shims.add(shim.pid)
+        except BaseException:
+            for fd in (out_read, err_read, status_read):
                 os.close(fd)
-        assert shim.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it died at once: wait() will say so
-            shim.stdin.write(json.dumps({"argv": list(argv), "cwd": str(cwd), "env": env}).encode() + b"\n")
-            shim.stdin.close()
+            raise
+        finally:
+            for fd in (written, out_write, err_write, status_write):
+                os.close(fd)
         os.set_blocking(out_read, False)
         os.set_blocking(err_read, False)
-        return cls(shim, out_read, err_read, status_read)
+        return cls(shim, out_read, err_read, status_read, group, links)
 
     async def wait(self) -> Outcome:
         """Until the process has ended and nothing of its tree is left."""
         loop = asyncio.get_running_loop()
         reader = asyncio.StreamReader()
         transport, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(self._status, "rb"))
-        report: dict[str, int] = {}
+        report: dict[str, Any] = {}
         try:
             while line := await reader.readline():
                 report |= json.loads(line)
         finally:
             transport.close()
         await asyncio.to_thread(self._shim.wait)
-        self.kill()  # if the shim itself was killed, its orphans are the trainer's children now
-        return Outcome(report.get("exit_code"), report.get("signal"), oom_kills() > self._oom_before)
+        ooms = self._group.oom_kills()
+        left = await asyncio.to_thread(self._end_rest)
+        code, number = report.get("exit_code"), report.get("signal")
+        if ooms is None:  # the whole machine's: it may have been another's
+            out_of_memory = number == signal.SIGKILL and oom_kills() > self._oom_before
+        else:
+            out_of_memory = ooms > 0 and code != 0
+        return Outcome(code, number, out_of_memory, str(report.get("problem", "")), tuple(left))
 
-    def _tree(self) -> list[psutil.Process]:
-        try:
-            return psutil.Process(self._shim.pid).children(recursive=True)
-        except psutil.NoSuchProcess:
-            return []
+    def _end_rest(self) -> list[int]:
+        """Kill what the shim did not, because it was killed itself; returns what would not die in time."""
+        with self._starting:
+            self._shims.discard(self._shim.pid)
+        deadline = time.monotonic() + _REST_SECONDS
+        self._group.kill()
+        while True:
+            left = sorted({*(self._group.pids() or ()), *end_orphans(self._shims, self._starting)})
+            if not left or time.monotonic() > deadline:
+                break
+            self._group.kill()
+            time.sleep(0.005)
+        self._group.remove()
+        return left
 
     def terminate(self) -> None:
-        """SIGTERM to every process of the tree."""
+        """Ask the main process to end: SIGTERM, which the shim sends once."""
         with contextlib.suppress(ProcessLookupError):
             self._shim.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
-        """SIGKILL to every process of the tree; the shim reports and goes."""
-        for process in self._tree():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
+        """SIGKILL to every process of the tree; the shim reports and goes, or is killed too once it had the time."""
+        now = time.monotonic()
+        self._first_kill = self._first_kill or now
+        self._group.kill()
+        with contextlib.suppress(ProcessLookupError):
+            self._shim.send_signal(signal.SIGUSR2)
+            self._shim.send_signal(signal.SIGCONT)
+            if now - self._first_kill > _INSIST_SECONDS:
+                self._shim.kill()
 
     def usage(self) -> Usage:
-        """CPU since the last call and resident memory now."""
-        usage = Usage()
+        """CPU since the last call and memory now: of the control group where there is one, else of every process of the tree."""
+        if self._links is not None:
+            self._links.touch()
+        self._wake_shim()
+        usage = Usage(oom_kills=self._group.oom_kills() or 0)
+        known = self._group.pids()
+        try:
+            tree = psutil.Process(self._shim.pid).children(recursive=True) if known is None else []
+        except psutil.NoSuchProcess:
+            tree = []
+        usage.pids = tuple(p.pid for p in tree) if known is None else tuple(known)
+        if len(usage.pids) > MOST_PROCESSES:  # nothing but this counts them where there is no control group
+            usage.excess = f"it had {len(usage.pids)} processes, and one run may have {MOST_PROCESSES}"
+        memory, spent = self._group.memory_bytes(), self._group.cpu_seconds()
+        usage.memory_bytes = memory if memory is not None else sum(_unless_gone(used_bytes, pid) for pid in usage.pids)
+        if spent is not None:
+            now = time.monotonic()
+            if self._spent is not None and now > self._spent[0]:
+                usage.cpu_percent = max(spent - self._spent[1], 0.0) / (now - self._spent[0]) * 100
+            self._spent = (now, spent)
+            return usage
         alive: dict[int, psutil.Process] = {}
-        for process in self._tree():
-            known = self._cpu.get(process.pid, process)
+        for pid in usage.pids:
             with contextlib.suppress(psutil.Error):  # it ended while it was measured
-                usage.cpu_percent += known.cpu_percent(None)
-                usage.memory_bytes += known.memory_info().rss
-                alive[process.pid] = known
+                process = self._cpu.get(pid) or psutil.Process(pid)
+                usage.cpu_percent += process.cpu_percent(None)
+                alive[pid] = process
         self._cpu = alive
-        usage.pids = tuple(alive)
         return usage
+
+    def _wake_shim(self) -> None:
+        """A script may stop what it finds; without its shim nobody would learn of its end."""
+        with contextlib.suppress(OSError, IndexError):  # it has ended
+            if Path(f"/proc/{self._shim.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T":
+                self._shim.send_signal(signal.SIGCONT)
+
+
+def _unless_gone(measure: Callable[[int], int], pid: int) -> int:
+    try:
+        return measure(pid)
+    except OSError:
+        return 0
+
+
+def end_orphans(shims: Collection[int], starting: threading.Lock) -> list[int]:
+    """Kill and collect the children of this process that it did not start itself; returns those that still live.
+
+    They come to it, a child subreaper, when their shim is killed. They are known by their session: what the trainer starts
+    beside shims stays in its own, and a process cannot enter the session of another.
+    """
+    me, session, left = os.getpid(), os.getsid(0), []
+    with starting:
+        for pid in alveary_exec.parents().get(me, []):
+            if pid in shims:
+                continue
+            try:
+                if os.getsid(pid) == session:
+                    continue
+                for one in (*alveary_exec.descendants(pid), pid):
+                    os.kill(one, signal.SIGKILL)
+            except ProcessLookupError:
+                pass  # it ended meanwhile: it is collected all the same
+            try:
+                if os.waitpid(pid, os.WNOHANG)[0] == 0:
+                    left.append(pid)
+            except ChildProcessError:
+                continue  # it was no child of this process any more
+    return left
+
+
+def end_strays(runs_dir: Path) -> int:
+    """Kill processes of this user whose working directory is a run's below `runs_dir`; returns how many.
+
+    They outlived both their shim and their trainer, and the variable that every process of a run has tells whose they were.
+    """
+    mark, killed = f"ALVEARY_WORK_DIR={runs_dir}/".encode(), 0
+    for name in os.listdir("/proc"):
+        if not name.isdigit() or int(name) == os.getpid():
+            continue
+        with contextlib.suppress(OSError):  # another user's, or it ended
+            if any(one.startswith(mark) for one in Path(f"/proc/{name}/environ").read_bytes().split(b"\0")):
+                os.kill(int(name), signal.SIGKILL)
+                killed += 1
+    return killed
+
+
+def locale_of(environ: Mapping[str, str]) -> dict[str, str]:
+    """The locale of runs: the trainer's, if its characters are UTF-8; else C.UTF-8, as what a run prints is read as UTF-8."""
+    names = ("LC_ALL", "LC_CTYPE", "LANG")
+    effective = next((environ[name] for name in names if environ.get(name)), "")
+    if effective.lower().replace("-", "").partition(".")[2].partition("@")[0] == "utf8":
+        return {name: environ[name] for name in names if environ.get(name)}
+    return {"LANG": "C.UTF-8"}
 
 
 def address_towards(url: str) -> str:

@@ -14,6 +14,8 @@ from typing import Protocol
 from alveary_contracts.common.v1 import common_pb2 as c
 
 Say = Callable[[str], Awaitable[None]]
+# Processes and threads that an attempt may have at a time.
+MOST_PROCESSES = 8192
 
 
 class StagingFailed(Exception):
@@ -27,16 +29,24 @@ class Usage:
     cpu_percent: float = 0.0
     memory_bytes: int = 0
     pids: tuple[int, ...] = ()
+    # How many of them the kernel killed because they reached the limit of memory.
+    oom_kills: int = 0
+    # Of what it has more than one run may have, a sentence.
+    excess: str = ""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How the main process ended; neither code nor signal where its supervisor was killed."""
+    """How the main process ended; neither code nor signal where its supervisor was killed, or it could not be set up."""
 
     exit_code: int | None = None
     signal: int | None = None
     # The kernel killed it for want of memory.
     out_of_memory: bool = False
+    # Why the program could not be started, a sentence.
+    problem: str = ""
+    # Processes that were killed and do not die: in uninterruptible sleep, until their device or file system answers.
+    left: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -120,7 +130,7 @@ class Tree(Protocol):
         ...
 
     def terminate(self) -> None:
-        """SIGTERM to every process."""
+        """Ask the main process to end: SIGTERM, once however often this is called."""
         ...
 
     def kill(self) -> None:
@@ -147,6 +157,10 @@ class Runtime(Protocol):
 
     def view(self, place: Place, staged: Staged) -> View:
         """How the processes will see their folders."""
+        ...
+
+    def leave(self, place: Place) -> None:
+        """Forget what `view` made for a place; harmless to repeat."""
         ...
 
     def host_path(self, place: Place, path: str) -> Path:
@@ -187,6 +201,10 @@ class Runtime(Protocol):
 
     async def sweep(self) -> None:
         """Remove what an earlier life of this node left."""
+        ...
+
+    def close(self) -> None:
+        """Remove what the node made for itself; no attempt is left."""
         ...
 
 

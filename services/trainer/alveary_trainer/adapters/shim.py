@@ -1,13 +1,16 @@
 """Stands between the trainer and a training process; standard library alone.
 
-`python -I -S shim.py FD` beside the trainer: the order comes on stdin, the report goes to FD. `python -I -S shim.py
-FOLDER SOCKET` as the first process of a container: the order is FOLDER/order.json, the report FOLDER/report.json,
-stdout and stderr the pipes FOLDER/stdout and FOLDER/stderr; SOCKET is the trainer's, and its end is the trainer's death.
+`python -I -S alveary_shim.py REPORT ORDER` beside the trainer: both are descriptors, ORDER that of a file. `python -I -S
+alveary_shim.py FOLDER SOCKET` as the first process of a container: the order is FOLDER/order.json, the report
+FOLDER/report.json, stdout and stderr the pipes FOLDER/stdout and FOLDER/stderr; SOCKET is the trainer's, and its end is
+the trainer's death.
 
-Starts {argv, cwd, env} in a session of its own, and waits. Everything the process
-starts ends up below this process, however it detaches: it is a child subreaper (prctl(2), Linux 3.4). When the
-process ends, what is left of its tree is killed and {"exit_code"} or {"signal"} is reported. When the trainer
-dies, even by kill -9, the kernel sends this process SIGUSR1 and it kills the tree. SIGTERM is passed on to all; SIGUSR2 is SIGKILL to all.
+Starts {argv, cwd, env} in a session of its own, in the control groups of the order, and waits. Everything the process
+starts ends up below this process, however it detaches: it is a child subreaper (prctl(2), Linux 3.4). When the process
+ends, what is left of its tree is killed and {"exit_code"} or {"signal"} is reported; with "problem" where the program
+could not be started, and "left" where processes did not die. When the trainer dies, even by kill -9, the kernel sends
+this process SIGUSR1 and it kills the tree. SIGTERM asks the process to end, once (alveary_exec.ask); SIGUSR2 is SIGKILL
+to all.
 """
 
 import ctypes
@@ -17,73 +20,137 @@ import signal
 import socket
 import sys
 import threading
+import time
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+import alveary_exec  # type: ignore[import-not-found]
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+# How long killed processes may take to be gone, seconds: those in uninterruptible sleep may take for ever.
+REAP_SECONDS = 20.0
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
-def descendants(root):
-    """Pids below `root`, from /proc; children after their parents."""
-    parents = {}
-    for name in os.listdir("/proc"):
-        if name.isdigit():
+class Shim:
+    """One order."""
+
+    def __init__(self):
+        self.child, self.wanted, self.was_asked = 0, False, False
+        self.order = {}
+        # A thread, started once there is no more to fork.
+        self.watch = None
+
+    def ask(self, *_):
+        """Once: whoever asks twice is taken for somebody in a hurry by many programs, and they leave without saving."""
+        self.wanted = True
+        if self.child and not self.was_asked:
+            self.was_asked = True
+            alveary_exec.ask(self.child)
+
+    def write(self, key, value):
+        """Into a file of the control group, where there is one."""
+        path = self.order.get("group", {}).get(key)
+        if path:
             try:
-                with open(f"/proc/{name}/stat", "rb") as file:
-                    fields = file.read().rpartition(b")")[2].split()
+                with open(path, "w") as file:
+                    file.write(value)
             except OSError:
-                continue  # it ended meanwhile
-            parents.setdefault(int(fields[1]), []).append(int(name))
-    found, todo = [], [root]
-    while todo:
-        children = parents.get(todo.pop(), [])
-        found += children
-        todo += children
-    return found
+                pass  # removed by the trainer: what was in it is dead
+
+    def kill(self, *_):
+        """SIGKILL to all. What is stopped first cannot fork while it is looked for."""
+        self.write("no_forks", "0")
+        self.write("kill", "1")
+        known = set()
+        for _round in range(100):
+            found = set(alveary_exec.descendants(os.getpid())) - known
+            if not found:
+                break
+            for pid in found:
+                send(pid, signal.SIGSTOP)
+            known |= found
+        for pid in known:
+            send(pid, signal.SIGKILL)
+        return known
+
+    def reap(self):
+        """Kill and collect all that is left; returns what would not die in time."""
+        deadline = time.monotonic() + REAP_SECONDS
+        while True:
+            left = self.kill()
+            while True:
+                try:
+                    if not os.waitpid(-1, os.WNOHANG)[0]:
+                        break
+                except ChildProcessError:
+                    return []
+            if time.monotonic() > deadline:
+                return sorted(left)
+            time.sleep(0.002)
+
+    def abandoned(self, *_):
+        """The trainer is gone: nobody may go on in its name."""
+        self.reap()
+        os._exit(70)
+
+    def start(self):
+        """The child, once its program runs; what kept it from running, or None."""
+        read, write = os.pipe()  # closed by execve(2)
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        child = os.fork()
+        if child == 0:
+            try:
+                for path in self.order.get("group", {}).get("enter", ()):
+                    with open(path, "w") as file:
+                        file.write("0")
+                os.setsid()
+                devnull = os.open(os.devnull, os.O_RDONLY)
+                os.dup2(devnull, 0)
+                alveary_exec.as_found()
+                alveary_exec.start(self.order["argv"], self.order["cwd"], self.order["env"])
+            except alveary_exec.Problem as problem:
+                os.write(write, json.dumps([problem.code, str(problem)]).encode())
+            except BaseException as error:
+                os.write(write, json.dumps([0, f"the process cannot be set up: {error}"]).encode())
+            os._exit(alveary_exec.NOT_FOUND)
+        self.child = child
+        os.close(write)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        if self.watch:
+            threading.Thread(target=self.watch, daemon=True).start()
+        if self.wanted:
+            self.ask()
+        with os.fdopen(read, "rb") as pipe:
+            said = pipe.read()
+        return json.loads(said) if said else None
 
 
-def kill_tree(number):
-    """Signal everything below this process; returns how many."""
-    pids = descendants(os.getpid())
-    for pid in pids:
-        try:
-            os.kill(pid, number)
-        except ProcessLookupError:
-            pass  # it ended meanwhile, which is what was wanted
-    return len(pids)
+def send(pid, number):
+    try:
+        os.kill(pid, number)
+    except (ProcessLookupError, PermissionError):
+        pass  # it ended meanwhile, which is what was wanted; or it is a set-user-id program, which ends with its parents
 
 
-def reap():
-    """Kill and collect all that is left. Bounded: each round kills all that exist, and only they can fork."""
-    for _ in range(1000):
-        if not kill_tree(signal.SIGKILL):
-            return
-        try:
-            os.waitpid(-1, 0)
-        except ChildProcessError:
-            return
-
-
-def abandoned(*_):
-    """The trainer is gone: nobody may go on in its name."""
-    reap()
-    os._exit(70)
-
-
-def beside_the_trainer(libc):
+def beside_the_trainer(libc, shim):
     """Order and report over inherited descriptors."""
     trainer = os.getppid()
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGUSR1, 0, 0, 0)
-    if os.getppid() != trainer or trainer == 1:
-        os._exit(70)  # the trainer died before the kernel was told whom to tell
     descriptor = int(sys.argv[1])
-    order = json.loads(sys.stdin.buffer.readline())
+    os.set_inheritable(descriptor, False)
+    with os.fdopen(int(sys.argv[2]), "rb") as file:
+        file.seek(0)
+        shim.order = json.load(file)
+    if os.getppid() != trainer or trainer != shim.order.get("trainer", trainer):
+        os._exit(70)  # the trainer died before the kernel was told whom to tell
 
     def report(text):
         os.write(descriptor, text)
 
-    return order, report
+    return report
 
 
-def in_a_container():
+def in_a_container(shim):
     """Order and report in a folder that the trainer mounted."""
     folder, path = sys.argv[1:3]
     for number, name in ((1, "stdout"), (2, "stderr")):
@@ -100,53 +167,47 @@ def in_a_container():
         finally:
             os.kill(os.getpid(), signal.SIGUSR1)
 
-    threading.Thread(target=watch, daemon=True).start()
     with open(f"{folder}/order.json", "rb") as file:
-        order = json.load(file)
-    order["env"] = dict(os.environ) | order["env"]
+        shim.order = json.load(file)
+    shim.order["env"] = dict(os.environ) | shim.order["env"]
+    if not any(name in shim.order["env"] for name in ("LANG", "LC_ALL", "LC_CTYPE")):
+        shim.order["env"]["LANG"] = "C.UTF-8"
+    shim.watch = watch
 
     def report(text):
         with open(f"{folder}/report.json", "ab") as file:
             file.write(text)
 
-    return order, report
+    return report
 
 
 def main():
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    signal.signal(signal.SIGUSR1, abandoned)
-    signal.signal(signal.SIGTERM, lambda *_: kill_tree(signal.SIGTERM))
-    signal.signal(signal.SIGUSR2, lambda *_: kill_tree(signal.SIGKILL))
+    shim = Shim()
+    signal.signal(signal.SIGUSR1, shim.abandoned)
+    signal.signal(signal.SIGTERM, shim.ask)
+    signal.signal(signal.SIGUSR2, shim.kill)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    order, say = in_a_container() if len(sys.argv) == 3 else beside_the_trainer(libc)
-    report, devnull = {}, os.open(os.devnull, os.O_RDONLY)
-    child = os.fork()
-    if child == 0:
-        try:
-            os.setsid()
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-                signal.signal(number, signal.SIG_DFL)
-            os.dup2(devnull, 0)
-            os.closerange(3, 256)
-            os.chdir(order["cwd"])
-            os.execvpe(order["argv"][0], order["argv"], order["env"])
-        except OSError as error:
-            os.write(2, f"cannot start {order['argv'][0]}: {error.strerror}\n".encode())
-        os._exit(127)
-    say(json.dumps({"pid": child}).encode() + b"\n")
+    say = beside_the_trainer(libc, shim) if sys.argv[1].isdigit() else in_a_container(shim)
+    problem = shim.start()
+    say(json.dumps({"pid": shim.child}).encode() + b"\n")
+    report = {}
     while True:
         try:
             pid, status = os.waitpid(-1, 0)
         except ChildProcessError:
             break
-        if pid == child:
-            if os.WIFSIGNALED(status):
-                report = {"signal": os.WTERMSIG(status)}
-            else:
-                report = {"exit_code": os.WEXITSTATUS(status)}
+        if pid == shim.child:
+            report = {"signal": os.WTERMSIG(status)} if os.WIFSIGNALED(status) else {"exit_code": os.WEXITSTATUS(status)}
             break
-    reap()
+    if problem is not None:
+        report = {"problem": problem[1]}
+        if problem[0]:
+            report["exit_code"] = problem[0]
+    left = shim.reap()
+    if left:
+        report["left"] = left
     say(json.dumps(report).encode() + b"\n")
 
 
