@@ -6,15 +6,14 @@ This module needs the standard library alone until a run is looked at from outsi
 from __future__ import annotations
 
 import builtins
-import os
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alveary import context
 from alveary.errors import AlvearyError, RunFailedException
+from alveary.script_run import ContextRun, OfflineRun
 from alveary.text import printable
 
 if TYPE_CHECKING:
@@ -24,154 +23,6 @@ if TYPE_CHECKING:
     from alveary_contracts.runs.v1 import runs_pb2 as pb
 
 FINAL = ("Completed", "Failed", "Canceled")
-
-
-class _Logging:
-    """What can be logged, wherever it goes."""
-
-    def _metric(self, message: dict[str, Any]) -> None:
-        raise NotImplementedError
-
-    def log(self, name: str, value: Any, description: str = "", step: int | None = None) -> None:
-        """Log a number (or text) under `name`; `step` is its place on the axis, if it has one."""
-        if hasattr(value, "item"):
-            value = value.item()
-        kind = "text" if isinstance(value, str) else "scalar"
-        if kind == "scalar" and not isinstance(value, (int, float)):
-            raise TypeError(f"log({name!r}): a number or text, not {type(value).__name__}; use log_list, log_row, log_table or log_image")
-        self._metric(context.metric(name, kind, value, description, step))
-
-    def log_list(self, name: str, value: Sequence[float], description: str = "") -> None:
-        """Log numbers, each as a point of its own series."""
-        self._metric(context.metric(name, "list", [float(v) for v in value], description))
-
-    def log_row(self, name: str, description: str = "", **kwargs: Any) -> None:
-        """Log one row of named columns; repeated calls make a table."""
-        self._metric(context.metric(name, "row", kwargs, description))
-
-    def log_table(self, name: str, value: Mapping[str, Any], description: str = "") -> None:
-        """Log a table: columns of equal length by name."""
-        self._metric(context.metric(name, "table", dict(value), description))
-
-    def log_image(self, name: str, path: str | None = None, plot: Any = None, description: str = "") -> None:
-        """Log a picture: a file, or a matplotlib plot (figure or pyplot), stored among the run's files."""
-        if (path is None) == (plot is None):
-            raise ValueError("log_image: exactly one of path and plot")
-        if plot is not None:
-            path = os.path.join(os.environ.get("TMPDIR", "/tmp"), f"{name}-{time.time_ns()}.png")
-            plot.savefig(path)
-        assert path is not None
-        stored = f"outputs/images/{name}{Path(path).suffix}"
-        self.upload_file(stored, path)
-        self._metric(context.metric(name, "image", stored, description))
-
-    def upload_file(self, name: str, path_or_stream: Any) -> Any:
-        raise NotImplementedError
-
-
-class ContextRun(_Logging):
-    """The run that this process is part of."""
-
-    def __init__(self, line: context.Line) -> None:
-        self._line = line
-        self.id = os.environ["ALVEARY_RUN_ID"]
-        self.attempt = int(os.environ.get("ALVEARY_ATTEMPT", "1"))
-        self.experiment_name = os.environ.get("ALVEARY_EXPERIMENT", "")
-
-    def _metric(self, message: dict[str, Any]) -> None:
-        self._line.tell(message)
-
-    def flush(self, timeout_seconds: float = 300) -> None:
-        """Wait until everything that was logged is stored.
-
-        Raises:
-            ContextError: not within the time.
-        """
-        self._line.ask({"op": "flush", "timeout": timeout_seconds}, timeout=timeout_seconds + 5)
-
-    def tag(self, key: str, value: str = "") -> None:
-        """Set a tag."""
-        self._line.ask({"op": "tag", "set": {key: str(value)}})
-
-    def set_tags(self, tags: Mapping[str, str]) -> None:
-        """Set tags."""
-        self._line.ask({"op": "tag", "set": dict(tags)})
-
-    def add_properties(self, properties: Mapping[str, str]) -> None:
-        """Add properties; existing ones cannot change."""
-        self._line.ask({"op": "tag", "properties": dict(properties)})
-
-    def get_tags(self) -> dict[str, str]:
-        """Tags that the run was submitted with."""
-        return dict(self._line.ask({"op": "info"})["tags"])
-
-    def upload_file(self, name: str, path_or_stream: Any) -> Any:
-        """Store a file of this machine as `name` among the run's files, now."""
-        return self._line.ask({"op": "upload", "name": name, "path": os.path.abspath(path_or_stream)})
-
-    def upload_folder(self, name: str, path: str) -> None:
-        """Store a folder under `name`."""
-        for root, _, files in os.walk(path):
-            for file in files:
-                full = Path(root, file)
-                self.upload_file(f"{name}/{full.relative_to(path).as_posix()}", full)
-
-    def register_model(
-        self, model_name: str, model_path: str | None = None, tags: Mapping[str, str] | None = None,
-        properties: Mapping[str, str] | None = None, description: str | None = None, **_: Any,
-    ) -> dict[str, Any]:  # fmt: skip
-        """Register a file or folder of the working directory as a model; returns its name and version."""
-        message = {
-            "op": "register", "name": model_name, "path": model_path or "outputs", "tags": dict(tags or {}),
-            "properties": dict(properties or {}), "description": description or "",
-        }  # fmt: skip
-        return dict(self._line.ask(message))
-
-    @property
-    def resume_path(self) -> str | None:
-        """Where the checkpoints of an earlier attempt are; None: there is none."""
-        return os.environ.get("ALVEARY_RESUME_FROM") or None
-
-    def complete(self) -> None:
-        """Flush; the run itself completes when the process ends."""
-        self.flush()
-
-
-class OfflineRun(_Logging):
-    """Outside a submitted run: prints what would be logged."""
-
-    id = "OfflineRun"
-    attempt = 1
-    resume_path = None
-
-    def _metric(self, message: dict[str, Any]) -> None:
-        step = f" (step {message['step']})" if "step" in message else ""
-        print(f"{message['name']}: {message['value']}{step}", flush=True)
-
-    def upload_file(self, name: str, path_or_stream: Any) -> Any:
-        """Say where it would go."""
-        print(f"upload {path_or_stream} as {name}")
-
-    def upload_folder(self, name: str, path: str) -> None:
-        """Say where it would go."""
-        print(f"upload {path} as {name}")
-
-    def tag(self, key: str, value: str = "") -> None:
-        """Say it."""
-        print(f"tag {key}: {value}")
-
-    def set_tags(self, tags: Mapping[str, str]) -> None:
-        """Say it."""
-        for key, value in tags.items():
-            self.tag(key, value)
-
-    add_properties = set_tags
-
-    def flush(self, timeout_seconds: float = 300) -> None:
-        """Nothing waits."""
-
-    def complete(self) -> None:
-        """Nothing waits."""
 
 
 class Run:
