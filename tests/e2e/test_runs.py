@@ -415,6 +415,16 @@ def test_logs_are_read_by_page_and_searched_alive_and_archived(stack: Embedded, 
         assert pages(700) == [*(f"line {i} " + ("Loss" if i % 1000 == 7 else "") for i in range(2500)), "café"]
         newest = workspace._call(client.read_logs(run.id, limit=2, newest=True, streams=["stdout"])).lines
         assert [one.line.data.decode() for one in newest] == ["line 2499 ", "café"]
+        earlier = workspace._call(client.read_logs(run.id, limit=2, newest=True, streams=["stdout"], before=newest[0].cursor)).lines
+        assert [one.line.data.decode() for one in earlier] == ["line 2497 ", "line 2498 "]
+        begun = earlier[0].line.time.ToMicroseconds() / 1e6
+        since = workspace._call(client.read_logs(run.id, limit=10_000, streams=["stdout"], since=begun)).lines
+        assert since[-1] == newest[-1] and since[0].line.time == earlier[0].line.time
+        number = next(n for n, one in enumerate(tail(run), 1) if one.cursor == newest[0].cursor)
+        assert workspace._call(client.read_logs(run.id, limit=1, line=number)).lines == newest[:1]
+        shown = stack.cli("run", "logs", run.id, "--stream", "stdout", "--since", "1h").stdout
+        assert shown.splitlines() == pages(1000)
+        assert stack.cli("run", "logs", run.id, "--newest", "1", *(() if alive else ("--follow",)), "--stream", "stdout").stdout == "café\n"
         hits = workspace._call(client.search_logs(run.id, "loss", ignore_case=True))
         assert [one.line.data.decode().split()[1] for one in hits.lines] == ["7", "1007", "2007"] and not hits.next
         assert not workspace._call(client.search_logs(run.id, "loss")).lines
@@ -428,3 +438,10 @@ def test_logs_are_read_by_page_and_searched_alive_and_archived(stack: Embedded, 
     for bad in (lambda: client.read_logs(run.id, limit=10**6), lambda: client.search_logs(run.id, "")):
         with pytest.raises(AlvearyError, match="1 to"):
             workspace._call(bad())
+    with pytest.raises(AlvearyError, match="has 25[0-9]+ lines now"):
+        workspace._call(client.read_logs(run.id, line=9999))
+    with pytest.raises(AlvearyError, match="not together"):
+        workspace._call(client.read_logs(run.id, line=1, since=0.0))
+    for bad_time, why in (("2222-11-11", "in the future"), ("yesterday", "is no time")):
+        refused = stack.cli("run", "logs", run.id, "--since", bad_time, check=False)
+        assert refused.returncode == 2 and why in refused.stderr

@@ -385,10 +385,19 @@ class Client:
             await again.pause()
 
     async def read_logs(
-        self, run_id: str, after: int = 0, limit: int = 0, newest: bool = False, streams: Sequence[str] = (), rank: int | None = None
-    ) -> logs_pb2.ReadResponse:
-        """One page of log lines: `limit` (1,000) behind the cursor `after`, or the newest ones."""
-        request = logs_pb2.ReadRequest(run_id=run_id, after=after, limit=limit, newest=newest, streams=streams, rank=rank)
+        self, run_id: str, after: int = 0, limit: int = 0, newest: bool = False, streams: Sequence[str] = (), rank: int | None = None,
+        *, before: int = 0, since: float | None = None, line: int = 0,
+    ) -> logs_pb2.ReadResponse:  # fmt: skip
+        """One page of log lines: `limit` (1,000) between the cursors `after` and `before`, or the newest ones of them.
+
+        `since`: begin at the first line that was written then or later, seconds since the epoch; `line`: at this line of the log,
+        counted from 1 over all streams and ranks.
+        """
+        request = logs_pb2.ReadRequest(
+            run_id=run_id, after=after, limit=limit, newest=newest, streams=streams, rank=rank, before=before, line=line
+        )
+        if since is not None:
+            request.since.FromMicroseconds(int(since * 1e6))
         return await self.call(self.logs.Read, request)  # type: ignore[no-any-return]
 
     async def search_logs(

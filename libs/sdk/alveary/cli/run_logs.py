@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
+import time
 from collections.abc import AsyncIterator, Sequence
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -18,6 +21,24 @@ if TYPE_CHECKING:
 
 # Streams that are shown where none is named.
 SHOWN = ("stdout", "stderr", "system", "prepare", "launcher-stdout", "launcher-stderr")
+
+
+class Moment(click.ParamType):  # type: ignore[type-arg]  # older ones take no argument
+    """A moment in the past, in seconds since the epoch: how long ago, or a time (of this machine's zone unless it names one)."""
+
+    name = "time"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Read what was given; fails where it is neither, or lies in the future."""
+        if ago := re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", str(value)):
+            return time.time() - float(ago[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[ago[2]]
+        try:
+            moment = datetime.fromisoformat(str(value).replace("Z", "+00:00")).timestamp()
+        except (ValueError, OverflowError):
+            self.fail(f"{value!r} is no time: give 90s, 10m, 2h, 1d, or a time like 2026-01-31T12:00:00Z", param, ctx)
+        if moment > time.time() + 60:
+            self.fail(f"{value!r} is in the future", param, ctx)
+        return moment
 
 
 def follow(run: Run) -> None:
@@ -48,30 +69,40 @@ def watch(run_id: str) -> None:
 @click.option("--after", default=0, help="Cursor of the last line seen.")
 @click.option("--grep", default="", help="Only lines that hold this text; not with --follow.")
 @click.option("--ignore-case", "-i", is_flag=True, help="With --grep.")
-@click.option("--newest", default=0, help="Only the newest lines, this many; not with --follow or --grep.")
+@click.option("--newest", default=0, help="Only the newest lines, this many, and with --follow what comes after them; not with --grep.")
+@click.option("--since", type=Moment(), help="Only lines written since then: 90s, 10m, 2h, 1d, or a time like 2026-01-31T12:00:00Z.")
 @json_option
 def logs(
     run_id: str, keep_on: bool, stream: tuple[str, ...], rank: int, all_ranks: bool, after: int, grep: str, ignore_case: bool,
-    newest: int, as_json: bool,
+    newest: int, since: float | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Its log lines, byte for byte as they were written: like `cat`, a terminal acts on what is in them."""
-    if (keep_on and (grep or newest)) or (grep and newest):
-        raise click.UsageError("--follow, --grep and --newest exclude each other")
+    if (grep and (keep_on or newest)) or (newest and since is not None):
+        raise click.UsageError("--grep goes neither with --follow nor with --newest, and --newest not with --since")
     workspace = open_workspace()
     only = None if all_ranks else rank
     run_id = workspace._call(workspace._client.full_id(run_id))
-    lines = _lines(workspace._client, run_id, after, keep_on, stream or SHOWN, only, grep, ignore_case, newest)
+    lines = _lines(workspace._client, run_id, after, keep_on, stream or SHOWN, only, grep, ignore_case, newest, since)
     workspace._call(_print(lines, all_ranks, as_json))
 
 
 async def _lines(
     client: Client, run_id: str, after: int, keep_on: bool, streams: Sequence[str], rank: int | None, grep: str, ignore_case: bool,
-    newest: int,
+    newest: int, since: float | None,
 ) -> AsyncIterator[Any]:  # fmt: skip
     if newest:
         for one in (await client.read_logs(run_id, after, newest, True, streams, rank)).lines:
             yield one
-        return
+            after = one.cursor
+        if not keep_on:
+            return
+    if since is not None:
+        first = (await client.read_logs(run_id, after, 1, False, streams, rank, since=since)).lines
+        # Where nothing is that new yet, what comes from now on is.
+        last = first or (await client.read_logs(run_id, after, 1, True)).lines
+        if not first and not keep_on:
+            return
+        after = first[0].cursor - 1 if first else last[0].cursor if last else after
     if not grep:
         async for one in client.tail(run_id, after, keep_on, streams, rank):
             yield one
