@@ -153,7 +153,9 @@ class Bench:
         """Pages of an archived log."""
         run = await self.run()
         await self.write(run, lines)
+        started = time.monotonic()
         await self.archived(run)
+        archived = time.monotonic() - started
         first = (await self.read(pb.ReadRequest(run_id=run, limit=1))).lines[0]
         ten = await self.read(pb.ReadRequest(run_id=run, limit=10, newest=True))
         middle = (first.cursor + ten.lines[0].cursor) // 2
@@ -174,6 +176,7 @@ class Bench:
             requests["by_line_ms"] = lambda: self.read(pb.ReadRequest(run_id=run, line=lines // 2, limit=1000))
         figures = {name: await median_ms(work) for name, work in requests.items()}
         size = sum(len(text(n)) + 1 for n in range(lines))
+        figures["archived_mb_per_second"] = round(size / 1e6 / archived, 1)
         for name, needle, folded in (("absent", "xyzzy", False), ("rare", RARE, False), ("rare_any_case", RARE.upper(), True)):
             asked = pb.SearchRequest(run_id=run, text=needle, ignore_case=folded)
 
