@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from alveary.errors import AlvearyError
+from alveary.requirements import requirement_problem, requirements_of
 from alveary_contracts.common.v1 import common_pb2 as c
 from alveary_contracts.digests import environment_digest
 
@@ -73,10 +74,10 @@ class Environment:
 
     @classmethod
     def from_pip_requirements(cls, name: str, file_path: str, pip_version: str | None = None) -> Environment:
-        """From a requirements file; comments and empty lines are left out, options are refused.
+        """From a requirements file, read as pip reads it (`alveary.requirements`).
 
         Raises:
-            AlvearyError: the file is missing or has options.
+            AlvearyError: it is missing, or has what is not taken; names file and line.
         """
         return cls(name, requirements_of(Path(file_path)))
 
@@ -93,6 +94,9 @@ class Environment:
         return environment_digest(self._proto())
 
     def _proto(self) -> c.Environment:
+        for package in self.pip_packages:
+            if problem := requirement_problem(package):
+                raise AlvearyError(f"pip_packages: {package[:200]!r}: {problem}", "INVALID_ARGUMENT")
         return c.Environment(
             name=self.name, pip_packages=self.pip_packages, python_version=self.python_version,
             environment_variables=self.environment_variables, user_managed=self.user_managed, interpreter=self.interpreter,
@@ -100,24 +104,3 @@ class Environment:
             apt_packages=self.apt_packages, base_image=self.base_image, dockerfile=self.dockerfile, image=self.image,
             locked=self.locked,
         )  # fmt: skip
-
-
-def requirements_of(file: Path) -> list[str]:
-    """Requirements of a file.
-
-    Raises:
-        AlvearyError: it is missing, or has options, which the platform takes from its own pip settings.
-    """
-    if not file.exists():
-        raise AlvearyError(f"the requirements file {file} does not exist", "NOT_FOUND")
-    found = []
-    for line in file.read_text().splitlines():
-        text = line.partition(" #")[0].strip()
-        if text.startswith("-"):
-            raise AlvearyError(
-                f"{file}: {text!r}: options are not taken from requirements files; indexes come from the platform's pip settings",
-                "INVALID_ARGUMENT",
-            )
-        if text and not text.startswith("#"):
-            found.append(text)
-    return found

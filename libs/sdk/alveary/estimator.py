@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from alveary.dataset import Dataset, Input
-from alveary.environment import Environment, requirements_of
+from alveary.environment import Environment
 from alveary.errors import AlvearyError
+from alveary.requirements import requirements_of
 from alveary_contracts.common.v1 import common_pb2 as c
 
 # What a PyTorch run has without asking. The ONNX packages are there so that its models export in this very image.

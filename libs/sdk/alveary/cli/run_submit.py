@@ -54,9 +54,10 @@ def submit(
 
     Options come before the script; everything after it is the script's: alveary run submit --follow train.py --epochs 3
     """
-    from alveary.environment import Environment, requirements_of
+    from alveary.environment import Environment
     from alveary.estimator import PYTORCH_PACKAGES, ScriptRunConfig
     from alveary.experiment import Experiment
+    from alveary.requirements import requirements_of
 
     _say_whose(command)
     workspace = open_workspace()
