@@ -58,7 +58,7 @@ class RegistryProjection(Projection):
                 name=key.id, version=message.version, description=message.description, tags=message.tags,
                 properties=message.properties, lineage=message.lineage, framework=message.framework,
                 framework_version=message.framework_version, registered_by=message.registered_by,
-                manifest=message.manifest, manifest_digest=message.manifest_digest, file_count=message.file_count,
+                manifest=message.manifest if message.HasField("manifest") else None, manifest_digest=message.manifest_digest, file_count=message.file_count,
                 total_size=message.total_size,
             )  # fmt: skip
             if not shown.manifest_digest:  # written before these fields were there

@@ -13,7 +13,7 @@ from alveary_contracts.common.v1 import common_pb2 as c
 from alveary_contracts.digests import manifest_from_json
 from alveary_contracts.names import path_problem
 from alveary_core.errors import NotFound
-from alveary_core.objectstore import ObjectStore
+from alveary_core.objectstore import DigestMismatch, ObjectStore
 from alveary_trainer.adapters.runtime import StagingFailed
 from alveary_trainer.adapters.shared_cache import SharedCache
 
@@ -32,8 +32,7 @@ class ContentCache:
         """The folder with the manifest's files; it stays as long as this context does.
 
         Raises:
-            StagingFailed: the manifest is unknown, damaged, or would leave the folder.
-            DigestMismatch: a blob is not what its name says.
+            StagingFailed: the manifest is unknown, damaged, or would leave the folder; or a blob is not what its name says.
         """
         async with self._cache.use(digest, lambda part, _: self._fetch(digest, part)) as folder:
             yield folder
@@ -61,7 +60,13 @@ class ContentCache:
     async def _one(self, file: c.FileEntry, path: Path, slots: asyncio.Semaphore) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         async with slots:
-            await self._store.get_file(self._bucket, f"blobs/{file.sha256}", path, file.sha256)
+            try:
+                await self._store.get_file(self._bucket, f"blobs/{file.sha256}", path, file.sha256)
+            except DigestMismatch as error:
+                raise StagingFailed(
+                    f"{self._bucket}: {file.path} is damaged in the object store ({error}). Upload it again with verify=True (--verify), "
+                    "which replaces what is wrong there"
+                ) from error
         mode = 0o555 if file.executable else 0o444
         path.chmod(mode if self._read_only else mode | 0o200)
 

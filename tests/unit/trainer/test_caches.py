@@ -14,7 +14,6 @@ from fakes import MemoryStore
 
 from alveary_contracts.common.v1 import common_pb2 as c
 from alveary_contracts.digests import manifest_digest, manifest_json
-from alveary_core.objectstore import DigestMismatch
 from alveary_trainer.adapters.environments import Environments
 from alveary_trainer.adapters.runtime import StagingFailed
 from alveary_trainer.staging import ContentCache
@@ -84,7 +83,7 @@ async def test_damage_and_escapes_are_refused_and_leave_nothing(tmp_path: Path) 
     digest = await folder_of(store, {"f": b"good"})
     store.objects["datasets", f"blobs/{hashlib.sha256(b'good').hexdigest()}"] = b"evil"
     datasets = cache(tmp_path, store)
-    with pytest.raises(DigestMismatch):
+    with pytest.raises(StagingFailed, match="f is damaged in the object store"):
         await get(datasets, digest)
     escape = manifest_json(c.Manifest(files=[c.FileEntry(path="../x", size=1, sha256="0" * 64)]))
     evil = hashlib.sha256(escape).hexdigest()
