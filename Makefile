@@ -7,7 +7,7 @@ PACKAGES := libs/contracts libs/core libs/sdk $(sort $(wildcard services/*))
 DATA ?=
 EPOCHS ?= 2
 
-.PHONY: compose-init compose-up compose-demo compose-down install demo test lint breaking bench bench-cli bench-containers bench-logs generate lock clean format
+.PHONY: compose-init compose-up compose-demo compose-down install demo test lint breaking bench bench-cli bench-containers bench-files bench-logs generate lock clean format
 
 # A stamp whose environment was emptied or moved since is not believed.
 ifeq ($(and $(wildcard $(BIN)/alveary),$(wildcard $(VENV)/lib/python*/site-packages/torch)),)
@@ -47,6 +47,9 @@ bench-cli: install
 
 bench-logs: install
 	$(BIN)/python tests/bench/logs.py
+
+bench-files: install
+	$(BIN)/python tests/bench/files.py
 
 bench-containers: install
 	$(BIN)/python tests/bench/containers.py

@@ -107,7 +107,7 @@ class MemoryStore:
     async def size(self, bucket: str, key: str) -> int | None:
         return len(self.objects[bucket, key]) if (bucket, key) in self.objects else None
 
-    async def copy(self, bucket: str, key: str, source_bucket: str, source_key: str) -> None:
+    async def copy(self, bucket: str, key: str, source_bucket: str, source_key: str, size: int | None = None) -> None:
         self.objects[bucket, key] = await self.get(source_bucket, source_key)
 
     async def keys(self, bucket: str, prefix: str) -> list[str]:

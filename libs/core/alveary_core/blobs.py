@@ -239,7 +239,7 @@ class Blobs:
         async with self._readers:
             digest = await store.digest(bucket, key)
             if digest == file.sha256:
-                await store.copy(bucket, f"blobs/{file.sha256}", bucket, key)
+                await store.copy(bucket, f"blobs/{file.sha256}", bucket, key, file.size)
             else:
                 telemetry.logger().warning("blobs.wrong", bucket=bucket, expected=file.sha256, found=digest)
             await store.delete(bucket, [key])
@@ -272,7 +272,7 @@ class Blobs:
         async def one(file: c.FileEntry) -> None:
             nonlocal left
             if time.monotonic() < deadline:
-                await self._store.copy(self._bucket, f"blobs/{file.sha256}", source_bucket, sources[file.sha256])
+                await self._store.copy(self._bucket, f"blobs/{file.sha256}", source_bucket, sources[file.sha256], file.size)
                 left -= 1
 
         await each(one, missing)
