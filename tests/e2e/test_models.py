@@ -17,7 +17,8 @@ if RUNTIME == "docker":
     TORCH_HERE = Environment("torch", ["torch==2.13.0", "numpy", "onnx", "onnxruntime", "onnxscript"])
 
 TRAIN = """
-    import torch
+    import os, torch
+    from alveary import Run
     class Net(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -26,14 +27,15 @@ TRAIN = """
             return self.layers(x)
     def build():
         return Net()
-    if __name__ == "__main__":
-        net = Net().eval()
-        torch.save(net, "outputs/model.pt")
-        torch.jit.script(net).save("outputs/scripted.torchscript")
-        batch = torch.export.Dim("batch")
-        torch.export.save(torch.export.export(net, (torch.randn(2, 4),), dynamic_shapes=({0: batch},)), "outputs/exported.pt2")
-        torch.save(net.state_dict(), "outputs/weights.pth")
-        open("outputs/broken.pt", "w").write("no model at all")
+    # No main guard: an export that ran this again would register one more.
+    net = Net().eval()
+    torch.save(net, "outputs/model.pt")
+    torch.jit.script(net).save("outputs/scripted.torchscript")
+    batch = torch.export.Dim("batch")
+    torch.export.save(torch.export.export(net, (torch.randn(2, 4),), dynamic_shapes=({0: batch},)), "outputs/exported.pt2")
+    torch.save(net.state_dict(), "outputs/weights.pth")
+    open("outputs/broken.pt", "w").write("no model at all")
+    Run.get_context().register_model(f"trained-{os.environ['ALVEARY_RUN_ID'].lower()}", "outputs/model.pt")
     """
 
 
@@ -109,6 +111,7 @@ def test_each_kind_of_artifact_is_exported_and_checked(
     session = onnxruntime.InferenceSession(str(tmp_path / "onnx" / "model.onnx"))
     (out,) = session.run(None, {session.get_inputs()[0].name: numpy.zeros((5, 4), "float32")})
     assert out.shape == (5, 3)
+    assert [m.version for m in Model.list(workspace, f"trained-{trained.id.lower()}")] == [1]
     events = workspace.events.subscribe("model.exported", from_sequence=1, timeout=20)
     assert next(e for e in events if e.subject == model.name).data["version"] == model.version
 

@@ -79,7 +79,7 @@ class Model:
         return {
             "opset": done.opset, "max_abs_diff": done.max_abs_diff, "max_rel_diff": done.max_rel_diff,
             "checked_batch_sizes": list(done.checked_batch_sizes), "export_seconds": done.export_seconds,
-            "exporter": done.exporter, "size": done.file.size, "sha256": done.file.sha256,
+            "exporter": done.exporter, "outputs": list(done.outputs), "size": done.file.size, "sha256": done.file.sha256,
         }  # fmt: skip
 
     def refresh(self) -> Model:
@@ -178,9 +178,12 @@ class Model:
     ) -> Model:  # fmt: skip
         """Export to ONNX in a run of the model's own image, and wait for it.
 
+        The source's classes are found without running its script again. Dicts, nested tuples and data classes are answered flat.
+
         Args:
             input_shape: shape of the only input with a batch of one, for example [1, 3, 224, 224], float32.
-            inputs: or one mapping an input: name, shape, dtype, dynamic_axes ({axis: name}; default {0: "batch"}).
+            inputs: or one mapping an input: name, shape, dtype, dynamic_axes ({axis: name}; default {0: "batch"}). In the order of
+                `forward`, or named as its parameters.
             file: file of the version that holds the model, where there are several.
             opset: 0: torch's default.
             factory: "module:callable" of the source that builds the module, where the file is a state_dict.

@@ -154,6 +154,7 @@ class ExportHandler:
             max_abs_diff=report["max_abs_diff"], max_rel_diff=report["max_rel_diff"],
             checked_batch_sizes=report["checked_batch_sizes"], export_seconds=report["export_seconds"],
             exporter=report["exporter"], inputs=[ParseDict(t, ev.TensorSpec()) for t in report["inputs"]],
+            outputs=report.get("outputs", ()),
         )  # fmt: skip
 
 

@@ -113,17 +113,32 @@ def register(name: str, path: str, run: str, tag: tuple[str, ...], description: 
 @model.command()
 @click.argument("reference", metavar="NAME[:VERSION]")
 @click.option("--shape", default="", help="Of one input, a batch of one, like 1,3,224,224.")
+@click.option(
+    "--input", "inputs", multiple=True, help="NAME=SHAPE[:DTYPE], like ids=1,128:int64, where there are several or of integers; repeatable."
+)
 @click.option("--file", default="", help="Which of the model's files, if there are several.")
 @click.option("--opset", default=0, help="ONNX opset; 0: the exporter's.")
 @click.option("--factory", default="", help="module:callable of the run's source that builds the model of a state_dict.")
 @click.option("--target", default="", help="Compute target; default: the run's.")
-def export(reference: str, shape: str, file: str, opset: int, factory: str, target: str) -> None:
+def export(reference: str, shape: str, inputs: tuple[str, ...], file: str, opset: int, factory: str, target: str) -> None:
     """Export a version to ONNX, and wait for it."""
+    if bool(shape) == bool(inputs):
+        raise click.UsageError("--shape of the only input, or --input for each")
+    tensors = []
+    for name, text in pairs(inputs, "--input").items():
+        sizes, _, dtype = text.partition(":")
+        tensors.append({"name": name, "shape": _sizes(sizes, "--input"), "dtype": dtype})
+    work = _find(reference).export_onnx(
+        _sizes(shape, "--shape"), inputs=tensors, file=file, opset=opset, factory=factory, compute_target=target
+    )
+    print_json(work.onnx)
+
+
+def _sizes(text: str, option: str) -> list[int]:
     try:
-        sizes = [int(s) for s in shape.split(",") if s.strip()]
+        return [int(s) for s in text.split(",") if s.strip()]
     except ValueError as error:
-        raise click.BadParameter(f"--shape {shape}: numbers with commas between them, like 1,3,224,224") from error
-    print_json(_find(reference).export_onnx(sizes, file=file, opset=opset, factory=factory, compute_target=target).onnx)
+        raise click.BadParameter(f"{option} {text}: numbers with commas between them, like 1,3,224,224") from error
 
 
 @model.command("download")

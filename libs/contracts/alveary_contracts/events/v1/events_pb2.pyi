@@ -1954,6 +1954,7 @@ class ModelExported(_message.Message):
     EXPORT_SECONDS_FIELD_NUMBER: _builtins.int
     RUN_ID_FIELD_NUMBER: _builtins.int
     EXPORTER_FIELD_NUMBER: _builtins.int
+    OUTPUTS_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     export_id: _builtins.str
     key: _builtins.str
@@ -1969,6 +1970,10 @@ class ModelExported(_message.Message):
     def checked_batch_sizes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
     def inputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TensorSpec]: ...
+    @_builtins.property
+    def outputs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names of its outputs. Of models that answer dicts and nested tuples, flattened: "logits", "output_1_0"."""
+
     def __init__(
         self,
         *,
@@ -1984,10 +1989,11 @@ class ModelExported(_message.Message):
         export_seconds: _builtins.float = ...,
         run_id: _builtins.str = ...,
         exporter: _builtins.str = ...,
+        outputs: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["file", b"file"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checked_batch_sizes", b"checked_batch_sizes", "export_id", b"export_id", "export_seconds", b"export_seconds", "exporter", b"exporter", "file", b"file", "inputs", b"inputs", "key", b"key", "max_abs_diff", b"max_abs_diff", "max_rel_diff", b"max_rel_diff", "opset", b"opset", "run_id", b"run_id", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checked_batch_sizes", b"checked_batch_sizes", "export_id", b"export_id", "export_seconds", b"export_seconds", "exporter", b"exporter", "file", b"file", "inputs", b"inputs", "key", b"key", "max_abs_diff", b"max_abs_diff", "max_rel_diff", b"max_rel_diff", "opset", b"opset", "outputs", b"outputs", "run_id", b"run_id", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
