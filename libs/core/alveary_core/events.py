@@ -6,12 +6,13 @@ import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from google.protobuf.json_format import MessageToJson, Parse, ParseError
+from google.protobuf.json_format import MessageToJson, ParseError
 from google.protobuf.message import Message
 
 from alveary_contracts.events.v1 import events_pb2
 from alveary_contracts.names import event_name, message_name, token, untoken
 from alveary_core.errors import InvalidArgument
+from alveary_core.protojson import parse
 
 STREAM = "ALVEARY"
 # Of workspace and id together, percent-encoded: nats-server's limit for a command line, subject and inbox, is 4 KiB.
@@ -115,7 +116,7 @@ def decode(subject: str, headers: dict[str, str], data: bytes, sequence: int) ->
         raise UnknownEvent(f"{subject}: this version knows no event {aggregate}.{name}")
     try:
         # Fields of a newer version are ignored, so that services can be upgraded one after another.
-        message: Message = Parse(data, kind(), ignore_unknown_fields=True)
+        message: Message = parse(data, kind)
         at = datetime.fromisoformat(headers["ce-time"].replace("Z", "+00:00")).timestamp()
         ident_of = headers["ce-id"]
     except (ParseError, KeyError, ValueError, OverflowError, RecursionError) as error:
