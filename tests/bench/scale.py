@@ -85,7 +85,9 @@ def messages(count: int, begin: int, *, compacted: bool = False) -> Iterator[Raw
                 key = Key("w", "run", run_id)
                 message = _compacted(events) if compacted else events[step]
                 sequence += 1
-                yield Raw(key.subject(name_of(message)[1]), envelope(key, message, f"{run_id}-{sequence}", "runs", ""), body(message), sequence)
+                yield Raw(
+                    key.subject(name_of(message)[1]), envelope(key, message, f"{run_id}-{sequence}", "runs", ""), body(message), sequence
+                )
 
 
 def _compacted(events: list[Any]) -> Any:
@@ -156,7 +158,7 @@ def runs(folder: Path, most: int, steps: int) -> None:
             ask = listing.Listing("w", query.conditions(text), metric, direction, False, 100)
             note(what, size, median(lambda ask=ask: asyncio.run(view.read(lambda db: listing.page(db, ask)))), "ms")  # type: ignore[misc]
         request = pb.ListRunsRequest(page_size=100)
-        note("ListRuns, whole answer", size, median(lambda: asyncio.run(service.ListRuns(request, None))), "ms")
+        note("ListRuns, whole answer", size, median(lambda request=request: asyncio.run(service.ListRuns(request, None))), "ms")
         number = median(lambda: asyncio.run(view.next_number("w", "experiment-7")))
         note("number of the next run (was count(*))", size, number, "ms")
         note("view on disk", size, sum(f.stat().st_size for f in folder.glob("runs.sqlite*")) / size, "bytes a run")
@@ -231,13 +233,13 @@ def points(folder: Path, most: int) -> None:
         note(
             "first page of 100,000 points",
             size,
-            median(lambda: asyncio.run(view.read(lambda db: series.page(db, ["r"], ask, series.Token())))),
+            median(lambda ask=ask: asyncio.run(view.read(lambda db: series.page(db, ["r"], ask, series.Token())))),
             "ms",
         )
         run = pb.Run(id="r")
         from alveary_runs.metrics import show
 
-        note("newest value of a run", size, median(lambda: asyncio.run(view.read(lambda db: show(db, run, [])))), "ms")
+        note("newest value of a run", size, median(lambda run=run: asyncio.run(view.read(lambda db: show(db, run, [])))), "ms")
     note("points on disk", most, sum(f.stat().st_size for f in folder.glob("points.sqlite*")) / most, "bytes a point")
     view.close()
 

@@ -239,12 +239,15 @@ class EventLog:
         """What the server knows of a stream; asked again, for up to a minute, while it does not answer.
 
         Raises:
+            nats.js.errors.NotFoundError: there is no such stream.
             Unavailable: it did not answer.
         """
         try:
             async for attempt in stamina.retry_context(on=_retriable, attempts=None, timeout=60, wait_max=5.0):
                 with attempt:
                     return await self.js.stream_info(stream)
+        except NotFoundError:
+            raise
         except _TRANSIENT as error:
             raise Unavailable(f"the message bus does not tell of its stream {stream}: {error or type(error).__name__}") from error
         raise AssertionError("unreachable")

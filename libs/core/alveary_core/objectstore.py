@@ -36,7 +36,7 @@ from alveary_core.errors import FailedPrecondition, NotFound, Unavailable
 from alveary_core.presign import REGION, Signer, checksum
 
 T = TypeVar("T")
-BUCKETS = ("datasets", "snapshots", "images", "runs", "models", "archive")
+BUCKETS = ("datasets", "snapshots", "images", "runs", "models", "archive", "views")
 _CHUNK = 1 << 20
 _PART = 16 << 20
 # S3 takes no more parts of one object.

@@ -358,6 +358,28 @@ class Projection:
             fresh.write_text(json.dumps(state))
             fresh.replace(path)
 
+    def behind(self) -> str:
+        """How far a replay is, as words; empty once it is over."""
+        return "" if self.caught_up.is_set() else f"{type(self).__name__} at {self.position} of {self.goal}"
+
+    async def settle(self, patience: float = 15.0) -> None:
+        """Return when the model has caught up, or after `patience` seconds: then its service answers from what there is."""
+        try:
+            await asyncio.wait_for(self.caught_up.wait(), patience)
+        except TimeoutError:
+            telemetry.logger().warning("projection.stale", state=self.behind())
+
+    async def ready(self, patience: float = 10.0) -> None:
+        """Return when the model has caught up with what was in the log at the start: for what must not be decided on less.
+
+        Raises:
+            Unavailable: not within `patience` seconds.
+        """
+        try:
+            await asyncio.wait_for(self.caught_up.wait(), patience)
+        except TimeoutError as error:
+            raise Unavailable(f"the platform is still reading its history ({self.behind()}): try again later") from error
+
     # ---- waiting --------------------------------------------------------------------------------------------------
 
     async def wait_for(self, sequence: int, patience: float = 10.0) -> None:

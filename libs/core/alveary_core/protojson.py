@@ -78,7 +78,8 @@ def _field(field: FieldDescriptor) -> _Read | None:
             return lambda found: {_long(k): convert(v) for k, v in _object(found).items()}
         return _refuse
     single = _one(field)
-    repeated = field.is_repeated if hasattr(field, "is_repeated") else field.label == FieldDescriptor.LABEL_REPEATED
+    described: Any = field  # older versions of protobuf have `label`, newer ones `is_repeated`
+    repeated = described.is_repeated if hasattr(field, "is_repeated") else described.label == described.LABEL_REPEATED
     if not repeated:
         return single if single is not None else _present
     if single is None:
@@ -92,6 +93,7 @@ def _one(field: FieldDescriptor) -> _Read | None:
         case f.TYPE_MESSAGE:
             return _reader(field.message_type)
         case f.TYPE_ENUM:
+            assert field.enum_type is not None
             values = {v.name: v.number for v in field.enum_type.values}
             return lambda found: values[found]
         case f.TYPE_BYTES:

@@ -21,7 +21,7 @@ from grpc_status import rpc_status
 
 from alveary_core import auth, telemetry
 from alveary_core.disk import DiskGuard
-from alveary_core.errors import AlvearyError, Unauthenticated, Unavailable
+from alveary_core.errors import AlvearyError, InvalidArgument, NotFound, Unauthenticated, Unavailable
 
 # Unary calls that name no deadline get this one, seconds.
 DEFAULT_DEADLINE = 60.0
@@ -36,6 +36,11 @@ class Interceptor(grpc.aio.ServerInterceptor):
     def __init__(self, token_secret: str) -> None:
         self._secret = token_secret
         self.disk: DiskGuard | None = None
+        # Each says how far a read model is behind, as words; empty: it is not.
+        self.behind: list[Callable[[], str]] = []
+
+    def _lag(self) -> str:
+        return ", ".join(filter(None, (behind() for behind in self.behind)))
 
     async def intercept_service(
         self,
@@ -54,7 +59,7 @@ class Interceptor(grpc.aio.ServerInterceptor):
             inner: Any = handler.stream_stream if handler.request_streaming else handler.unary_stream
 
             async def stream(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
-                call = _Call(self._secret, method, metadata, context)
+                call = _Call(self._secret, method, metadata, context, self._lag())
                 try:
                     call.enter()
                     async for reply in inner(request, context):  # type: ignore[misc]
@@ -72,7 +77,7 @@ class Interceptor(grpc.aio.ServerInterceptor):
         disk = self.disk
 
         async def unary(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-            call = _Call(self._secret, method, metadata, context)
+            call = _Call(self._secret, method, metadata, context, self._lag())
             try:
                 call.enter()
                 remaining = context.time_remaining()
@@ -94,8 +99,12 @@ class Interceptor(grpc.aio.ServerInterceptor):
 class _Call:
     """One call: who, how long, how it ended."""
 
-    def __init__(self, secret: str, method: str, metadata: dict[str, str], context: grpc.aio.ServicerContext[Any, Any]) -> None:
-        self._secret, self._metadata, self._context = secret, metadata, context
+    def __init__(
+        self, secret: str, method: str, metadata: dict[str, str], context: grpc.aio.ServicerContext[Any, Any], lag: str = ""
+    ) -> None:
+        self._secret, self._metadata, self._context, self._lag = secret, metadata, context, lag
+        if lag:  # what is answered may be older than it should
+            context.set_trailing_metadata((("alveary-behind", lag),))
         _, self._service, self._method = method.split("/")
         self._start = time.monotonic()
 
@@ -124,6 +133,9 @@ class _Call:
         if isinstance(error, grpc.aio.AbortError):
             self.done("ABORTED")
             return
+        if self._lag and isinstance(error, (NotFound, InvalidArgument)):
+            # It may be about what has not been read yet.
+            error = Unavailable(f"{error} (the platform is still reading its history, {self._lag}: try again later)")
         if isinstance(error, AlvearyError):
             status = error.status()
         elif isinstance(error, nats.errors.Error):  # also when it answers too late
@@ -148,6 +160,7 @@ class Server:
         # A trainer or the archiver has no secret of the platform: then no token is good.
         token_secret = token_secret or secrets.token_hex(32)
         self.interceptor = Interceptor(token_secret)
+        self.behind = self.interceptor.behind
         self.server = grpc.aio.server(
             interceptors=[self.interceptor],
             options=[

@@ -39,7 +39,8 @@ async def start(service: Service) -> None:
     service.spawn(handlers.recover(), "recover")
     service.spawn(handlers.collect(), "collect")
     service.spawn(handlers.stop_unwanted(), "unwanted")
-    await projection.caught_up.wait()
+    service.server.behind.append(projection.behind)
+    await projection.settle()
 
 
 if __name__ == "__main__":

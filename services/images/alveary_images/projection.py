@@ -13,7 +13,10 @@ from alveary_core.projection import Projection
 class ImagesProjection(Projection):
     """Images, and which runs wait for them."""
 
-    subjects = ("alveary.*.image.>", "alveary.*.run.>")
+    subjects = (
+        "alveary.*.image.>", "alveary.*.run.*.submitted", "alveary.*.run.*.prepared", "alveary.*.run.*.cancel_requested",
+        "alveary.*.run.*.completed", "alveary.*.run.*.failed", "alveary.*.run.*.canceled",
+    )  # fmt: skip
     version = 3
     schema = """
     CREATE TABLE IF NOT EXISTS images (workspace TEXT, digest TEXT, state INTEGER, asked INTEGER, used REAL, size INTEGER, proto BLOB,

@@ -47,7 +47,8 @@ async def start(service: Service) -> None:
     service.spawn(view.run(service.log), "projection")
     service.spawn(service.log.consume("logs", FINAL_SUBJECTS, archiver, at_once=_ARCHIVED_AT_ONCE), "archiver")
     service.spawn(archiver.keep(), "keeper")
-    await view.caught_up.wait()
+    service.server.behind.append(view.behind)
+    await view.settle()
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ async def start(service: Service) -> None:
     service.server.add(registry_pb2.DESCRIPTOR.services_by_name.values())
     service.spawn(projection.run(service.log), "projection")
     service.spawn(service.log.consume("registry", SUBJECTS, ExportHandler(service.store, models)), "exports")
-    await projection.caught_up.wait()
+    service.server.behind.append(projection.behind)
+    await projection.settle()
 
 
 if __name__ == "__main__":

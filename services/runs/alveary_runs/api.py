@@ -72,6 +72,7 @@ class RunService(rpc.RunServiceServicer):
             state, sequence = await self._runs.load(self._runs.key(who.workspace, run_id))
             if sequence:
                 return pb.SubmitRunResponse(run=await self._shown(who.workspace, run_id, state), sequence=sequence)
+        await self._view.ready()  # targets, datasets and the number are looked up in it
         spec = await self._checked(who.workspace, request.spec)
         digest = image_digest(spec.environment, run_id)
         number = await self._view.next_number(who.workspace, spec.experiment)
@@ -134,7 +135,8 @@ class RunService(rpc.RunServiceServicer):
             state, sequence = await self._runs.load(self._runs.key(who.workspace, run_id)) if is_id(run_id) else (None, 0)
             if not sequence or state is None:
                 raise NotFound("run", run_id, f"in workspace {who.workspace}; `alveary run list` shows those there are")
-            await self._view.wait_for(sequence)
+            if self._view.caught_up.is_set():  # else what the log says of it is what there is
+                await self._view.wait_for(sequence)
             run = await self._view.get(who.workspace, run_id, names) or view(run_id, state)
         return who.workspace, run
 

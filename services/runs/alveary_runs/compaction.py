@@ -87,15 +87,17 @@ class Compaction:
         count = 0
         try:
             oldest = await self._view.read(_oldest, slow=True)
-            sql = "SELECT count(*) FROM runs WHERE purged=0 AND compacted < ?"
+            sql = "SELECT count(*) FROM runs WHERE purged=0 AND compacted IS NOT NULL AND last < ?"
             if oldest > self._purged and (count := (await self._view.rows(sql, (oldest,), slow=True))[0][0]):
                 for subject in WIDE:
                     await self._log.purge_subject(subject, oldest)
                 await self._view.write(
-                    lambda db: db.execute("UPDATE runs SET purged=1 WHERE purged=0 AND compacted < ? AND tagged=0", (oldest,))
+                    lambda db: db.execute(
+                        "UPDATE runs SET purged=1 WHERE purged=0 AND compacted IS NOT NULL AND last < ? AND tagged=0", (oldest,)
+                    )
                 )
                 self._purged = oldest
-            count += await self._one_by_one("compacted < ? AND tagged > 0", (self._purged,), ("tagged", "archived"))
+            count += await self._one_by_one("compacted IS NOT NULL AND last < ? AND tagged > 0", (self._purged,), ("tagged", "archived"))
             late = now - self._after - _PATIENCE_SECONDS
             count += await self._one_by_one("compacted IS NOT NULL AND ended_at < ?", (late,), ("*",))
         finally:
@@ -104,7 +106,7 @@ class Compaction:
 
     async def _one_by_one(self, condition: str, parameters: tuple[float], names: tuple[str, ...]) -> int:
         """Purge `names` of runs, at most a batch of them."""
-        sql = f"SELECT id, workspace, compacted, proto FROM runs WHERE purged=0 AND {condition} ORDER BY compacted LIMIT ?"
+        sql = f"SELECT id, workspace, compacted, proto FROM runs WHERE purged=0 AND {condition} ORDER BY last LIMIT ?"
         done: list[tuple[str]] = []
         for row in await self._view.rows(sql, (*parameters, _BATCH), slow=True):
             workspace, run_id, before = row["workspace"], row["id"], row["compacted"]

@@ -40,8 +40,9 @@ class _Entry:
     times: dict[str, Timestamp] = field(default_factory=dict)
     sequence: int = 0
     key: str = ""
-    # Sequence of the event that submitted it, and of the one that replaced all others in the log.
+    # Sequence of the event that submitted it, of the last one before it was compacted, and of the one that then replaced them.
     first: int | None = None
+    last: int = 0
     compacted: int | None = None
     # Events that change a final run too, which one purge for all runs must not remove.
     tagged: int = 0
@@ -59,12 +60,13 @@ class RunsProjection(Projection):
     """
 
     subjects = ("alveary.*.run.>", "alveary.*.image.>", "alveary.*.target.>", "alveary.*.dataset.*.registered")
-    version = 6
+    version = 7
     schema = """
     CREATE TABLE IF NOT EXISTS runs (
       id TEXT PRIMARY KEY, workspace TEXT NOT NULL, experiment TEXT NOT NULL, state INTEGER NOT NULL, submitted_at REAL NOT NULL,
       ended_at REAL, parent TEXT NOT NULL, name TEXT NOT NULL, target TEXT NOT NULL, archived INTEGER NOT NULL, image TEXT NOT NULL,
-      idempotency TEXT NOT NULL, canceled INTEGER NOT NULL, first INTEGER, compacted INTEGER, tagged INTEGER NOT NULL,
+      idempotency TEXT NOT NULL, canceled INTEGER NOT NULL, first INTEGER, last INTEGER NOT NULL, compacted INTEGER,
+      tagged INTEGER NOT NULL,
       purged INTEGER NOT NULL DEFAULT 0, proto BLOB NOT NULL);
     CREATE INDEX IF NOT EXISTS runs_all ON runs (workspace, submitted_at, id);
     CREATE INDEX IF NOT EXISTS runs_shown ON runs (workspace, submitted_at, id) WHERE archived=0;
@@ -76,7 +78,7 @@ class RunsProjection(Projection):
     CREATE INDEX IF NOT EXISTS runs_live ON runs (state, image) WHERE ended_at IS NULL;
     CREATE INDEX IF NOT EXISTS runs_due ON runs (ended_at) WHERE compacted IS NULL AND ended_at IS NOT NULL;
     CREATE INDEX IF NOT EXISTS runs_first ON runs (first) WHERE compacted IS NULL;
-    CREATE INDEX IF NOT EXISTS runs_unpurged ON runs (compacted) WHERE purged=0 AND compacted IS NOT NULL;
+    CREATE INDEX IF NOT EXISTS runs_unpurged ON runs (last) WHERE purged=0 AND compacted IS NOT NULL;
     CREATE TABLE IF NOT EXISTS run_events (sequence INTEGER PRIMARY KEY, run TEXT NOT NULL, name TEXT NOT NULL, body BLOB NOT NULL);
     CREATE INDEX IF NOT EXISTS run_events_run ON run_events (run);
     CREATE TABLE IF NOT EXISTS experiments (
@@ -128,6 +130,8 @@ class RunsProjection(Projection):
         before = entry.run
         entry.run = domain.evolve(before, message)
         entry.sequence = event.sequence
+        if entry.compacted is None and not isinstance(message, ev.RunCompacted):
+            entry.last = event.sequence
         if entry.run.state != before.state:
             entry.times["state_since"] = _stamp(event.time)
         match message:
@@ -161,12 +165,12 @@ class RunsProjection(Projection):
             return self._live[key.id]
         entry = _Entry(key.workspace)
         row = self.db.execute(
-            "SELECT workspace, idempotency, canceled, first, compacted, tagged, proto FROM runs WHERE id=?", (key.id,)
+            "SELECT workspace, idempotency, canceled, first, last, compacted, tagged, proto FROM runs WHERE id=?", (key.id,)
         ).fetchone()
         if row is not None:
             shown = pb.Run.FromString(row["proto"])
             entry = _Entry(
-                row["workspace"], key=row["idempotency"], first=row["first"], compacted=row["compacted"], tagged=row["tagged"], known=True,
+                row["workspace"], key=row["idempotency"], first=row["first"], last=row["last"], compacted=row["compacted"], tagged=row["tagged"], known=True,
                 stored=True,
             )  # fmt: skip
             names = ("submitted_at", "started_at", "ended_at", "state_since")
@@ -202,7 +206,7 @@ class RunsProjection(Projection):
             rows.append((
                 run_id, entry.workspace, run.spec.experiment, run.state, submitted_at, ended_at, run.spec.parent_run_id, run.display_name,
                 run.spec.compute_target, int(run.archived), run.image_digest, entry.key, int(run.cancel_requested), entry.first,
-                entry.compacted, entry.tagged, shown.SerializeToString(),
+                entry.last, entry.compacted, entry.tagged, shown.SerializeToString(),
             ))  # fmt: skip
             if not entry.stored:
                 counts.append((entry.workspace, run.spec.experiment, submitted_at))
@@ -217,9 +221,9 @@ class RunsProjection(Projection):
         self.db.executemany("DELETE FROM run_events WHERE run=?", [(run_id,) for run_id in superfluous])
         self.db.executemany(
             "INSERT INTO runs (id, workspace, experiment, state, submitted_at, ended_at, parent, name, target, archived, image, idempotency, "
-            "canceled, first, compacted, tagged, proto) VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?) ON CONFLICT (id) DO UPDATE SET state=excluded.state, "
+            "canceled, first, last, compacted, tagged, proto) VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?) ON CONFLICT (id) DO UPDATE SET state=excluded.state, "
             "submitted_at=excluded.submitted_at, ended_at=excluded.ended_at, name=excluded.name, archived=excluded.archived, "
-            "canceled=excluded.canceled, compacted=excluded.compacted, tagged=excluded.tagged, proto=excluded.proto",
+            "canceled=excluded.canceled, last=excluded.last, compacted=excluded.compacted, tagged=excluded.tagged, proto=excluded.proto",
             rows,
         )
         self.db.executemany("INSERT OR IGNORE INTO labels VALUES (?,?,?,?,?,?)", labels)

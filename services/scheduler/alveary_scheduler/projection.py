@@ -13,7 +13,10 @@ from alveary_scheduler import domain
 class SchedulerProjection(Projection):
     """Keeps the events that the live state is a fold of, and drops them when their aggregate is final."""
 
-    subjects = ("alveary.*.target.>", "alveary.*.node.>", "alveary.*.placement.>", "alveary.*.run.>")
+    subjects = (
+        "alveary.*.target.>", "alveary.*.node.>", "alveary.*.placement.>", "alveary.*.run.*.prepared", "alveary.*.run.*.retrying",
+        "alveary.*.run.*.cancel_requested", "alveary.*.run.*.completed", "alveary.*.run.*.failed", "alveary.*.run.*.canceled",
+    )  # fmt: skip
     version = 1
     # The state belongs to the scheduler's decisions, which are made on the event loop.
     inline = True
