@@ -322,7 +322,7 @@ class Projection:
                     raise
                 telemetry.logger().warning("projection.retry", path=self.path, error=str(error), seconds=pause)
             except sqlite3.DatabaseError as error:
-                if error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+                if getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
                     telemetry.logger().error("projection.damaged", path=self.path, error=str(error))
                     Path(self.path).unlink(missing_ok=True)  # the next start makes it anew
                 raise
