@@ -76,27 +76,30 @@ class Archiver:
         lock = self._locks[run_id]
         try:
             async with lock:
-                for written in range(1 << 30):
-                    if not await self._archive_part(key, final, part_bytes or self._part_bytes):
-                        return written
+                before, _ = await self._newest.load(key)
+                # Again, where that was missed: by a crash after the event.
+                await self._purge(key, before)
+                if before.key and not before.index_size:
+                    return 0  # of an older version, which has everything
+                written = 0
+                while (archived := await self._archive_part(key, final, part_bytes or self._part_bytes)) is not None:
+                    written += 1
+                    if not archived.open:
+                        break
+                return written
         finally:
             if not lock.locked():
                 self._locks.pop(run_id, None)
-        raise AssertionError("unreachable")
 
-    async def _archive_part(self, key: Key, final: bool, part_bytes: int) -> bool:
-        """Archive the next part; returns whether there was one."""
+    async def _archive_part(self, key: Key, final: bool, part_bytes: int) -> ev.LogArchived | None:
+        """Archive the next part, unless another archiver did, and return it; None: there is none to archive now."""
         before, _ = await self._newest.load(key)
         done = bool(before.key) and not before.open
-        # Again, where that was missed: by a crash after the event.
-        await self._purge(key, before)
-        if done and not before.index_size:
-            return False  # of an older version
         subject = subject_of(key)
         newest = await self._stream.newest(subject)
         start = sequence_of(before.last) + 1
         if newest < start and (done or not final):
-            return False
+            return None
         async with scratch.folder("alveary-log-", self._folder) as folder:
             path = folder / "part"
             writer = await self._stream.run_aside(partial(Writer, path, before.preceding + before.lines))
@@ -104,7 +107,7 @@ class Archiver:
                 last = await self._fill(subject, writer, start, newest, part_bytes)
                 full = writer.content_size >= part_bytes
                 if not full and not final:
-                    return False
+                    return None
                 index_size, index_sha256 = await self._stream.run_aside(writer.close)
             finally:
                 await self._stream.run_aside(writer.abandon)
@@ -128,10 +131,10 @@ class Archiver:
             # No part that begins here can be said any more, so nobody else needs this object, unless it is the very part.
             if all(getattr(event.message, "key", "") != name for event in await self._log.read(key)):
                 await self._store.delete(BUCKET, [name])
-            return True  # look again at what there is now
+            return (await self._newest.load(key))[0]
         await self._purge(key, archived)
         telemetry.logger().info("log.archived", run=key.id, lines=archived.lines, size=archived.size, open=archived.open)
-        return True
+        return archived
 
     async def _fill(self, subject: str, writer: Writer, start: int, newest: int, part_bytes: int) -> int:
         """Write chunks from `start` on until the part is full or `newest` is in it; returns the last one's sequence, 0: none."""
