@@ -29,6 +29,7 @@ from alveary_core.eventlog import LOGS, EventLog, connect, ensure_streams
 from alveary_core.events import Event, Key
 from alveary_core.objectstore import ObjectStore
 from alveary_core.server import Server
+from alveary_logs import archiver as archiver_module
 from alveary_logs import stream as stream_module
 from alveary_logs.archive import count
 from alveary_logs.archiver import Archiver
@@ -332,6 +333,18 @@ async def test_a_long_log_moves_away_while_its_run_lives(logs: Logs) -> None:
     assert data_of(await logs.lines()) == logs.said
     await logs.archiver.look()  # too little is left for a part: it stays
     assert 0 < await logs.left() < 10
+
+
+async def test_a_log_whose_event_went_to_the_dead_letters_is_archived_all_the_same(logs: Logs, monkeypatch: pytest.MonkeyPatch) -> None:
+    await logs.say(b"only here")
+    await logs.end()
+    await logs.archiver.look()
+    await logs.archiver.look()
+    assert await logs.left() == 1  # its event may still be on its way
+    monkeypatch.setattr(archiver_module, "_OVERDUE_SECONDS", 0.0)
+    await logs.archiver.look()
+    assert await logs.left() == 0
+    assert data_of(await logs.lines()) == [b"only here"]
 
 
 async def test_a_run_that_said_nothing(logs: Logs) -> None:

@@ -8,6 +8,7 @@ writes the same part over the one that nobody knows of, and nothing is left over
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import defaultdict
 from functools import partial
 from pathlib import Path
@@ -36,6 +37,8 @@ _LOOK_SECONDS = 10.0
 # A log that lives is moved away part by part when so many parts of it are on the stream. Once the stream holds that share
 # of what it takes, parts are this much smaller.
 _LONG, _PRESSED, _SMALLER = 2, 0.5, 8
+# A log that is on the stream for so long after its run was final is archived without its event, seconds.
+_OVERDUE_SECONDS = 600.0
 # How many logs are moved in one look.
 _AT_ONCE = 16
 
@@ -56,6 +59,8 @@ class Archiver:
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         # How many messages a log had when there was too little of it for a part.
         self._short: dict[str, int] = {}
+        # Since when a log of a final run has been seen on the stream.
+        self._waiting: dict[str, float] = {}
 
     async def __call__(self, event: Event) -> None:
         """Handle a run's final event; idempotent. What the trainer said is acknowledged before the run becomes final."""
@@ -190,17 +195,31 @@ class Archiver:
         pressed = state.bytes > _PRESSED * (info.config.max_bytes or 1 << 62) > 0
         part_bytes = self._part_bytes // _SMALLER if pressed else self._part_bytes
         self._short = {subject: count for subject, count in self._short.items() if subject in subjects}
+        now = time.monotonic()
+        waiting: dict[str, float] = {}
         moved = 0
         for subject, count in sorted(subjects.items(), key=lambda item: -item[1]):
             _, workspace, run_id = (untoken(part) for part in subject.split("."))
             known = await self._view.state(run_id)
+            if known.final and not known.complete:
+                waiting[subject] = self._waiting.get(subject, now)
+            # Of a run that was final long ago, the event is with the dead letters, or lost: its log is archived all the same.
+            all_of_it = known.complete or now - waiting.get(subject, now) > _OVERDUE_SECONDS
             # The size of one subject is not told: it is estimated, and looked at again only after it grew.
             size = count * state.bytes / max(state.messages, 1)
             long = not known.final and size > _LONG * part_bytes and count > self._short.get(subject, 0) * 1.25
-            if moved < _AT_ONCE and (known.complete or long):
+            if moved < _AT_ONCE and (all_of_it or long):
                 moved += 1
-                if not await self.archive(workspace, run_id, final=known.complete, part_bytes=part_bytes):
-                    self._short[subject] = count
+                await self._move(subject, count, workspace, run_id, final=all_of_it, part_bytes=part_bytes)
+        self._waiting = waiting
+
+    async def _move(self, subject: str, count: int, workspace: str, run_id: str, *, final: bool, part_bytes: int) -> None:
+        try:
+            if not await self.archive(workspace, run_id, final=final, part_bytes=part_bytes):
+                self._short[subject] = count
+        except (AlvearyError, nats.errors.Error, APIError, TimeoutError, OSError) as error:
+            # The next one may succeed, and this one at the next look.
+            telemetry.logger().warning("logs.move.retry", run=run_id, error=str(error) or type(error).__name__)
 
 
 def _newest_part(before: ev.LogArchived, event: Event) -> ev.LogArchived:
