@@ -179,6 +179,7 @@ def test_every_number_is_taken(run: ContextRun, trainer: Trainer) -> None:
 def test_a_report_beyond_the_limit_is_named_at_once_and_long_lists_arrive(
     run: ContextRun, trainer: Trainer, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    assert context.LARGEST_POINT == LARGEST
     run.log("report", "x" * (LARGEST + 1))
     assert "metric 'report' is refused" in (err := capsys.readouterr().err) and f"{LARGEST:,}" in err  # without a flush
     run.log_list("long", range(100_001))  # type: ignore[arg-type]

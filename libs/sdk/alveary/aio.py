@@ -367,16 +367,22 @@ class Client:
     # ---- logs -----------------------------------------------------------------------------------------------------
 
     async def tail(
-        self, run_id: str, after: int = 0, follow: bool = True, streams: Sequence[str] = (), rank: int | None = None
-    ) -> AsyncIterator[logs_pb2.TailLine]:
-        """Log lines; reconnects behind the last line seen, so that none is missed or seen twice."""
+        self, run_id: str, after: int = 0, follow: bool = True, streams: Sequence[str] = (), rank: int | None = None,
+        provisional: bool = False,
+    ) -> AsyncIterator[logs_pb2.TailLine]:  # fmt: skip
+        """Log lines; reconnects behind the last line seen, so that none is missed or seen twice.
+
+        `provisional`: also what unfinished lines show; the next line of the same stream, rank and attempt replaces it.
+        """
         again = _Reconnect(self.config)
         while True:
             try:
-                request = logs_pb2.TailRequest(run_id=run_id, after=after, follow=follow, streams=streams, rank=rank)
+                request = logs_pb2.TailRequest(
+                    run_id=run_id, after=after, follow=follow, streams=streams, rank=rank, provisional=provisional
+                )
                 async for reply in self.logs.Tail(request, metadata=self.metadata):
                     again.progress()
-                    for line in reply.lines:
+                    for line in _current(reply.lines) if provisional else reply.lines:
                         after = line.cursor
                         yield line
                 return
@@ -411,9 +417,9 @@ class Client:
         return await self.call(self.logs.Search, request)  # type: ignore[no-any-return]
 
     async def show(
-        self, run_id: str, line: Callable[[str, str], None], state: Callable[[str, str], None], streams: Sequence[str] = ()
+        self, run_id: str, line: Callable[[logs_pb2.LogLine], None], state: Callable[[str, str], None], streams: Sequence[str] = ()
     ) -> None:
-        """States and log lines of rank 0 as they come, until the run is final and its log complete."""
+        """States and log lines of rank 0 as they come, provisional ones too, until the run is final and its log complete."""
 
         async def states() -> None:
             last = ("", "")
@@ -424,14 +430,8 @@ class Client:
                 last = now
 
         async def lines() -> None:
-            rest: dict[tuple[str, int], bytes] = {}
-            async for one in self.tail(run_id, streams=streams, rank=0):
-                key = (one.line.stream, one.line.rank)
-                data = rest.pop(key, b"") + one.line.data
-                if one.line.partial:
-                    rest[key] = data
-                else:
-                    line(one.line.stream, data.decode(errors="replace"))
+            async for one in self.tail(run_id, streams=streams, rank=0, provisional=True):
+                line(one.line)
 
         await asyncio.gather(states(), lines())
 
@@ -607,6 +607,12 @@ class Client:
             finally:
                 stream.cancel()  # else the platform would go on handing events to a stream that nobody reads
             await again.pause()
+
+
+def _current(lines: Sequence[logs_pb2.TailLine]) -> list[logs_pb2.TailLine]:
+    """Lines without the provisional ones that a later one of them replaces: what is long past need not be shown changing."""
+    last = {(one.line.stream, one.line.rank, one.line.attempt): one.cursor for one in lines}
+    return [one for one in lines if not one.line.provisional or last[one.line.stream, one.line.rank, one.line.attempt] == one.cursor]
 
 
 class _Reconnect:

@@ -22,6 +22,8 @@ from typing import Any
 
 # Larger messages are answered, so that a refusal is known at once, bytes; and the largest that is sent at all.
 _ANSWERED, _LARGEST = 64 << 10, 8 << 20
+# What a metric point may have, bytes: the trainer decides by this.
+LARGEST_POINT = 1 << 20
 # Numbers of a list in one message; longer lists take several.
 LIST_PART = 20_000
 _LONGEST_NAME = 256
@@ -81,7 +83,7 @@ class Line:
         """
         data = _encoded(message)
         if len(data) > _LARGEST:
-            raise ValueError(f"it has {len(data):,} bytes as JSON, and may have {_LARGEST:,}")
+            raise ValueError(f"it has {len(data):,} bytes as JSON, and one may have {LARGEST_POINT:,}")
         if len(data) <= _ANSWERED:
             self._send(data)
             return

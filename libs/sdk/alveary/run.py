@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from alveary import context
 from alveary.errors import AlvearyError, RunFailedException
+from alveary.live import LivePrinter
 from alveary.script_run import ContextRun, OfflineRun
 from alveary.text import printable
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from alveary_contracts.runs.v1 import runs_pb2 as pb
 
 FINAL = ("Completed", "Failed", "Canceled")
+# Streams that are shown while a run is followed: what its program prints, and what is printed before and around it.
+SHOWN = ("stdout", "stderr", "prepare", "launcher-stdout", "launcher-stderr")
 
 
 class Run:
@@ -167,7 +170,7 @@ class Run:
     def wait_for_completion(
         self, show_output: bool = False, wait_post_processing: bool = False, raise_on_error: bool = True
     ) -> dict[str, Any]:
-        """Wait for its final state; with show_output, print states and log lines as they come.
+        """Wait for its final state; with show_output, print states, stdout and stderr as they come.
 
         Raises:
             RunFailedException: it Failed, unless raise_on_error is False.
@@ -188,9 +191,21 @@ class Run:
             raise RunFailedException(f"run {self.id} failed: {plain['reason'] or exit_status.get('reason')}\n{last}".rstrip())
         return plain
 
-    def _show(self) -> None:
+    def _show(self, streams: Sequence[str] = SHOWN) -> None:
         """Print its states and log lines as they come, until it is final."""
-        self._call(self._workspace._client.show(self.id, _print_line, _print_state))
+        screen = LivePrinter()
+
+        def line(one: Any) -> None:
+            mark = f"[{printable(one.stream)}] " if one.stream not in SHOWN else ""
+            screen.add(one, mark, to_err=one.stream == "stderr")
+
+        def state(name: str, reason: str) -> None:
+            screen.say(f"[{name}]{' ' + printable(reason, keep=chr(10)) if reason else ''}")
+
+        try:
+            self._call(self._workspace._client.show(self.id, line, state, streams))
+        finally:
+            screen.close()
 
     def cancel(self) -> None:
         """Ask for its end."""
@@ -292,12 +307,3 @@ class Run:
                 )
             )  # fmt: skip
         return Model._of(self._workspace, registered)
-
-
-def _print_line(stream: str, text: str) -> None:
-    out = sys.stderr if stream == "stderr" else sys.stdout
-    print(text, file=out, flush=True)
-
-
-def _print_state(state: str, reason: str) -> None:
-    print(f"[{state}]{' ' + printable(reason, keep=chr(10)) if reason else ''}", flush=True)

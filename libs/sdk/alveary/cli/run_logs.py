@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 import time
 from collections.abc import AsyncIterator, Sequence
 from datetime import datetime
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from alveary.cli.common import CANCELED, FAILED, INTERRUPTED, json_option, open_workspace, plain, say
+from alveary.live import LivePrinter
 from alveary.text import printable
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class Moment(click.ParamType):  # type: ignore[type-arg]  # older ones take no a
 def follow(run: Run) -> None:
     """Show states and log of a run until it is final; raises Exit where it did not complete, or was interrupted."""
     try:
-        run._show()
+        run._show(SHOWN)
         details = run.wait_for_completion(raise_on_error=False)
     except KeyboardInterrupt:
         say(f"\nthe run goes on; follow it again with `alveary run watch {run.id}`, cancel it with `alveary run cancel {run.id}`")
@@ -82,13 +82,20 @@ def logs(
     workspace = open_workspace()
     only = None if all_ranks else rank
     run_id = workspace._call(workspace._client.full_id(run_id))
-    lines = _lines(workspace._client, run_id, after, keep_on, stream or SHOWN, only, grep, ignore_case, newest, since)
-    workspace._call(_print(lines, all_ranks, as_json))
+    lines = _lines(workspace._client, run_id, after, keep_on, stream or SHOWN, only, grep, ignore_case, newest, since, not as_json)
+    if as_json:
+        workspace._call(_print_json(lines))
+        return
+    screen = LivePrinter(follow=keep_on)
+    try:
+        workspace._call(_print(lines, screen, all_ranks))
+    finally:
+        screen.close()
 
 
 async def _lines(
     client: Client, run_id: str, after: int, keep_on: bool, streams: Sequence[str], rank: int | None, grep: str, ignore_case: bool,
-    newest: int, since: float | None,
+    newest: int, since: float | None, unfinished: bool,
 ) -> AsyncIterator[Any]:  # fmt: skip
     if newest:
         for one in (await client.read_logs(run_id, after, newest, True, streams, rank)).lines:
@@ -104,7 +111,7 @@ async def _lines(
             return
         after = first[0].cursor - 1 if first else last[0].cursor if last else after
     if not grep:
-        async for one in client.tail(run_id, after, keep_on, streams, rank):
+        async for one in client.tail(run_id, after, keep_on, streams, rank, provisional=unfinished):
             yield one
         return
     while True:
@@ -116,18 +123,12 @@ async def _lines(
         after = page.next
 
 
-async def _print(lines: AsyncIterator[Any], all_ranks: bool, as_json: bool) -> None:
-    rest: dict[tuple[str, int], bytes] = {}
+async def _print_json(lines: AsyncIterator[Any]) -> None:
     async for one in lines:
-        line = one.line
-        if as_json:
-            print(json.dumps({"cursor": one.cursor, **plain(line), "data": line.data.decode(errors="replace")}), flush=True)
-            continue
-        data = rest.pop((line.stream, line.rank), b"") + line.data
-        if line.partial:
-            rest[line.stream, line.rank] = data
-            continue
-        mark = "" if line.stream in ("stdout", "stderr") else f"[{printable(line.stream)}] "
-        mark = f"[{line.rank}] {mark}" if all_ranks else mark
-        sys.stdout.buffer.write(mark.encode() + data + b"\n")
-        sys.stdout.buffer.flush()
+        print(json.dumps({"cursor": one.cursor, **plain(one.line), "data": one.line.data.decode(errors="replace")}), flush=True)
+
+
+async def _print(lines: AsyncIterator[Any], screen: LivePrinter, all_ranks: bool) -> None:
+    async for one in lines:
+        mark = "" if one.line.stream in ("stdout", "stderr") else f"[{printable(one.line.stream)}] "
+        screen.add(one.line, f"[{one.line.rank}] {mark}" if all_ranks else mark)
