@@ -133,6 +133,23 @@ def test_memory_shm_and_cpus_are_limited_and_an_oom_kill_is_told_apart(workspace
     assert lines(shm) == ["192"]
 
 
+def test_shared_memory_is_enough_by_default_and_named_where_it_was_not(workspace: Workspace, source: Path) -> None:
+    code = """
+        import mmap, os, sys
+        file = os.open("/dev/shm/batch", os.O_RDWR | os.O_CREAT)
+        os.ftruncate(file, 300 << 20)
+        batch = mmap.mmap(file, 0)
+        for at in range(0, len(batch), 4096):
+            batch[at] = 1
+        print(len(batch) >> 20)
+        """
+    enough = submit(workspace, source, code, memory_gb=0.5)
+    finished(enough)
+    assert lines(enough) == ["300"]
+    details = finished(submit(workspace, source, code, docker_runtime_config=DockerConfiguration(shm_size="64m")), "Failed")
+    assert details["exit"]["signal"] == 7 and "/dev/shm had 0.0625 GiB: ask for more with shm_size" in details["reason"]
+
+
 def test_exit_codes_are_exact(workspace: Workspace, source: Path) -> None:
     for code, exit_code, number in (
         ("raise SystemExit(137)", 137, None),

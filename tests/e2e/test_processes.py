@@ -13,6 +13,7 @@ import psutil
 import pytest
 from support import TORCH, Embedded, embedded, finished, lines, processes_of, said, submit, until, wait_for_state
 
+from alveary import Dataset
 from alveary.environment import Environment
 from alveary.estimator import PyTorchConfiguration, ScriptRunConfig
 from alveary.experiment import Experiment
@@ -271,3 +272,26 @@ def test_a_trainer_that_is_killed_leaves_no_name_and_no_process(stack: Embedded,
     until(lambda: stack.trainer_pids() and stack.trainer_pids() != pids, "the node is started anew")
     until(lambda: processes_of(run) == [], "what the trainer left is ended")
     until(lambda: not Path(tmpdir).is_symlink(), "the name of its folder is gone")
+
+
+def test_a_run_that_changes_its_input_changes_no_other_run(workspace: Workspace, source: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "labels.csv").write_text("1,2,3")
+    dataset = Dataset.upload(workspace, str(data), "strangers")
+    (source / "train.py").write_text(
+        "import os, sys\npath = os.path.join(os.environ['ALVEARY_INPUT_DATA'], 'labels.csv')\n"
+        "if sys.argv[1] == 'evil':\n    os.chmod(path, 0o644)\n    open(path, 'w').write('changed')\nprint(open(path).read())\n"
+    )
+
+    def once(*arguments: str) -> Run:
+        here = Environment("here", user_managed=True)
+        config = ScriptRunConfig(str(source), "train.py", [*arguments, dataset.as_mount("data")], environment=here)
+        run = Experiment(workspace, "tests").submit(config)
+        finished(run)
+        return run
+
+    assert lines(once("evil")) == ["changed"]
+    after = once()
+    assert lines(after) == ["1,2,3"]
+    assert [line for line in lines(after, "system") if "was changed on this node" in line and "labels.csv" in line]

@@ -164,7 +164,10 @@ def _compute(spec: c.RunSpec, target: ev.ComputeSpec | None, targets: list[str],
     if spec.resources.cpus <= 0 or (known and spec.resources.cpus > node.cpus):
         say("resources.cpus", f"{spec.resources.cpus:g} CPUs were asked for; a node of {spec.compute_target!r} has {node.cpus:g}")
     if spec.resources.shm_bytes < 0 or (known and spec.resources.shm_bytes > node.memory_bytes):
-        say("resources.shm_bytes", f"{spec.resources.shm_bytes}: 0 (64 MiB) to the {node.memory_bytes} bytes of a node's memory")
+        say(
+            "resources.shm_bytes",
+            f"{spec.resources.shm_bytes}: 0 (the run's memory, at least 2 GiB) to the {node.memory_bytes} bytes of a node's memory",
+        )
     if spec.resources.memory_bytes < 0 or (known and spec.resources.memory_bytes > node.memory_bytes):
         say(
             "resources.memory_bytes",

@@ -59,6 +59,11 @@ def library(cache: Path) -> Path:
         digest.update(script.read_bytes())
     digest.update(_RSH.encode())
     final = cache / "runtime" / digest.hexdigest()[:16]
+    wanted = {f"alveary/{file.relative_to(source)}": file.read_bytes() for file in files}
+    wanted |= {name: script.read_bytes() for name, script in scripts.items()} | {"alveary-rsh": _RSH.encode()}
+    # A run that changed it where trainers run as root would speak for all that come after it.
+    if final.exists() and any(not (final / name).is_file() or (final / name).read_bytes() != data for name, data in wanted.items()):
+        final.rename(cache / "runtime" / f".changed.{final.name}.{new_id()}")
     if not final.exists():
         part = final.with_name(f".{final.name}.{os.getpid()}")
         shutil.rmtree(part, ignore_errors=True)

@@ -37,6 +37,7 @@ from alveary_trainer.context_server import ContextServer
 from alveary_trainer.crew import Leader, Member, subject
 from alveary_trainer.file_names import printable
 from alveary_trainer.gang import ASKED, ENDED, LISTED, PEER, READY, RUNNING, STORED, Gang
+from alveary_trainer.hints import lacked_shared_memory
 from alveary_trainer.lines import Lines
 from alveary_trainer.log_folder import LogFolder
 from alveary_trainer.node import NodeContext
@@ -443,12 +444,12 @@ class Attempt:
 
         async def snapshot() -> None:
             if self.spec.snapshot:
-                async with node.snapshots.use(self.spec.snapshot) as source:
+                async with node.snapshots.use(self.spec.snapshot, say) as source:
                     await asyncio.to_thread(shutil.copytree, source, self._code, dirs_exist_ok=True, symlinks=True)
 
         async def dataset(item: c.InputDataset) -> None:
             cache = node.models if item.model else node.datasets
-            inputs[item.name] = await self._held.enter_async_context(cache.use(item.manifest_digest))
+            inputs[item.name] = await self._held.enter_async_context(cache.use(item.manifest_digest, say))
 
         async def resume() -> None:
             earlier = [(self.run_id, number) for number in range(self.number - 1, 0, -1)]
@@ -714,6 +715,12 @@ class Attempt:
             status.reason, status.message = "launch_failed", outcome.problem or "its supervisor was killed"
         if self._ranks is not None:
             self._blame(status, self._ranks)
+        if status.reason in ("exited", "signal") and not outcome.problem:
+            code, number = (getattr(status, name) if status.HasField(name) else None for name in ("exit_code", "signal"))
+            if lacked_shared_memory(code, number, status.last_lines or self._tail):
+                status.message += (
+                    f"; it seems to have found no room for shared memory: {self._node.runtime.shared_memory(self.spec.resources)}"
+                )
         if (
             status.reason in ("exited", "signal", "launch_failed")
             and (status.exit_code or status.signal)

@@ -12,9 +12,11 @@ from pathlib import Path
 from alveary_contracts.common.v1 import common_pb2 as c
 from alveary_contracts.digests import manifest_from_json
 from alveary_contracts.names import path_problem
+from alveary_core import telemetry
 from alveary_core.errors import NotFound
 from alveary_core.objectstore import DigestMismatch, ObjectStore
-from alveary_trainer.adapters.runtime import StagingFailed
+from alveary_trainer.adapters.fingerprint import Change
+from alveary_trainer.adapters.runtime import Say, StagingFailed
 from alveary_trainer.adapters.shared_cache import SharedCache
 
 _PARALLEL = 16
@@ -28,13 +30,22 @@ class ContentCache:
         self._bucket, self._store, self._read_only = bucket, store, read_only
 
     @asynccontextmanager
-    async def use(self, digest: str) -> AsyncIterator[Path]:
+    async def use(self, digest: str, say: Say | None = None) -> AsyncIterator[Path]:
         """The folder with the manifest's files; it stays as long as this context does.
+
+        `say` is told where what was here has changed, and is fetched anew.
 
         Raises:
             StagingFailed: the manifest is unknown, damaged, or would leave the folder; or a blob is not what its name says.
         """
-        async with self._cache.use(digest, lambda part, _: self._fetch(digest, part)) as folder:
+
+        async def changed(change: Change) -> None:
+            text = f"{self._bucket}: {digest[:12]} was changed on this node since it was fetched: {change.words}; it is fetched anew"
+            telemetry.logger().warning("cache.changed", bucket=self._bucket, digest=digest, what=change.words)
+            if say is not None:
+                await say(text)
+
+        async with self._cache.use(digest, lambda part, _: self._fetch(digest, part), changed) as folder:
             yield folder
 
     async def _fetch(self, digest: str, part: Path) -> None:

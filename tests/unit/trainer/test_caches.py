@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -40,8 +41,12 @@ def age(root: Path, folder: Path, seconds: float) -> None:
     os.utime(mark, (stamp, stamp))
 
 
-async def get(datasets: ContentCache, digest: str) -> Path:
-    async with datasets.use(digest) as folder:
+async def get(datasets: ContentCache, digest: str, said: list[str] | None = None) -> Path:
+    async def say(text: str) -> None:
+        assert said is not None, text
+        said.append(text)
+
+    async with datasets.use(digest, say) as folder:
         return folder
 
 
@@ -127,3 +132,114 @@ async def test_environments_are_evicted_by_size_but_never_under_a_run(tmp_path: 
     with pytest.raises(StagingFailed, match="is gone"):
         async with environments.use("w", "f" * 64, "", False, say):
             pass
+
+
+def change_in_place(folder: Path) -> None:
+    (folder / "a.csv").chmod(0o644)
+    (folder / "a.csv").write_bytes(b"evil")
+
+
+def change_and_set_the_time_back(folder: Path) -> None:
+    stamp = (folder / "a.csv").stat().st_mtime_ns
+    change_in_place(folder)
+    (folder / "a.csv").chmod(0o444)
+    os.utime(folder / "a.csv", ns=(stamp, stamp))
+
+
+def replace(folder: Path) -> None:
+    (folder / "new").write_bytes(b"evil")
+    (folder / "new").rename(folder / "a.csv")
+
+
+def through_a_link(folder: Path) -> None:
+    (folder / "deep").chmod(0o755)
+    os.link(folder / "deep/b.csv", folder.parent / ".mine")
+    (folder.parent / ".mine").chmod(0o644)
+    (folder.parent / ".mine").write_bytes(b"good")
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        (change_in_place, "1 files changed (a.csv)"),
+        (change_and_set_the_time_back, "1 files changed (a.csv)"),
+        (replace, "1 files changed (a.csv)"),
+        (lambda folder: (folder / "deep/b.csv").unlink(), "1 files are missing"),
+        (lambda folder: (folder / "extra.csv").write_bytes(b"x"), "1 files changed (extra.csv)"),
+        (lambda folder: (folder / "a.csv").chmod(0o777), "1 files changed (a.csv)"),
+        (through_a_link, "1 files changed (deep/b.csv)"),
+        (lambda folder: (folder / "link").symlink_to("/etc"), "1 files changed (link)"),
+    ],
+)
+async def test_what_a_run_changed_of_its_inputs_is_fetched_anew_and_said(tmp_path: Path, how: Callable[[Path], object], words: str) -> None:
+    store = MemoryStore()
+    files = {"a.csv": b"good", "deep/b.csv": b"1234"}
+    digest = await folder_of(store, files)
+    datasets, said = cache(tmp_path, store), list[str]()
+    folder = await get(datasets, digest)
+    for root in (folder, folder / "deep"):
+        root.chmod(0o755)
+    assert await get(datasets, digest) == folder
+    how(folder)
+    assert await get(datasets, digest, said) == folder
+    assert {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()} == files
+    assert len(said) == 1 and words in said[0] and digest[:12] in said[0], said
+    await get(datasets, digest)
+    assert not [name for name in visible(tmp_path) if name.startswith(".changed")]
+
+
+async def test_byte_code_beside_modules_is_no_change(tmp_path: Path) -> None:
+    store = MemoryStore()
+    digest = await folder_of(store, {"m.py": b"x = 1"})
+    datasets = cache(tmp_path, store)
+    folder = await get(datasets, digest)
+    (folder / "__pycache__").mkdir()
+    (folder / "__pycache__/m.pyc").write_bytes(b"x")
+    await get(datasets, digest)
+
+
+async def test_a_changed_folder_that_others_use_is_replaced_under_them_and_removed_after_them(tmp_path: Path) -> None:
+    store = MemoryStore()
+    digest, other = await folder_of(store, {"a.csv": b"good"}), await folder_of(store, {"b": b"x"})
+    datasets, neighbour, said = cache(tmp_path, store), cache(tmp_path, store), list[str]()
+    async with neighbour.use(digest) as held:
+        opened = (held / "a.csv").open("rb")
+        change_in_place(held)
+        both = await asyncio.gather(get(datasets, digest, said), get(cache(tmp_path, store), digest, said))
+        assert both == [held, held] and (held / "a.csv").read_bytes() == b"good" and opened.read() == b"evil" and len(said) == 1
+        assert [name for name in visible(tmp_path) if name.startswith(".changed")], "taken from under a run"
+        opened.close()
+    await get(datasets, other)
+    assert sorted(visible(tmp_path)) == sorted([digest, other])
+
+
+async def test_a_folder_without_a_record_is_not_trusted(tmp_path: Path) -> None:
+    store = MemoryStore()
+    digest = await folder_of(store, {"a.csv": b"good"})
+    datasets, said = cache(tmp_path, store), list[str]()
+    folder = await get(datasets, digest)
+    (tmp_path / ".locks" / f"{digest}.record").write_text("[")
+    assert await get(datasets, digest, said) == folder and "no record" in said[0]
+
+
+async def test_an_environment_that_a_run_changed_is_installed_anew(tmp_path: Path) -> None:
+    store, digest = MemoryStore(), "1" * 64
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    lock = {"python_version": version, "requirements": "", "packages": [], "wheels": []}
+    await store.put("images", f"locks/w/{digest}.json", json.dumps(lock).encode())
+    said: list[str] = []
+
+    async def say(text: str) -> None:
+        said.append(text)
+
+    environments = Environments(tmp_path, 1 << 40, store)  # type: ignore[arg-type]
+    async with environments.use("w", digest, "", False, say) as python:
+        site = next(python.parents[1].glob("lib/python*/site-packages"))
+        # As another environment with the same packages would: uv links their files.
+        os.link(python.parents[1] / "pyvenv.cfg", tmp_path / ".elsewhere")
+    said.clear()
+    async with environments.use("w", digest, "", False, say):
+        assert said == []
+        (site / "numpy.py").write_text("evil = True")
+    async with environments.use("w", digest, "", False, say):
+        assert not (site / "numpy.py").exists() and "numpy.py" in said[0] and "installed anew" in said[0]

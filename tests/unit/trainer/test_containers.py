@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import pytest
 from alveary_contracts.common.v1 import common_pb2 as c
 from alveary_trainer.adapters.containers import NETWORK, DockerRuntime
 from alveary_trainer.adapters.runtime import Limits, Place, Staged, opened
+from alveary_trainer.hints import lacked_shared_memory
+from alveary_trainer.settings import TrainerSettings
 
 
 class Daemon(docker.APIClient):  # type: ignore[misc]
@@ -39,6 +42,7 @@ class Daemon(docker.APIClient):  # type: ignore[misc]
 @pytest.fixture
 def runtime() -> DockerRuntime:
     made = DockerRuntime.__new__(DockerRuntime)
+    made._settings = TrainerSettings.model_construct(node_memory_bytes=0)
     made._api, made._owner, made._uid, made._gid = Daemon(), "0123456789abcdef", 10001, 10001
     return made
 
@@ -67,6 +71,56 @@ def test_a_run_without_gpus_sees_none_and_without_limits_has_none(runtime: Docke
     runtime._start(place(tmp_path), Staged("python3", "i"), Limits(c.Resources(cpus=1), (), "none"), tmp_path / "io")
     host = runtime._api.asked["host_config"]
     assert not host.get("DeviceRequests") and not host.get("Memory") and host["NetworkMode"] == "none"
+
+
+@pytest.mark.parametrize(
+    ("asked", "node", "size"),
+    [
+        (c.Resources(shm_bytes=1 << 28, memory_bytes=8 << 30), 32 << 30, 1 << 28),
+        (c.Resources(memory_bytes=8 << 30), 32 << 30, 8 << 30),
+        (c.Resources(memory_bytes=1 << 30), 32 << 30, 2 << 30),
+        (c.Resources(memory_bytes=1 << 30), 1 << 30, 1 << 30),
+        (c.Resources(), 32 << 30, 16 << 30),
+        (c.Resources(), 3 << 30, 2 << 30),
+    ],
+)
+def test_shared_memory_is_the_runs_memory_unless_it_says_otherwise(
+    runtime: DockerRuntime, tmp_path: Path, asked: c.Resources, node: int, size: int
+) -> None:
+    runtime._settings = TrainerSettings.model_construct(node_memory_bytes=node)
+    runtime._start(place(tmp_path), Staged("python3", "i"), Limits(asked, (), "none"), tmp_path / "io")
+    assert runtime._api.asked["host_config"]["ShmSize"] == size
+    assert f"{size / 2**30:g} GiB" in runtime.shared_memory(asked) and "shm_size" in runtime.shared_memory(asked)
+
+
+@pytest.mark.parametrize(
+    ("code", "number", "line", "lacked"),
+    [
+        (None, signal.SIGBUS, "", True),
+        (135, None, "", True),
+        (1, None, "RuntimeError: DataLoader worker (pid 42) is killed by signal: Bus error. It is possible that", True),
+        (1, None, "ERROR: Unexpected bus error encountered in worker. This might be caused by insufficient shared memory (shm).", True),
+        (1, None, "RuntimeError: unable to write to file </torch_29919_3396182366_0>: No space left on device (28)", True),
+        (1, None, "RuntimeError: unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)", True),
+        (1, None, "OSError: [Errno 28] No space left on device: '/psm_21467_46075'", True),
+        (0, None, "Bus error in the title of a picture", False),
+        (1, None, "OSError: [Errno 28] No space left on device: '/scratch/x'", False),
+        (1, None, "ValueError: the business errors", False),
+        (None, signal.SIGSEGV, "", False),
+    ],
+)
+def test_what_a_full_shared_memory_looks_like(code: int | None, number: int | None, line: str, lacked: bool) -> None:
+    assert lacked_shared_memory(code, number, ["epoch 1", line, ""]) == lacked
+
+
+def test_the_nodes_proxies_reach_a_container_but_not_those_on_its_loopback(
+    runtime: DockerRuntime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("http_proxy", "http://proxy.example:1"), ("https_proxy", "http://127.0.0.1:3128"), ("no_proxy", "localhost")):
+        monkeypatch.setenv(name, value)
+    inherited = runtime.view(place(tmp_path), Staged("python3", "i")).inherited
+    assert inherited["HTTP_PROXY"] == "http://proxy.example:1" and inherited["no_proxy"] == "localhost"
+    assert not {"https_proxy", "HTTPS_PROXY"} & inherited.keys()
 
 
 def test_paths_that_a_script_names_stay_in_its_folders(runtime: DockerRuntime, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 
 import docker
 import docker.errors
+import psutil
 import requests
 
 from alveary_contracts.common.v1 import common_pb2 as c
@@ -45,7 +46,8 @@ NETWORK = "alveary-runs"
 _WORK, _TMP, _LIB, _IO, _SOCKETS, _INPUTS = (
     "/alveary/work", "/tmp", "/alveary/lib", "/alveary/io", "/alveary/socket", "/alveary/inputs",
 )  # fmt: skip
-_SHM = 64 << 20
+# /dev/shm is a limit, and holds nothing back: what is in it counts as the run's memory.
+_LEAST_SHM = 2 << 30
 _INSIST = 3.0
 _FORGOTTEN = 120.0
 _REFUSED = (docker.errors.DockerException, requests.exceptions.RequestException)
@@ -160,6 +162,11 @@ class DockerRuntime:
         inputs = {name: f"{_INPUTS}/{name}" for name in place.inputs}
         return View(_WORK, _TMP, f"{_SOCKETS}/{place.socket.name}", _LIB, inputs, _reachable(for_runs(os.environ)))
 
+    def shared_memory(self, resources: c.Resources) -> str:
+        """See Runtime."""
+        size = shm_bytes(resources, self._settings.node_memory_bytes) / 2**30
+        return f"its /dev/shm had {size:g} GiB: ask for more with shm_size, or use fewer workers"
+
     def leave(self, place: Place) -> None:
         """Nothing: the paths are the container's own."""
 
@@ -259,7 +266,7 @@ class DockerRuntime:
         memory = resources.memory_bytes or None
         host = api.create_host_config(
             binds=binds, network_mode=network, read_only=True, cap_drop=["ALL"], security_opt=["no-new-privileges"],
-            nano_cpus=int(resources.cpus * 1e9) or None, mem_limit=memory, memswap_limit=memory, shm_size=resources.shm_bytes or _SHM,
+            nano_cpus=int(resources.cpus * 1e9) or None, mem_limit=memory, memswap_limit=memory, shm_size=shm_bytes(resources, self._settings.node_memory_bytes),
             pids_limit=MOST_PROCESSES, device_requests=devices, log_config={"Type": "none"}, ipc_mode="private",
         )  # fmt: skip
         shim = [staged.python, "-I", "-S", f"{_LIB}/alveary_shim.py", _IO, f"{_SOCKETS}/{place.socket.name}"]
@@ -398,6 +405,16 @@ def _reachable(proxies: Mapping[str, str]) -> dict[str, str]:
         if not name.lower().startswith("no_") and host_of(value) in ("localhost", "127.0.0.1", "::1")
     }
     return {name: value for name, value in proxies.items() if name not in lost}
+
+
+def shm_bytes(resources: c.Resources, node_memory: int) -> int:
+    """How large a run's /dev/shm may grow: what it asked for, else its memory, and at least 2 GiB; never beyond the node's memory.
+
+    `node_memory`: bytes that the node gives to runs; 0: all that the machine has. Without a limit of its own a run has half
+    of that, as on a machine of its own (tmpfs(5)).
+    """
+    whole = node_memory or psutil.virtual_memory().total
+    return resources.shm_bytes or min(max(resources.memory_bytes or whole // 2, _LEAST_SHM), whole)
 
 
 def gang_network(gang: str) -> str:

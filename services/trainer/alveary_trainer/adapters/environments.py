@@ -14,9 +14,11 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from alveary_contracts.digests import lock_key
+from alveary_core import telemetry
 from alveary_core.errors import NotFound
 from alveary_core.objectstore import ObjectStore
 from alveary_core.uv import python_for, uv_binary, uv_environment
+from alveary_trainer.adapters.fingerprint import Change
 from alveary_trainer.adapters.runtime import Say, StagingFailed
 from alveary_trainer.adapters.shared_cache import SharedCache
 
@@ -25,7 +27,8 @@ class Environments:
     """The environments of one machine's cache, safe to share between trainers."""
 
     def __init__(self, folder: Path, limit: int, store: ObjectStore) -> None:
-        self._cache, self._store = SharedCache(folder, limit), store
+        # Not strict: uv links the files of one package into every environment, which sets their ctime.
+        self._cache, self._store = SharedCache(folder, limit, strict=False), store
 
     @asynccontextmanager
     async def use(self, workspace: str, digest: str, interpreter: str, user_managed: bool, say: Say) -> AsyncIterator[Path]:
@@ -42,7 +45,14 @@ class Environments:
             return
         # Each workspace has resolved its own.
         name = hashlib.sha256(lock_key(workspace, digest).encode()).hexdigest()
-        async with self._cache.use(name, lambda part, final: self._make(workspace, digest, part, final, say)) as folder:
+
+        async def changed(change: Change) -> None:
+            telemetry.logger().warning("cache.changed", bucket="environments", digest=digest, what=change.words)
+            await say(f"environment {digest[:12]} was changed on this node since it was installed: {change.words}; it is installed anew")
+            if change.linked:  # what was changed is uv's own copy, from which it would be installed again
+                await self._uv(["cache", "clean", "--quiet"], Path("/"))
+
+        async with self._cache.use(name, lambda part, final: self._make(workspace, digest, part, final, say), changed) as folder:
             yield folder / "bin/python"
 
     async def _make(self, workspace: str, digest: str, part: Path, final: Path, say: Say) -> None:

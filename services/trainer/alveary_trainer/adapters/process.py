@@ -29,6 +29,7 @@ from alveary_trainer.adapters.cgroups import Group, Groups
 from alveary_trainer.adapters.environments import Environments
 from alveary_trainer.adapters.memory import used_bytes
 from alveary_trainer.adapters.runtime import MOST_PROCESSES, Host, Limits, Outcome, Place, Say, Staged, StagingFailed, Usage, View
+from alveary_trainer.hints import shared_memory_here
 from alveary_trainer.short_paths import ShortLinks
 
 _SHIM = Path(__file__).with_name("shim.py")
@@ -60,6 +61,10 @@ class ProcessRuntime:
         inherited["PATH"] = f"{Path(staged.python).parent}:{inherited.get('PATH', '/usr/bin:/bin')}"
         inputs = {name: str(path) for name, path in place.inputs.items()}
         return View(str(place.work), str(self._links.make(place.tmp)), str(place.socket), str(place.lib), inputs, inherited)
+
+    def shared_memory(self, resources: c.Resources) -> str:
+        """See Runtime."""
+        return shared_memory_here()
 
     def leave(self, place: Place) -> None:
         """See Runtime."""

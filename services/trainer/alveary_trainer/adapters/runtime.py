@@ -159,6 +159,10 @@ class Runtime(Protocol):
         """How the processes will see their folders."""
         ...
 
+    def shared_memory(self, resources: c.Resources) -> str:
+        """For a run that found no room in /dev/shm: how much there is, and what to do."""
+        ...
+
     def leave(self, place: Place) -> None:
         """Forget what `view` made for a place; harmless to repeat."""
         ...

@@ -4,6 +4,9 @@ Locks are flock(2) on small files beside the folders: they go with the process t
 folder that is in use is held shared; it is made under an exclusive lock of its own, so once however many ask; it is
 evicted only under an exclusive lock, so never from under a run. Lock files stay: removing them would let two
 processes hold "the same" lock.
+
+A run may change what it is given, where trainers run as root: so a folder is compared with what was put into it before
+each use (`fingerprint.py`), and one that has changed is set aside and made anew.
 """
 
 from __future__ import annotations
@@ -12,34 +15,46 @@ import asyncio
 import contextlib
 import fcntl
 import os
+import secrets
 import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 
+from alveary_trainer.adapters.fingerprint import Change, Fingerprint, change_of
+
 # make(part, final): fill `part`, which becomes `final`.
 Make = Callable[[Path, Path], Awaitable[None]]
+# Told of a folder that has changed, before it is made anew.
+Changed = Callable[[Change], Awaitable[None]]
+_ASIDE = ".changed-"
 _POLL = 0.02
 
 
 class SharedCache:
     """One folder of folders, at most about `limit` bytes of them."""
 
-    def __init__(self, folder: Path, limit: int) -> None:
-        self._folder, self._limit = folder, limit
+    def __init__(self, folder: Path, limit: int, *, strict: bool = True) -> None:
+        """`strict`: see Fingerprint.of."""
+        self._folder, self._limit, self._strict = folder, limit, strict
         self._locks = folder / ".locks"
         self._locks.mkdir(parents=True, exist_ok=True)
 
     @contextlib.asynccontextmanager
-    async def use(self, name: str, make: Make) -> AsyncIterator[Path]:
-        """The folder `name`, made where it is not there; it stays as long as this context does.
+    async def use(self, name: str, make: Make, changed: Changed | None = None) -> AsyncIterator[Path]:
+        """The folder `name`, made where it is not there or was changed; it stays as long as this context does.
 
         Raises:
             Whatever `make` raises; nothing is left of the attempt.
         """
         async with self._lock(name, fcntl.LOCK_SH) as mark:
             final = self._folder / name
-            if not final.exists():
+            if not final.exists() or (await asyncio.to_thread(self._change, final)) is not None:
                 async with self._lock(f"{name}.make", fcntl.LOCK_EX):
+                    # Another may have made it anew meanwhile.
+                    if final.exists() and (change := await asyncio.to_thread(self._change, final)):
+                        if changed is not None:
+                            await changed(change)
+                        await asyncio.to_thread(self._discard, final, mark)
                     if not final.exists():
                         size = await self._make(name, final, make)
                         os.pwrite(mark, f"{size:020}".encode(), 0)
@@ -54,10 +69,27 @@ class SharedCache:
         try:
             await make(part, final)
             size = await asyncio.to_thread(size_of, part)
+            # First: a folder without its record would be made anew, a record without its folder is never looked at.
+            (await asyncio.to_thread(Fingerprint.of, part, strict=self._strict)).save(self._record(final))
             part.rename(final)
             return size
         finally:
             await asyncio.to_thread(remove_tree, part)
+
+    def _record(self, final: Path) -> Path:
+        return self._locks / f"{final.name}.record"
+
+    def _change(self, final: Path) -> Change | None:
+        return change_of(final, Fingerprint.load(self._record(final)), strict=self._strict)
+
+    def _discard(self, final: Path, mark: int) -> None:
+        """Take a folder out of use. Runs that have it open keep it: it is removed once nobody uses the name any more."""
+        aside = final.with_name(f"{_ASIDE}{final.name}-{secrets.token_hex(4)}")
+        final.rename(aside)
+        # Alone with it? Converting drops the lock for a moment (flock(2)), in which nobody finds anything under the name.
+        if _try(mark, fcntl.LOCK_EX):
+            remove_tree(aside)
+        fcntl.flock(mark, fcntl.LOCK_SH)
 
     @contextlib.asynccontextmanager
     async def _lock(self, name: str, kind: int) -> AsyncIterator[int]:
@@ -74,6 +106,10 @@ class SharedCache:
         found = []
         for folder in self._folder.iterdir():
             mark = self._locks / folder.name
+            if folder.name.startswith(_ASIDE):
+                with self._exclusive(folder.name.removeprefix(_ASIDE).rpartition("-")[0]) as got:
+                    if got:
+                        remove_tree(folder)
             if folder.name.startswith("."):
                 continue
             text = mark.read_text() if mark.exists() else ""

@@ -288,7 +288,7 @@ class Resources(_message.Message):
     gpus: _builtins.int
     """Whole GPUs."""
     shm_bytes: _builtins.int
-    """Bytes of /dev/shm in a container; 0: 64 MiB. DataLoader workers need more."""
+    """Bytes of /dev/shm in a container, at most; 0: the run's memory, at least 2 GiB. DataLoader workers pass batches in it."""
     gpu_milli: _builtins.int
     """Thousandths of one GPU, 1 to 999; then `gpus` is 1. For targets with gpu_sharing. 0: whole GPUs."""
     @_builtins.property
