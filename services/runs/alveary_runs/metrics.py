@@ -21,6 +21,7 @@ from alveary_core import telemetry
 from alveary_core.errors import InvalidArgument, ResourceExhausted
 from alveary_core.eventlog import METRICS
 from alveary_core.events import Event, Key
+from alveary_core.metrics import TooManyMetrics, check
 from alveary_core.projection import Projection, Raw
 from alveary_core.settings import MetricLimits
 from alveary_runs import points
@@ -135,12 +136,10 @@ class MetricsProjection(Projection):
             fresh = sum(db.execute(sql, (run, name)).fetchone() is None for name in names)
             return row[0] + fresh, row[1] + len(logged)
 
-        limits = self.limits
-        total_names, total_points = await self.read(count)
-        if total_names > limits.metric_names:
-            raise ResourceExhausted(f"run {run} may log {limits.metric_names:,} metrics (ALVEARY_METRIC_NAMES): use fewer names")
-        if total_points > limits.metric_points:
-            raise ResourceExhausted(f"run {run} may log {limits.metric_points:,} points (ALVEARY_METRIC_POINTS): log less often")
+        try:
+            check(self.limits, *await self.read(count))
+        except TooManyMetrics as error:
+            raise ResourceExhausted(f"run {run}: {error}") from error
 
     # ---- writing --------------------------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from alveary_contracts.runs.v1 import runs_pb2 as pb
 from alveary_core import telemetry
+from alveary_core.metrics import MetricBudget
 from alveary_trainer.shipper import Shipper, TooLarge
 
 # Longest message, bytes of JSON.
@@ -37,13 +38,15 @@ class ContextServer:
     """The socket of one attempt."""
 
     def __init__(
-        self, path: Path, run_id: str, metrics: Shipper, asks: dict[str, Ask], note: Callable[[str], None] = lambda _: None
-    ) -> None:
+        self, path: Path, run_id: str, metrics: Shipper, asks: dict[str, Ask], note: Callable[[str], None] = lambda _: None,
+        budget: MetricBudget | None = None,
+    ) -> None:  # fmt: skip
         """`note` is told of what was refused, a bounded number of times."""
         self._path, self._run_id, self._metrics, self._asks, self._note = path, run_id, metrics, asks, note
         self._server: asyncio.Server | None = None
         self._connections: set[asyncio.Task[None]] = set()
         self._noted = 0
+        self._budget = budget or MetricBudget()
 
     async def start(self) -> None:
         """Listen; only this user may connect."""
@@ -119,6 +122,7 @@ class ContextServer:
         try:
             if op == "metric":
                 made = point(message) if len(line) < _LARGE else await asyncio.to_thread(point, message)
+                self._budget.take(made.name)
                 self._metrics.add(made)
                 return {"id": ident, "ok": True} if ident is not None else None
             if op == "flush":

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from alveary_core.metrics import MetricBudget
+from alveary_core.settings import MetricLimits
 from alveary_trainer import context_server
 from alveary_trainer.context_server import MAX_LINE, ContextServer
 from alveary_trainer.shipper import LARGEST, Shipper, metric_batch
@@ -125,3 +127,20 @@ async def test_who_waits_long_is_told_that_it_is_worked_on(attempt: Attempt, mon
     while (answer := await attempt.answer()).get("working"):
         pass
     assert answer == {"id": 5, "ok": "done"}
+
+
+async def test_more_names_and_points_than_a_run_may_log_are_refused_by_name_and_the_rest_arrives(tmp_path: Path) -> None:
+    made = Attempt(tmp_path / "s")
+    limits = MetricLimits(metric_names=2, metric_points=5)
+    made.server = ContextServer(made.path, "r", made.metrics, {}, made.notes.append, MetricBudget(limits))
+    await made.open()
+    for name in ("a", "b", "c", "a"):
+        made.log(name, "x")
+    assert (await made.answer())["error"] == "metric 'c' is refused: a run may log 2 metrics (ALVEARY_METRIC_NAMES): use fewer names"
+    for number in range(3):
+        made.log("b", str(number))
+    assert "metric 'b' is refused: a run may log 5 points (ALVEARY_METRIC_POINTS)" in (await made.answer())["error"]
+    assert await made.logged() == ["a", "b", "a", "b", "b"] and len(made.notes) == 2
+    made.writer.close()
+    await made.server.finish(1)
+    await made.metrics.close()

@@ -38,7 +38,7 @@ READY_SECONDS = 60.0
 # How often a process may end before the start is given up.
 _DEATHS = 5
 _TOLD_SECONDS = 10.0
-_FOR_TRAINERS = ("ALVEARY_REGISTRY", "ALVEARY_ENVIRONMENTS_", "ALVEARY_DATA_", "ALVEARY_DISK_")
+_FOR_TRAINERS = ("ALVEARY_REGISTRY", "ALVEARY_ENVIRONMENTS_", "ALVEARY_DATA_", "ALVEARY_DISK_", "ALVEARY_METRIC_")
 _libc = ctypes.CDLL(None)
 Say = Callable[[str], None]
 
