@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ssl
+from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -273,11 +274,11 @@ class EventLog:
         position = start - 1
         pause = 0.1
         while True:
-            inbox = self.connection.new_inbox()
+            inbox, arrived = self.connection.new_inbox(), _Inbox()
             subscription = None
             name = ""
             try:
-                subscription = await self.connection.subscribe(inbox, pending_msgs_limit=-1, pending_bytes_limit=-1)
+                subscription = await self.connection.subscribe(inbox, cb=arrived.put, pending_msgs_limit=-1, pending_bytes_limit=-1)
                 info = await self.js.add_consumer(
                     stream,
                     ConsumerConfig(
@@ -293,7 +294,7 @@ class EventLog:
                 if not behind:
                     yield None
                 while True:
-                    message = await subscription.next_msg(timeout=3 * _HEARTBEAT)
+                    message = await arrived.next(3 * _HEARTBEAT)
                     if message.headers and message.headers.get("Status") == "100":
                         if message.reply:  # flow control: the answer opens the window
                             await self.connection.publish(message.reply)
@@ -338,6 +339,41 @@ class EventLog:
         time, which has no order then. Runs until cancelled.
         """
         await Consumer(self, durable, subjects, handler, start, at_once).run()
+
+
+class _Inbox:
+    """Messages of a subscription in their order.
+
+    `Subscription.next_msg` makes two tasks for each message, which is most of what following a long stream costs.
+    """
+
+    # So many messages are handed out before others have their turn on the event loop.
+    _TURN = 100
+
+    def __init__(self) -> None:
+        self._messages: deque[Msg] = deque()
+        self._arrived = asyncio.Event()
+        self._taken = 0
+
+    async def put(self, message: Msg) -> None:
+        """Take one: the callback of the subscription."""
+        self._messages.append(message)
+        self._arrived.set()
+
+    async def next(self, timeout: float) -> Msg:
+        """The next message.
+
+        Raises:
+            TimeoutError: none came within `timeout` seconds.
+        """
+        self._taken += 1
+        if self._taken % self._TURN == 0:
+            await asyncio.sleep(0)
+        if not self._messages:
+            self._arrived.clear()
+            async with asyncio.timeout(timeout):
+                await self._arrived.wait()
+        return self._messages.popleft()
 
 
 class _Gap(Exception):
