@@ -7,7 +7,7 @@ PACKAGES := libs/contracts libs/core libs/sdk $(sort $(wildcard services/*))
 DATA ?=
 EPOCHS ?= 2
 
-.PHONY: compose-init compose-up compose-demo compose-down install demo test lint breaking bench bench-cli bench-containers bench-files bench-logs generate lock clean format
+.PHONY: bench-scale compose-init compose-up compose-demo compose-down install demo test lint breaking bench bench-cli bench-containers bench-files bench-logs generate lock clean format
 
 # A stamp whose environment was emptied or moved since is not believed.
 ifeq ($(and $(wildcard $(BIN)/alveary),$(wildcard $(VENV)/lib/python*/site-packages/torch)),)
@@ -50,6 +50,10 @@ bench-logs: install
 
 bench-files: install
 	$(BIN)/python tests/bench/files.py
+
+# What grows with what: SCALE="runs --runs 1000000" measures one part.
+bench-scale: install
+	$(BIN)/python tests/bench/scale.py $(SCALE)
 
 bench-containers: install
 	$(BIN)/python tests/bench/containers.py

@@ -44,9 +44,11 @@ def note(what: str, size: int, value: float, unit: str) -> None:
     print(f"{what:<58} {size:>10,}  {value:>12,.2f} {unit}", flush=True)
 
 
-def median(work: Callable[[], object], tries: int = 5) -> float:
-    """Milliseconds."""
+def median(work: Callable[[], object], tries: int = 7) -> float:
+    """Milliseconds, with connections that are open."""
     times = []
+    for _ in range(4):  # each thread of the readers opens one
+        work()
     for _ in range(tries):
         started = time.perf_counter()
         work()
@@ -289,6 +291,25 @@ def lookups(folder: Path, size: int) -> None:
     metrics.close()
 
 
+PLOTS = {
+    "scale-lists.svg": ("A page of 100 runs", "runs", "ms", [what for what, _, _ in QUERIES]),
+    "scale-points.svg": ("A series of one run", "points", "ms", ["series drawn with 200 points", "series drawn with 1000 points", "first page of 100,000 points"]),
+    "scale-replay.svg": ("Folding a lost view", "runs", "s", ["replay, all events: fold", "replay, compacted: fold"]),
+}  # fmt: skip
+
+
+def plot(folder: Path) -> None:
+    """Draw what was measured."""
+    sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+    from plot import write
+
+    for name, (title, x, y, wanted) in PLOTS.items():
+        lines = {what: [(float(size), value) for w, size, value, _ in ROWS if w == what] for what in wanted}
+        lines = {what: line for what, line in lines.items() if len(line) > 1}
+        if lines:
+            write(folder / name, title, x, y, lines, log_x=True)
+
+
 PARTS: dict[str, Callable[[Path, argparse.Namespace], None]] = {
     "runs": lambda folder, o: runs(folder, o.runs, 4),
     "replay": lambda folder, o: replay(folder, max(o.runs // 100, 100)),
@@ -304,6 +325,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=100_000)
     parser.add_argument("--points", type=int, default=2_000_000)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--plots", type=Path, help="folder of the plots of docs/scale.md")
     options = parser.parse_args()
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, Python {sys.version.split()[0]}")
     for name in options.parts or PARTS:
@@ -311,6 +333,8 @@ def main() -> None:
             PARTS[name](Path(folder), options)
     if options.json:
         options.json.write_text(json.dumps(ROWS, indent=0))
+    if options.plots:
+        plot(options.plots)
 
 
 if __name__ == "__main__":
