@@ -30,6 +30,7 @@ from nats.js.api import (
 )
 from nats.js.errors import APIError, BadRequestError, NotFoundError
 
+from alveary_contracts import rules
 from alveary_contracts.ids import new_id
 from alveary_core import deadletters, telemetry, tls
 from alveary_core.consumer import Consumer
@@ -152,13 +153,15 @@ class EventLog:
 
         Raises:
             Conflict: the aggregate has a newer event. Reload and decide again.
-            InvalidArgument: an event is larger than a message of the log may be.
+            InvalidArgument: an event is larger than a message of the log may be, or holds a number that no fold could take.
             Unavailable: the log did not answer in time; what was appended of `messages` is a prefix of them.
         """
         for message in messages:
             aggregate, name = name_of(message)
             if aggregate != key.aggregate:
                 raise ValueError(f"{message.DESCRIPTOR.name} does not belong to {key}")
+            if found := rules.problems(message, texts=False):
+                raise InvalidArgument(*((f"{aggregate}.{name}: {path}", text) for path, text in found))
             headers = envelope(key, message, new_id(), self.source, telemetry.traceparent.get())
             headers["Nats-Expected-Last-Subject-Sequence"] = str(expected)
             headers["Nats-Expected-Last-Subject-Sequence-Subject"] = key.subject()

@@ -7,6 +7,7 @@ import inspect
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -14,11 +15,13 @@ import grpc.aio
 import nats.errors
 import structlog
 from google.protobuf.descriptor import ServiceDescriptor
+from google.protobuf.message import DecodeError, Message
 from google.rpc import code_pb2, status_pb2
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from grpc_status import rpc_status
 
+from alveary_contracts import rules
 from alveary_core import auth, telemetry
 from alveary_core.disk import DiskGuard
 from alveary_core.errors import AlvearyError, InvalidArgument, NotFound, Unauthenticated, Unavailable
@@ -26,6 +29,8 @@ from alveary_core.errors import AlvearyError, InvalidArgument, NotFound, Unauthe
 # Unary calls that name no deadline get this one, seconds.
 DEFAULT_DEADLINE = 60.0
 MAX_MESSAGE = 64 << 20
+# Requests above this are checked in a thread, bytes.
+_LARGE = 256 << 10
 # Anybody may ask whether the server lives and what it speaks.
 _OPEN = ("/grpc.health.v1.Health/", "/grpc.reflection.")
 
@@ -62,6 +67,7 @@ class Interceptor(grpc.aio.ServerInterceptor):
                 call = _Call(self._secret, method, metadata, context, self._lag())
                 try:
                     call.enter()
+                    request = await _checked(request)
                     async for reply in inner(request, context):  # type: ignore[misc]
                         yield reply
                 except BaseException as error:
@@ -69,7 +75,7 @@ class Interceptor(grpc.aio.ServerInterceptor):
                     raise
                 call.done("OK")
 
-            return make(stream, handler.request_deserializer, handler.response_serializer)  # type: ignore[arg-type]
+            return make(stream, _tolerant(handler.request_deserializer), handler.response_serializer)  # type: ignore[arg-type]
 
         make_unary = grpc.stream_unary_rpc_method_handler if handler.request_streaming else grpc.unary_unary_rpc_method_handler
         inner_unary: Any = handler.stream_unary if handler.request_streaming else handler.unary_unary
@@ -80,6 +86,7 @@ class Interceptor(grpc.aio.ServerInterceptor):
             call = _Call(self._secret, method, metadata, context, self._lag())
             try:
                 call.enter()
+                request = await _checked(request)
                 remaining = context.time_remaining()
                 limit = None if handler.request_streaming else min(remaining or DEFAULT_DEADLINE, DEFAULT_DEADLINE * 10)
                 async with asyncio.timeout(limit):
@@ -93,7 +100,57 @@ class Interceptor(grpc.aio.ServerInterceptor):
             call.done("OK")
             return reply
 
-        return make_unary(unary, handler.request_deserializer, handler.response_serializer)  # type: ignore[arg-type]
+        return make_unary(unary, _tolerant(handler.request_deserializer), handler.response_serializer)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class _Malformed:
+    """Stands for a request whose bytes are no message of its type."""
+
+    why: str
+
+
+def _tolerant(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:
+    """gRPC calls a request that cannot be read an error of the server; this leaves it to `_checked`."""
+    if deserialize is None:
+        return None
+
+    def read(data: bytes) -> Any:
+        try:
+            return deserialize(data)
+        except (DecodeError, ValueError, RecursionError) as error:
+            return _Malformed(str(error) or type(error).__name__)
+
+    return read
+
+
+async def _checked(request: Any) -> Any:
+    """The request, or the stream of requests, with each message held to the rules of the contracts before anybody sees it.
+
+    Raises:
+        InvalidArgument: a value breaks its rule; names fields, values and what is allowed. Of a stream: when it comes to that.
+    """
+    if isinstance(request, (Message, _Malformed)):
+        await _check(request)
+        return request
+    return _checked_stream(request)
+
+
+async def _checked_stream(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    async for request in requests:
+        await _check(request)
+        yield request
+
+
+async def _check(request: Message | _Malformed) -> None:
+    if isinstance(request, _Malformed):
+        raise InvalidArgument(("request", f"its bytes are no message of the type that this call takes: {request.why}"))
+    if problem := rules.too_large(request):
+        raise InvalidArgument((request.DESCRIPTOR.name, problem))
+    large = request.ByteSize() > _LARGE
+    found = await asyncio.to_thread(rules.problems, request) if large else rules.problems(request)
+    if found:
+        raise InvalidArgument(*found)
 
 
 class _Call:

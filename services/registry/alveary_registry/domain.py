@@ -126,6 +126,8 @@ def evolve(model: Model, event: Message) -> Model:
             aliases = {k: v for k, v in model.aliases.items() if k != event.alias}
             return replace(model, aliases=aliases | ({event.alias: event.version} if event.version else {}))
         case ev.ModelTagged() | ev.ModelExportRequested() | ev.ModelExported() | ev.ModelExportFailed() | ev.ModelArchived():
+            if not 1 <= event.version <= len(model.versions):
+                return model  # it was set aside, and with it what happened to it
             old = model.versions[event.version - 1]
             versions = list(model.versions)
             versions[event.version - 1] = _change(old, event)

@@ -43,7 +43,8 @@ class RegistryProjection(Projection):
                 (message.attempt, message.manifest_digest, event.name, key.id),
             )
         elif isinstance(message, ev.RunCompacted):
-            state = c.RunState.Name(message.state).removeprefix("RUN_STATE_").lower()
+            known = c.RunState.DESCRIPTOR.values_by_number.get(message.state)  # a newer version may know more
+            state = known.name.removeprefix("RUN_STATE_").lower() if known else str(message.state)
             self.db.execute(
                 "INSERT OR REPLACE INTO runs VALUES (?,?,?,?,?,?)",
                 (key.id, key.workspace, message.submitted.SerializeToString(), message.attempt, message.manifest_digest, state),

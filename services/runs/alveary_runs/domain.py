@@ -254,7 +254,10 @@ def compact(run: Run, submitted: ev.RunSubmitted, times: Mapping[str, Timestamp]
 
 def state_name(state: c.RunState.ValueType) -> str:
     """ "NotStarted" of RUN_STATE_NOT_STARTED: the names that users of Azure ML know."""
-    words = c.RunState.Name(state).removeprefix("RUN_STATE_").split("_")
+    known = c.RunState.DESCRIPTOR.values_by_number.get(state)
+    if known is None:  # a newer version knows more
+        return str(state)
+    words = known.name.removeprefix("RUN_STATE_").split("_")
     return "".join(w.capitalize() for w in words)
 
 

@@ -8,26 +8,33 @@ as events.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from alveary_contracts.common.v1 import common_pb2 as c
 from alveary_contracts.events.v1 import events_pb2 as ev
 from alveary_core.events import Event
-from alveary_scheduler.packing import WHOLE, Machine, Shape
+from alveary_scheduler.packing import POLICIES, WHOLE, Machine, Shape
 from alveary_scheduler.pool import UNLIMITED, Amount, Place, Pool, Preempt, Quota, Request, Room, Share
 
+_MOST_CPUS = 1e6
 # Failures that may be the node's fault rather than the run's.
 _NODE_FAULTS = ("staging_failed", "launch_failed", "upload_failed")
 # Runs whose reason for waiting is looked at in one round, beside those that have none yet.
 _RETOLD, _TOLD = 50, 200
 
 
+def _milli(value: float) -> int:
+    """Thousandths; of what is no number, or none that makes sense, 0 or the most there can be."""
+    return 0 if math.isnan(value) else round(min(max(value, 0.0), _MOST_CPUS) * 1000)
+
+
 def shape_of(resources: c.Resources, labels: Mapping[str, str]) -> Shape:
     """What each node of a run is to give."""
     gpus = 1 if resources.gpu_milli else resources.gpus
     return Shape(
-        round(resources.cpus * 1000), resources.memory_bytes, gpus, resources.gpu_milli or WHOLE,
+        _milli(resources.cpus), resources.memory_bytes, gpus, resources.gpu_milli or WHOLE,
         frozenset(resources.gpu_models) if gpus else frozenset(), frozenset(labels.items()),
     )  # fmt: skip
 
@@ -236,7 +243,7 @@ def evolve(state: State, event: Event) -> None:
 def machine_of(node: Node, model: str) -> Machine:
     """A node as its pool sees it."""
     total = node.total
-    return Machine(node.id, round(total.cpus * 1000), total.memory_bytes, total.gpus, model, frozenset(node.labels.items()))
+    return Machine(node.id, _milli(total.cpus), total.memory_bytes, total.gpus, model, frozenset(node.labels.items()))
 
 
 def quotas_of(workspace: str, spec: ev.ComputeSpec) -> dict[tuple[str, str], Quota]:
@@ -246,12 +253,10 @@ def quotas_of(workspace: str, spec: ev.ComputeSpec) -> dict[tuple[str, str], Quo
         maximum = UNLIMITED
         if one.HasField("maximum") or one.forbid_gpus:
             limit = one.maximum
-            maximum = Amount(
-                round(limit.cpus * 1000) or None, limit.memory_bytes or None, 0 if one.forbid_gpus else limit.gpus * WHOLE or None
-            )
+            maximum = Amount(_milli(limit.cpus) or None, limit.memory_bytes or None, 0 if one.forbid_gpus else limit.gpus * WHOLE or None)
         guaranteed = None
         if one.HasField("guaranteed"):
-            guaranteed = Amount(round(one.guaranteed.cpus * 1000), one.guaranteed.memory_bytes or None, one.guaranteed.gpus * WHOLE)
+            guaranteed = Amount(_milli(one.guaranteed.cpus), one.guaranteed.memory_bytes or None, one.guaranteed.gpus * WHOLE)
         found[workspace, one.user] = Quota(one.weight or 1.0, guaranteed, maximum)
     return found
 
@@ -260,7 +265,9 @@ def _create(state: State, target: Target) -> None:
     key = (target.workspace, target.name)
     state.targets[key] = target
     spec = target.spec
-    pool = Pool(spec.placement_policy or ("fgd" if spec.gpu_sharing else "best-fit"), quotas=quotas_of(target.workspace, spec))
+    default = "fgd" if spec.gpu_sharing else "best-fit"
+    # A newer version may know more.
+    pool = Pool(spec.placement_policy if spec.placement_policy in POLICIES else default, quotas=quotas_of(target.workspace, spec))
     state.pools[key] = pool
     # Runs that waited while the target was gone.
     for waiting in state.queue.values():
@@ -465,7 +472,7 @@ def _fresh(state: State, target: Target) -> Machine:
     whole = target.spec.node_resources
     local = (pool for key, pool in state.pools.items() if state.targets[key].spec.kind == "local")
     like = next((m for pool in local for m in pool.cluster.machines if m is not None), Machine("", 0, 0))
-    return Machine("", round(whole.cpus * 1000), whole.memory_bytes, whole.gpus, like.model, like.labels)
+    return Machine("", _milli(whole.cpus), whole.memory_bytes, whole.gpus, like.model, like.labels)
 
 
 def _wait(state: State, waiting: Waiting, growing: bool, cordoned: Mapping[str, str] | None = None) -> Wait:

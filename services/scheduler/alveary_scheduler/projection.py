@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 
+from alveary_contracts import rules
 from alveary_contracts.events.v1 import events_pb2 as ev
 from alveary_core.events import Event, Key
 from alveary_core.projection import Projection
@@ -63,7 +64,14 @@ class SchedulerProjection(Projection):
             self.specs.pop(event.key.id, None)
 
     def apply(self, event: Event) -> None:
-        """Fold one event and keep or drop its row."""
+        """Fold one event and keep or drop its row.
+
+        Raises:
+            ValueError: it holds numbers that nothing can be placed by; an earlier version let it into the log.
+        """
+        used = event.key.aggregate != "run" or isinstance(event.message, (ev.RunPrepared, ev.RunRetrying))
+        if used and (found := rules.problems(event.message, texts=False)):
+            raise ValueError("; ".join(f"{path}: {text}" for path, text in found))
         self._fold(event)
         key = event.key
         if key.aggregate == "run" and event.name in ("completed", "failed", "canceled"):

@@ -32,6 +32,9 @@ from alveary_scheduler.pool import Place, Preempt
 from alveary_scheduler.projection import SchedulerProjection
 
 _TRIES = 5
+# Another scheduler is at work: this one must stop.
+_FATAL = (FailedPrecondition, Aborted)
+_LONGEST_PAUSE_SECONDS = 60.0
 # Whoever is active answers here.
 _WHO = "alveary-scheduler.who"
 
@@ -63,6 +66,8 @@ class Scheduler:
         self._joining: dict[str, asyncio.Lock] = {}
         self._booted = time.monotonic()
         self._me = f"{socket.gethostname()}, pid {os.getpid()}, {new_id()}".encode()
+        # Runs and targets of which a decision could not be carried out: when it is tried again, and how long that was put off.
+        self._put_off: dict[str, tuple[float, float]] = {}
         # When nodes of a target came or went last.
         self._resized: dict[tuple[str, str], float] = {}
         self._ray = RayNodes(service.settings.state_dir, joining.admit, self._wake.set)
@@ -144,11 +149,20 @@ class Scheduler:
         # A long queue is many objects that live long: the collector need not walk them again and again.
         gc.collect()
         gc.freeze()
+        pause = 0.0
         while True:
             try:
                 await self._decide()
+                pause = 0.0
             except Unavailable as error:  # the event log takes nothing now, as on a full disk: nodes go on beating meanwhile
                 telemetry.logger().warning("decide.unavailable", error=str(error))
+            except _FATAL:
+                raise
+            except Exception as error:  # nodes go on beating, and what runs goes on running
+                telemetry.HANDLED.labels("decide", "error").inc()
+                telemetry.logger().error("decide.failed", exc_info=error)
+                pause = min(max(pause * 2, 0.5), _LONGEST_PAUSE_SECONDS)
+                await asyncio.sleep(pause)
             self._count()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(1.0):
@@ -166,7 +180,25 @@ class Scheduler:
         self._ray.tend(clusters)
         troubles = {key: trouble for key in clusters if (trouble := self._ray.trouble(key))}
         for decision in domain.plan(self.state, self._starting(), self._idle(), time.time(), self._coming(), troubles, cordoned):
+            await self._try(decision)
+
+    async def _try(self, decision: domain.Decision) -> None:
+        """Carry a decision out. One that cannot be is put off, later and later, and holds up no other run and no other target."""
+        subject = getattr(decision, "run", "") or f"{getattr(decision, 'workspace', '')}/{getattr(decision, 'target', '')}"
+        due, pause = self._put_off.get(subject, (0.0, 0.0))
+        if time.monotonic() < due:
+            return
+        try:
             await self._do(decision)
+        except (Unavailable, *_FATAL):
+            raise
+        except Exception as error:
+            telemetry.HANDLED.labels("decide", "error").inc()
+            telemetry.logger().error("decision.failed", decision=type(decision).__name__, subject=subject, exc_info=error)
+            pause = min(max(pause * 2, 1.0), _LONGEST_PAUSE_SECONDS)
+            self._put_off[subject] = (time.monotonic() + pause, pause)
+        else:
+            self._put_off.pop(subject, None)
 
     async def trouble(self) -> str:
         """Why nothing is placed anywhere; empty: nothing stands against it."""
