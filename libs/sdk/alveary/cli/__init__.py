@@ -31,6 +31,7 @@ app = LazyGroup(
         "up": ("alveary.cli.stack:up", "Start the whole platform on this machine."),
         "down": ("alveary.cli.stack:down", "Stop the platform on this machine."),
         "status": ("alveary.cli.stack:status", "Say whether the platform runs, and what it has to do."),
+        "doctor": ("alveary.cli.doctor:doctor", "Check this machine, and say what to do about what is wrong."),
         "run": ("alveary.cli.runs:run", "Submit, look at and end runs."),
         "compute": ("alveary.cli.compute:compute", "Compute targets."),
         "node": ("alveary.cli.nodes:node", "Make machines nodes of a compute target of kind `nodes`."),
