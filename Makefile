@@ -38,6 +38,11 @@ SEED ?= 1
 chaos: install
 	cd tests && $(BIN)/python -m chaos.trial --minutes $(MINUTES) --seed $(SEED)
 
+# For everyday work: no docker, no root, under two minutes on two quiet cores.
+.PHONY: test-fast
+test-fast: install
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal tests/unit tests/integration
+
 bench: install
 	$(BIN)/python tests/bench/bench.py
 	$(BIN)/python tests/bench/scheduler.py

@@ -39,7 +39,7 @@ if ! timeout 20 docker info > /dev/null 2>&1; then
     done
 fi
 deploy/standin/base.sh python:3.11-slim-bookworm
-"$python" -m pytest -q -n 2 --dist loadfile tests/docker "$@"
+"$python" -m pytest -q -n 2 --dist loadfile tests/docker_daemon "$@"
 ALVEARY_TEST_RUNTIME=docker "$python" -m pytest -q -n 2 --dist loadfile tests/e2e/test_runs.py tests/e2e/test_models.py "$@"
 # What needs nothing of the trainer's own Python.
 ALVEARY_TEST_RUNTIME=docker "$python" -m pytest -q tests/e2e/test_resume.py -k "preempted or policy" "$@"

@@ -63,8 +63,8 @@ def main() -> None:
     rows.append(("docker run to first line of the script, median", statistics.median(times)))
     rows.append(("a second node: image and base pulled from the registry, run to its end", second_node(folder, source, packages)))
     width = max(len(name) for name, _ in rows)
-    for name, value in rows:
-        print(f"{name:<{width}}  {value:7.2f} s")
+    for what, value in rows:
+        print(f"{what:<{width}}  {value:7.2f} s")
     print(f"{'overhead of a run against docker run':<{width}}  {statistics.median(starts) - statistics.median(times):7.2f} s")
 
 
@@ -98,7 +98,8 @@ def second_node(folder: Path, source: Path, packages: list[str]) -> float:
 async def _first(run: object) -> str:
     client = run._workspace._client  # type: ignore[attr-defined]
     page = await client.read_logs(run.id, limit=1, streams=["stdout"])  # type: ignore[attr-defined]
-    return page.lines[0].line.data.decode()
+    line: bytes = page.lines[0].line.data
+    return line.decode()
 
 
 if __name__ == "__main__":

@@ -18,8 +18,9 @@ from ray_cluster import RayCluster, ray_cluster
 from support import Embedded, embedded, finished, lines, processes_of, said, submit, until, wait_for_state
 
 from alveary import AlvearyError, Workspace
-from alveary.compute import AmlCompute, ComputeTarget, ComputeTargetException
+from alveary.compute import AmlCompute, ComputeTarget
 from alveary.environment import Environment
+from alveary.errors import ComputeTargetException
 
 HERE = Environment("here", user_managed=True, interpreter=sys.executable)
 WAITS = """

@@ -10,6 +10,7 @@ import sys
 import tarfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import grpc
 import psutil
@@ -48,7 +49,7 @@ def test_a_generic_client_explores_it_without_proto_files(stack: Embedded) -> No
     assert set(database.get_services()) >= SERVICES
     pool = descriptor_pool.DescriptorPool(database)
     assert "SubmitRun" in pool.FindServiceByName("alveary.runs.v1.RunService").methods_by_name
-    health = health_pb2_grpc.HealthStub(channel)
+    health: Any = health_pb2_grpc.HealthStub(channel)
     for name in ("", *SERVICES):
         assert health.Check(health_pb2.HealthCheckRequest(service=name)).status == health_pb2.HealthCheckResponse.SERVING
 
@@ -239,7 +240,7 @@ def test_the_log_speaks_to_a_plain_nats_client(stack: Embedded, workspace: Works
     async def read() -> list[str]:
         connection = await nats.connect(config["nats_url"], user=config["nats_user"], password=config["nats_password"])
         subscription = await connection.jetstream().subscribe(f"alveary.default.run.{run.id}.*", ordered_consumer=True)
-        found = []
+        found: list[str] = []
         while not found or not found[-1].endswith("completed.v1"):
             message = await subscription.next_msg(timeout=10)
             assert message.headers is not None

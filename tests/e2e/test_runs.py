@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -132,9 +133,7 @@ def test_a_script_cannot_speak_for_another_run_or_leave_its_folder(workspace: Wo
         ("b = bytearray(600 << 20); import time; time.sleep(600)", {"memory_gb": 0.25}, "out_of_memory", "256 MiB"),
     ],
 )  # fmt: skip
-def test_failures_are_told_apart(
-    workspace: Workspace, source: Path, code: str, options: dict[str, object], reason: str, words: str
-) -> None:
+def test_failures_are_told_apart(workspace: Workspace, source: Path, code: str, options: dict[str, Any], reason: str, words: str) -> None:
     details = finished(submit(workspace, source, code, **options), "Failed")
     assert details["exit"]["reason"] == reason
     assert words in details["reason"]
@@ -249,7 +248,7 @@ def test_identical_sources_upload_nothing_and_ignore_files_are_honoured(workspac
 
 
 def test_bad_input_is_refused_with_a_sentence(workspace: Workspace, source: Path) -> None:
-    def refused(words: str, code: str = "INVALID_ARGUMENT", **options: object) -> None:
+    def refused(words: str, code: str = "INVALID_ARGUMENT", **options: Any) -> None:
         with pytest.raises(AlvearyError, match=words) as caught:
             submit(workspace, source, "print()", **options)
         assert caught.value.code == code

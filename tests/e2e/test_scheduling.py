@@ -13,8 +13,8 @@ import pytest
 from support import Embedded, embedded, finished, lines, submit, until, wait_for_state
 
 from alveary import Quota, Workspace
-from alveary.compute import AmlCompute, ComputeTarget, ComputeTargetException
-from alveary.errors import AlvearyError
+from alveary.compute import AmlCompute, ComputeTarget
+from alveary.errors import AlvearyError, ComputeTargetException
 from alveary_contracts.scheduler.v1 import scheduler_pb2 as pb
 
 HOLD = """

@@ -87,6 +87,7 @@ async def test_a_run_has_one_version_of_a_name_and_content_with_its_lineage(regi
     found = await registry.models.ListModels(pb.ListModelsRequest(run_id=run), None)
     assert [m.version for m in found.models] == [2, 1]
     (first, *_) = await registry.log.read(Key(WORKSPACE, "model", name))
+    assert isinstance(first.message, ev.ModelRegistered)
     assert first.message.environment.pip_packages == ["numpy"] and first.message.entry_script == "train.py"
     # Another run's same content is a version of its own.
     other = new_id()

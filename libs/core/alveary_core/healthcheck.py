@@ -17,7 +17,7 @@ def main() -> int:
             stub = health_pb2_grpc.HealthStub(channel)
             reply = stub.Check(health_pb2.HealthCheckRequest(), timeout=3)  # type: ignore[attr-defined]
         except grpc.RpcError as error:
-            print(error.code(), file=sys.stderr)  # type: ignore[attr-defined]
+            print(error.code(), file=sys.stderr)
             return 1
     return 0 if reply.status == health_pb2.HealthCheckResponse.SERVING else 1
 

@@ -472,7 +472,7 @@ def _refusal(reply: urllib3.BaseHTTPResponse, what: str) -> S3Error | ServerErro
     code, message = re.search(r"<Code>(.*?)</Code>", text), re.search(r"<Message>(.*?)</Message>", text)
     if code is None:  # not the object store's words: a proxy in front of it
         return ServerError(f"{what}: the server said {reply.status}: {text[:200]}", reply.status)
-    return S3Error(reply, code[1], message[1] if message else "", what, "", "", None, None)  # type: ignore[arg-type]
+    return S3Error(reply, code[1], message[1] if message else "", what, "", "", None, None)
 
 
 def _transient(error: Exception) -> bool:

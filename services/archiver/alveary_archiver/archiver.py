@@ -72,7 +72,7 @@ class Archiver:
             pending: asyncio.Future[tuple[Msg, int] | None] | None = None
             try:
                 while True:
-                    pending = pending or asyncio.ensure_future(anext(arriving))  # type: ignore[arg-type]
+                    pending = pending or asyncio.ensure_future(anext(arriving))
                     wait = max(self._linger - (time.monotonic() - since), 0.0) if batch else None
                     await asyncio.wait({pending}, timeout=wait)
                     if pending.done():

@@ -34,8 +34,8 @@ def _raw_message() -> Callable[[bytes], Any]:
     field = file.message_type.add(name="Raw").field.add(name="lines", number=1)
     field.type, field.label = field.TYPE_BYTES, field.LABEL_REPEATED
     pool = descriptor_pool.DescriptorPool()
-    pool.Add(file)  # type: ignore[no-untyped-call]
-    kind: Any = message_factory.GetMessageClass(pool.FindMessageTypeByName("alveary_logs.wire.Raw"))  # type: ignore[no-untyped-call]
+    pool.Add(file)
+    kind: Any = message_factory.GetMessageClass(pool.FindMessageTypeByName("alveary_logs.wire.Raw"))
     return kind.FromString  # type: ignore[no-any-return]
 
 

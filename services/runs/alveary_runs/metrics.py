@@ -167,7 +167,7 @@ class MetricsProjection(Projection):
                 kept = pb.MetricPoint()
                 kept.CopyFrom(point)
                 for field_name in ("name", "time", "step", "scalar"):
-                    kept.ClearField(field_name)  # type: ignore[arg-type]
+                    kept.ClearField(field_name)
                 pending.extra[len(pending.values)] = kept.SerializeToString()
             if kind == "scalar" and attempt >= self._newest.get((run, name), (attempt, 0.0))[0]:
                 self._newest[run, name] = (attempt, value)

@@ -148,7 +148,7 @@ class RunsProjection(Projection):
                 entry.tagged += entry.compacted is None
             case ev.RunCompacted() as whole:
                 for name in ("submitted_at", "started_at", "ended_at"):
-                    if whole.HasField(name):  # type: ignore[arg-type]
+                    if whole.HasField(name):
                         entry.times[name] = getattr(whole, name)
                 entry.times["state_since"] = whole.ended_at
                 entry.key, entry.compacted = whole.submitted.idempotency_key, event.sequence
@@ -285,7 +285,7 @@ def whole(shown: pb.Run, key: str, canceled: bool) -> ev.RunCompacted:
         properties=shown.properties, display_name=shown.display_name, description=shown.description, archived=shown.archived,
     )  # fmt: skip
     for name in ("submitted_at", "started_at", "ended_at"):
-        if shown.HasField(name):  # type: ignore[arg-type]
+        if shown.HasField(name):
             getattr(made, name).CopyFrom(getattr(shown, name))
     return made
 

@@ -503,7 +503,7 @@ class Pool:
                 ranks[who] = self._rank(who, now)
             return (-tier, ranks[who], request.sequence)
 
-        return sorted(self.waiting.values(), key=key)  # type: ignore[arg-type]
+        return sorted(self.waiting.values(), key=key)
 
     # ---- decisions ------------------------------------------------------------------------------------------------
 

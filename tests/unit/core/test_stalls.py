@@ -15,7 +15,7 @@ from alveary_core.stalls import Monitor
 
 async def test_a_blocked_loop_is_measured_and_its_stack_is_known() -> None:
     told: asyncio.Future[tuple[float, float, str]] = asyncio.get_running_loop().create_future()
-    monitor = Monitor(asyncio.get_running_loop(), lambda *stall: told.done() or told.set_result(stall))
+    monitor = Monitor(asyncio.get_running_loop(), lambda *stall: None if told.done() else told.set_result(stall))
     monitor.start()
 
     def hold_the_loop_up() -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
-from alveary.local import upkeep
 from alveary.local.upkeep import ServerWatch, cut, last_lines
 from alveary_core.disk import Disk
 
@@ -21,7 +21,7 @@ def disk(free: int) -> Disk:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     now = [1000.0]
-    monkeypatch.setattr(upkeep.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     return now
 
 

@@ -106,9 +106,10 @@ def test_110_000_points_with_long_descriptions_are_read_in_pages_of_bounded_size
     text = "x" * 300
     for begin in range(0, 110_000, 5000):
         stored.log(*(pb.MetricPoint(name="x", scalar=i, description=f"{i} {text}") for i in range(begin, begin + 5000)))
-    begin, count, largest = series.Token(), 0, 0
-    while begin is not None:
-        found, begin = series.page(stored.view.db, ["r"], series.Query(), begin)  # type: ignore[assignment]
+    place: series.Token | None = series.Token()
+    count, largest = 0, 0
+    while place is not None:
+        found, place = series.page(stored.view.db, ["r"], series.Query(), place)
         largest = max(largest, pb.GetMetricsResponse(series=found).ByteSize())
         for one in found:
             for point in one.points:

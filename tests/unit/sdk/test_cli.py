@@ -291,7 +291,7 @@ def test_a_run_is_shown_with_what_one_asks_next(platform: Platform) -> None:
     run.spec.environment.pip_packages[:] = ["torch", "numpy"]
     run.exit.exit_code, run.exit.reason = 3, "exited"
     platform.service.runs = [run]
-    sheet = dict(re.match(r"(\w*) *(.*)", line).groups() for line in platform.piped("run", "show", run.id[:12]).splitlines())  # type: ignore[union-attr]
+    sheet = dict(re.findall(r"^(\w*) *(.*)$", platform.piped("run", "show", run.id[:12]), re.MULTILINE))
     assert sheet["id"] == run.id and sheet["experiment"] == "first #4" and sheet["exit"] == "exited, code 3"
     assert sheet["took"] == "3m20s" and "after 1m00s" in sheet["started"] and sheet["attempt"] == "2 of 3"
     assert sheet["arguments"] == "--lr 0.1 'two words'" and sheet["resources"] == "2 CPUs, 1 GPU, 2 nodes"

@@ -141,7 +141,8 @@ def test_what_fails_to_be_read_is_named(tmp_path: Path, monkeypatch: pytest.Monk
     def refuse(self: Path, *arguments: object) -> object:
         if self.name == "a":
             raise PermissionError(13, "Permission denied", str(self))
-        return bare(self, *arguments)  # type: ignore[arg-type]
+        opened: object = bare(self, *arguments)  # type: ignore[call-overload]
+        return opened
 
     monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(AlvearyError, match="/a cannot be read: Permission denied"):

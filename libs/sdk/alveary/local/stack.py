@@ -250,7 +250,7 @@ class Stack:
                     stub.CreateTarget(scheduler_pb2.CreateTargetRequest(name="local", spec=spec), metadata=metadata, timeout=30)
                     return
                 except grpc.RpcError as error:
-                    code, details = error.code(), error.details()  # type: ignore[attr-defined]
+                    code, details = error.code(), error.details()
                     # Another machine size than when it was made: what is there is kept.
                     if code == grpc.StatusCode.ALREADY_EXISTS:
                         return

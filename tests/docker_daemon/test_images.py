@@ -25,7 +25,8 @@ BASE = "python:3.11-slim-bookworm"
 
 def image_of(workspace: Workspace, environment: Environment) -> pb.Image:
     client = workspace._client
-    return workspace._call(client.call(client.images.GetImage, pb.GetImageRequest(digest=environment.digest))).image
+    image: pb.Image = workspace._call(client.call(client.images.GetImage, pb.GetImageRequest(digest=environment.digest))).image
+    return image
 
 
 def test_packages_of_all_kinds_and_variables(workspace: Workspace, source: Path) -> None:
@@ -143,7 +144,7 @@ def channel(folder: Path) -> str:
         script = b"#!/bin/sh\necho honey " + version.encode() + b" in /a_long_placeholder_prefix_for_tests_000000000000000000000000\n"
         (root / "bin" / "honey").write_bytes(script)
         (root / "bin" / "honey").chmod(0o755)
-        index = {"name": "honey", "version": version, "build": "0", "build_number": 0, "depends": [], "arch": "x86_64",
+        index: dict[str, object] = {"name": "honey", "version": version, "build": "0", "build_number": 0, "depends": [], "arch": "x86_64",
                  "platform": "linux", "subdir": "linux-64", "timestamp": 1700000000000}  # fmt: skip
         (root / "info" / "index.json").write_text(json.dumps(index))
         entry = {"_path": "bin/honey", "path_type": "hardlink", "sha256": hashlib.sha256(script).hexdigest(), "size_in_bytes": len(script),
