@@ -24,6 +24,7 @@ import pytest
 
 from alveary.environment import Environment
 from alveary.estimator import ScriptRunConfig
+from alveary.events import Event
 from alveary.experiment import Experiment
 from alveary.local.layout import Layout
 from alveary.local.stack import servers as bare
@@ -62,7 +63,7 @@ class Embedded:
     def cli(self, *arguments: str, check: bool = True, cwd: Path | None = None, stdin: str = "") -> subprocess.CompletedProcess[str]:
         env = os.environ | {"ALVEARY_CONFIG": str(self.config), "ALVEARY_HOME": str(self.state_dir)}
         done = subprocess.run(
-            [sys.executable, "-m", "alveary.cli", *arguments], env=env, capture_output=True, text=True, timeout=120, cwd=cwd, input=stdin
+            [sys.executable, "-m", "alveary.cli", *arguments], env=env, capture_output=True, text=True, timeout=600, cwd=cwd, input=stdin
         )
         assert not check or done.returncode == 0, f"{arguments} ended with {done.returncode}: {done.stdout}{done.stderr}"
         return done
@@ -85,7 +86,7 @@ def launch(
     guarded = {"ALVEARY_GUARD_LOOP": "1", "ALVEARY_TRAINER_GUARD_LOOP": "1"} | os.environ
     with log.open("wb") as opened:
         process = subprocess.Popen(command, env=guarded, stdout=opened, stderr=opened, stdin=subprocess.DEVNULL, start_new_session=True)
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 600
     while "ready after" not in log.read_text():
         assert process.poll() is None, f"alveary up ended: {log.read_text()}"
         assert time.monotonic() < deadline, f"alveary up is not ready: {log.read_text()}"
@@ -110,7 +111,7 @@ def blocked(state_dir: Path, *services: str) -> list[str]:
 def halt(stack: Embedded) -> None:
     """Stop a stack and see that it went."""
     stack.process.terminate()
-    stack.process.wait(60)
+    stack.process.wait(300)
 
 
 @contextmanager
@@ -161,10 +162,10 @@ def fill(folder: Path, leave: int = 0) -> Path:
     return file
 
 
-def until(condition: object, what: str, seconds: float = 60.0) -> None:
-    """Wait until `condition()` holds; fails with `what` after a generous time."""
+def until(condition: Callable[[], object], what: str, seconds: float = 300.0) -> None:
+    """Wait until `condition()` holds; fails with `what` after a time that is enough on any machine that is busy."""
     deadline = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
+    while not condition():
         assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
         time.sleep(0.05)
 
@@ -232,6 +233,28 @@ def lines(run: Run, stream: str = "stdout") -> list[str]:
 
 def said(run: Run, rank: int | None = None, stream: str = "stdout") -> list[str]:
     return [one.line.data.decode() for one in tail(run, streams=(stream,)) if rank is None or one.line.rank == rank]
+
+
+FINAL = ("run.completed", "run.failed", "run.canceled")
+
+
+def recorded(*runs: Run, more: float = 1.0) -> list[Event]:
+    """All events of the platform up to the final ones of `runs`, however long they take to arrive, and those of `more` seconds after.
+
+    An end by silence alone would end too early on a machine that is busy.
+    """
+    events, missing = runs[0]._workspace.events, {run.id for run in runs}
+    found: list[Event] = []
+    stream = events.subscribe("*.*", from_sequence=1, timeout=300)
+    for event in stream:
+        found.append(event)
+        if event.type in FINAL:
+            missing.discard(event.subject)
+        if not missing:
+            break
+    assert not missing, f"no final event of {missing} within 300 s"
+    stream.close()  # type: ignore[attr-defined]
+    return found + list(events.subscribe("*.*", from_sequence=found[-1].sequence + 1, timeout=more))
 
 
 def processes_of(run: Run) -> list[psutil.Process]:

@@ -79,7 +79,7 @@ class Node:
                 await asyncio.sleep(0.01)
 
     async def _messages(self, stream: str, prefix: str, run: str) -> list[bytes]:
-        found = []
+        found: list[bytes] = []
         subject = f"{prefix}.{token(WORKSPACE)}.{token(run)}"
         async with contextlib.aclosing(self.context.log.follow([subject], 1, stream)) as messages:
             async for item in messages:
@@ -116,14 +116,14 @@ async def running(layout: Layout, folder: Path, name: str = "n") -> AsyncIterato
     await ensure_streams(connection)
     store = ObjectStore(settings.s3_endpoint, layout.secrets["s3_access"], layout.secrets["s3_secret"])
     await store.ensure_buckets()
-    caches = [
+    snapshots, datasets, models = (
         ContentCache(folder / name, name, store, 1 << 30, read_only=name != "snapshots") for name in ("snapshots", "datasets", "models")
-    ]
+    )
     with tempfile.TemporaryDirectory(prefix="alv-") as sockets:
         (folder / "work").mkdir(parents=True)
         context = NodeContext(
             settings, new_id(), EventLog(connection, "trainer"), store, ProcessRuntime(Environments(folder / "env", 1 << 30, store)),
-            *caches, folder / "work", Path(sockets), library(folder),
+            snapshots, datasets, models, folder / "work", Path(sockets), library(folder),
         )  # fmt: skip
         agent = Agent(context)
         try:

@@ -19,7 +19,7 @@ import nats
 import nats.errors
 import pytest
 import urllib3
-from support import finished, lines, submit, tail, until
+from support import finished, lines, recorded, submit, tail, until
 
 from alveary import Dataset, Environment, Model, Run, Workspace
 from alveary.compute import AmlCompute, ComputeTarget
@@ -78,7 +78,7 @@ class Compose:
             state = self.api.inspect_container(container)["State"]
             return bool(state["Running"]) and state["StartedAt"] != before
 
-        until(back, f"{service} is back", 60)
+        until(back, f"{service} is back")
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +155,7 @@ def test_two_replicas_of_the_builder_build_each_image_once(compose: Compose, wor
     runs = [submit(workspace, source, "import six, os; print(os.environ['N'])", environment=e) for _ in range(2) for e in environments]
     for run in runs:
         finished(run)
-    told = list(workspace.events.subscribe("image.*", from_sequence=1, timeout=3))
+    told = recorded(*runs)
     for environment in environments:
         # One builder at a time: another build_started would be a renewal of the same one's lease, or a second builder.
         started = [e.data["builder"] for e in told if e.subject == environment.digest and e.type == "image.build_started"]
@@ -184,7 +184,7 @@ def test_the_main_job_through_the_door(workspace: Workspace, source: Path, tmp_p
     assert Path(run.download_file("outputs/model.txt", str(tmp_path / "model.txt"))).read_text() == "weights"
     model = run.register_model("letters", "outputs/")
     assert Model(workspace, "letters").version == model.version == 1 and Model(workspace, "from-inside").version == 1
-    ends = [e for e in workspace.events.subscribe("run.completed", from_sequence=1, timeout=3) if e.subject == run.id]
+    ends = [e for e in recorded(run) if (e.type, e.subject) == ("run.completed", run.id)]
     assert len(ends) == 1
 
 
@@ -204,7 +204,7 @@ def test_a_run_goes_through_with_any_one_container_killed(compose: Compose, work
     until(lambda: "5" in lines(run), "it runs")
     compose.crash(victim)
     whole(run)
-    assert len([e for e in workspace.events.subscribe("run.completed", from_sequence=1, timeout=3) if e.subject == run.id]) == 1
+    assert len([e for e in recorded(run) if (e.type, e.subject) == ("run.completed", run.id)]) == 1
 
 
 def test_a_machine_outside_joins_with_a_token(compose: Compose, workspace: Workspace, source: Path, tmp_path: Path) -> None:
@@ -238,7 +238,7 @@ def test_a_machine_outside_joins_with_a_token(compose: Compose, workspace: Works
             open("outputs/done.txt", "w").write("done")
             """, environment=Environment("far", ["six"]), compute_target="far",
         )  # fmt: skip
-        until(lambda: "5" in lines(run), "it runs", 120)
+        until(lambda: "5" in lines(run), "it runs")
         # What it holds on to goes away, and it is still the first attempt that ends.
         for service in ("door", "nats", "minio"):
             compose.crash(service)
@@ -263,7 +263,7 @@ def test_a_machine_outside_joins_with_a_token(compose: Compose, workspace: Works
     finally:
         trainer.send_signal(signal.SIGINT)
         assert trainer.wait(60) == 0, log.read_text()[-4000:]
-    until(lambda: ComputeTarget(workspace, "far").list_nodes() == [], "it has left", 60)
+    until(lambda: ComputeTarget(workspace, "far").list_nodes() == [], "it has left")
 
 
 def test_a_run_reaches_nothing_of_the_platform(compose: Compose, workspace: Workspace, source: Path) -> None:
@@ -408,7 +408,7 @@ def test_prometheus_finds_every_service_and_the_dashboard_asks_what_it_can_answe
             return set()
         return {t["labels"].get("service", "") for t in targets if t["health"] == "up"}
 
-    until(lambda: up() >= {"runs", "images", "scheduler", "logs", "registry", "archiver", "trainer"}, "all services are scraped", 90)
+    until(lambda: up() >= {"runs", "images", "scheduler", "logs", "registry", "archiver", "trainer"}, "all services are scraped")
     rules = [r["name"] for g in ask("rules")["data"]["groups"] for r in g["rules"]]
     assert "HandlerFailing" in rules
     dashboard = json.loads((compose.folder / "deploy/grafana/dashboards/alveary.json").read_text())
@@ -424,7 +424,7 @@ def test_prometheus_finds_every_service_and_the_dashboard_asks_what_it_can_answe
 def test_the_event_log_is_restored_after_its_volume_was_destroyed(compose: Compose, workspace: Workspace, source: Path) -> None:
     run = submit(workspace, source, "print('kept')", environment=HERE)
     before = finished(run)
-    until(lambda: compose.run("tools/compose.sh", "verify").stdout.count(", 0 are not copied yet") == 2, "all is copied", 60)
+    until(lambda: compose.run("tools/compose.sh", "verify").stdout.count(", 0 are not copied yet") == 2, "all is copied")
     compose.run("docker-compose", "-f", "docker-compose.yml", "-f", "deploy/standin/docker-compose.yml", "rm", "-s", "-f", "nats")
     compose.run("docker", "volume", "rm", f"{compose.project}_nats-data")
     told = compose.run("tools/compose.sh", "restore").stdout

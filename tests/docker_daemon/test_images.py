@@ -13,7 +13,7 @@ from pathlib import Path
 import docker
 import pytest
 import urllib3
-from support import Embedded, embedded, finished, lines, submit, until
+from support import Embedded, embedded, finished, lines, recorded, submit, until
 
 from alveary import Environment, Estimator, Experiment, MpiConfiguration, PyTorchConfiguration, Run, Workspace
 from alveary.compute import AmlCompute, ComputeTarget
@@ -115,7 +115,7 @@ def test_many_runs_one_build(workspace: Workspace, source: Path) -> None:
     for run in runs:
         finished(run)
     assert len({lines(run)[0] for run in runs}) == 1
-    events = list(workspace.events.subscribe("image.ready", from_sequence=1, timeout=1))
+    events = [e for e in recorded(*runs) if e.type == "image.ready"]
     assert [e.subject for e in events].count(environment.digest) == 1
 
 
@@ -129,7 +129,7 @@ def test_cancel_stops_the_build(workspace: Workspace, source: Path, daemon: dock
     def steps() -> list[str]:
         return [c["Command"] for c in daemon.containers() if f"begun {os.getpid()}" in c["Command"]]
 
-    until(lambda: steps() == [], "the step is gone", 30)
+    until(lambda: steps() == [], "the step is gone")
 
 
 def channel(folder: Path) -> str:
@@ -236,20 +236,21 @@ def test_images_that_nobody_used_in_long_are_removed_and_come_back_when_wanted(
         workspace = stack.workspace()
         finished(submit(workspace, source, "print()", environment=environment))
         image = image_of(workspace, environment).image
-        until(lambda: image_of(workspace, environment).state == pb.IMAGE_STATE_EVICTED, "it is removed", 30)
+        until(lambda: image_of(workspace, environment).state == pb.IMAGE_STATE_EVICTED, "it is removed")
         repository, _, digest = image.partition("/")[2].partition("@")
         headers = urllib3.make_headers(basic_auth=f"{user}:{password}") | {"Accept": "application/vnd.docker.distribution.manifest.v2+json"}
 
         def there() -> bool:
             return urllib3.request("GET", f"http://{host}/v2/{repository}/manifests/{digest}", headers=headers).status == 200
 
-        until(lambda: not there(), "the registry lost it too", 30)
+        until(lambda: not there(), "the registry lost it too")
         finished(submit(workspace, source, "print()", environment=environment))
 
 
 HOROVOD = Environment("horovod", ["torch==2.13.0", "numpy", "horovod"])
 
 
+@pytest.mark.timeout(3600)  # its C++ is compiled, which takes many minutes on a machine that is busy
 def test_horovod_is_built_once_against_its_torch_and_trains(workspace: Workspace, source: Path) -> None:
     code = """
         import torch, horovod.torch as hvd
@@ -281,6 +282,7 @@ def gang_networks(daemon: docker.APIClient, run: Run) -> list[str]:
     return [n["Name"] for n in daemon.networks(filters={"label": "org.alveary.gang"}) if run.id.lower() in n["Name"]]
 
 
+@pytest.mark.timeout(3600)
 def test_horovod_reduces_gradients_over_two_nodes(workspace: Workspace, pair: str, daemon: docker.APIClient) -> None:
     """As Azure's page has it: distributed_training=MpiConfiguration(), node_count=2."""
     losses = []

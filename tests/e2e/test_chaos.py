@@ -9,7 +9,7 @@ from typing import Any
 
 import psutil
 import pytest
-from support import embedded, processes_of, submit, until
+from support import embedded, processes_of, recorded, submit, until
 
 from alveary import AlvearyError, MpiConfiguration, Run
 from alveary.compute import AmlCompute, ComputeTarget
@@ -60,17 +60,13 @@ def test_every_run_ends_once_whatever_dies(mpirun: None, tmp_path: Path, seed: i
                     chance.choice(trainers(stack.state_dir)).kill()
                 except psutil.NoSuchProcess:
                     continue  # it was killed a moment ago
-        until(lambda: all(run.get_status() in FINAL for run, _ in runs.values()), "all have ended", 300)
+        until(lambda: all(run.get_status() in FINAL for run, _ in runs.values()), "all have ended", 900)
         for run, code in runs.values():
             details = run.get_details()
             # Losing a node is never a run's own fault, and no attempt ran out of them.
             assert details["status"] != "Completed" or code == 0, details
             assert details["status"] != "Failed" or details["exit"]["exit_code"] == code == OWN_CODE, details
             assert not processes_of(run)
-        ends = [
-            e.subject
-            for e in workspace.events.subscribe("run.*", from_sequence=1, timeout=3)
-            if e.type in {f"run.{f.lower()}" for f in FINAL}
-        ]
+        ends = [e.subject for e in recorded(*(run for run, _ in runs.values())) if e.type in {f"run.{f.lower()}" for f in FINAL}]
         assert sorted(e for e in ends if e in runs) == sorted(runs), "a run ended twice, or nobody was told"
         until(lambda: not any(n.run_ids for n in target.list_nodes()), "all places are free")

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support import Embedded, embedded, finished, halt, launch, lines, submit, tail, until, wait_for_state
+from support import FINAL, Embedded, embedded, finished, halt, launch, lines, recorded, submit, tail, until, wait_for_state
 
 from alveary import Environment, Run, Workspace
 
@@ -54,8 +54,7 @@ def whole(run: Run, attempts: int | None = 1) -> None:
     mine = [int(one.line.data) for one in tail(run, streams=("stdout",)) if one.line.attempt == attempts]
     assert mine == list(range(400))
     assert "outputs/done.txt" in run.get_file_names()
-    events = list(run._workspace.events.subscribe("run.*", from_sequence=1, timeout=2))
-    ends = [e.type for e in events if e.subject == run.id and e.type in ("run.completed", "run.failed", "run.canceled")]
+    ends = [e.type for e in recorded(run) if e.subject == run.id and e.type in FINAL]
     assert ends == ["run.completed"]
 
 

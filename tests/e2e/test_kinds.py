@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 from ray_cluster import RayCluster, ray_cluster
-from support import Embedded, embedded, finished, lines, processes_of, said, submit, until, wait_for_state
+from support import Embedded, embedded, finished, lines, processes_of, recorded, said, submit, until, wait_for_state
 
 from alveary import AlvearyError, Workspace
 from alveary.compute import AmlCompute, ComputeTarget
@@ -168,13 +168,10 @@ def test_nodes_come_for_the_queue_and_go_when_idle(kind: Kind, source: Path) -> 
     until(lambda: len(kind.nodes()) == 2, "as many as it may have")
     if kind.cluster is not None:
         assert kind.cluster.nodes() == 2
-        assert any(
-            e.type == "run.provisioning"
-            for e in kind.workspace.events.subscribe("run.*", from_sequence=1, timeout=2)
-            if e.subject in {r.id for r in runs}
-        )
     for run in runs:
         finished(run)
+    if kind.cluster is not None:
+        assert [e for e in recorded(*runs) if e.type == "run.provisioning" and e.subject in {r.id for r in runs}]
     until(lambda: not kind.nodes(), "all are idle, and go")
     if kind.cluster is not None:
         until(lambda: kind.cluster is not None and kind.cluster.nodes() == 0, "Ray's autoscaler stops its own")

@@ -112,7 +112,7 @@ def test_each_kind_of_artifact_is_exported_and_checked(
     (out,) = session.run(None, {session.get_inputs()[0].name: numpy.zeros((5, 4), "float32")})
     assert out.shape == (5, 3)
     assert [m.version for m in Model.list(workspace, f"trained-{trained.id.lower()}")] == [1]
-    events = workspace.events.subscribe("model.exported", from_sequence=1, timeout=20)
+    events = workspace.events.subscribe("model.exported", from_sequence=1, timeout=300)
     assert next(e for e in events if e.subject == model.name).data["version"] == model.version
 
 

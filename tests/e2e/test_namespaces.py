@@ -19,7 +19,7 @@ from typing import Any
 import grpc
 import psutil
 import pytest
-from support import TORCH, Embedded, debian, finished, halt, launch, lines, processes_of, said, submit, tail, until
+from support import TORCH, Embedded, debian, finished, halt, launch, lines, processes_of, recorded, said, submit, tail, until
 
 from alveary import AlvearyError, MpiConfiguration, PyTorchConfiguration, Run, Workspace
 from alveary.compute import AmlCompute, ComputeTarget
@@ -234,7 +234,7 @@ def moved(run: Run, folder: Path) -> None:
     details = finished(run)
     assert details["attempt"] == 2
     assert Path(run.download_file("outputs/attempt.txt", str(folder / "attempt.txt"))).read_text() == "2"
-    events = list(run._workspace.events.subscribe("*.*", from_sequence=1, timeout=2))
+    events = recorded(run)
     assert [e.type for e in events if e.subject == run.id].count("run.completed") == 1
     assert not [e for e in events if e.subject == f"{run.id}-1" and e.type in ("attempt.finalizing", "attempt.finished")]
 

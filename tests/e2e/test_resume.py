@@ -7,7 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from support import Embedded, embedded, finished, lines, submit, until
+from support import Embedded, embedded, finished, lines, recorded, submit, until
 
 from alveary import Environment, Experiment, PyTorchConfiguration, RetryPolicy, Run, ScriptRunConfig, Workspace
 from alveary.errors import AlvearyError
@@ -29,7 +29,7 @@ def test_killed_with_its_node_half_way_it_reaches_the_same_loss(tmp_path: Path) 
         undisturbed = train(workspace, 0.0)
         finished(undisturbed)
         run = train(workspace, 1.0)
-        until(lambda: any(line.startswith("epoch 3") for line in lines(run)), "it is half-way", 120)
+        until(lambda: any(line.startswith("epoch 3") for line in lines(run)), "it is half-way")
         for pid in stack.trainer_pids():
             os.kill(pid, signal.SIGKILL)
         details = finished(run)
@@ -92,7 +92,7 @@ def test_a_policy_says_which_failures_are_attempted_again(workspace: Workspace, 
     run = submit(workspace, source, code, 75, retry=policy)
     details = finished(run)
     assert details["attempt"] == 3 and lines(run) == ["1", "2", "3"]
-    told = [e.data for e in workspace.events.subscribe("run.retrying", from_sequence=1, timeout=2) if e.subject == run.id]
+    told = [e.data for e in recorded(run) if (e.type, e.subject) == ("run.retrying", run.id)]
     assert [t["delaySeconds"] for t in told] == [0.5, 1] and "exit code 75; again in 0.5 s" in told[0]["reason"]
     other = submit(workspace, source, code, 1, retry=policy)
     assert finished(other, "Failed")["attempt"] == 1

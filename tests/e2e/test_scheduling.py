@@ -10,7 +10,7 @@ from pathlib import Path
 
 import grpc
 import pytest
-from support import Embedded, embedded, finished, lines, submit, until, wait_for_state
+from support import Embedded, embedded, finished, lines, recorded, submit, until, wait_for_state
 
 from alveary import Quota, Workspace
 from alveary.compute import AmlCompute, ComputeTarget
@@ -61,7 +61,7 @@ def test_a_higher_tier_makes_a_lower_one_go_which_is_stored_and_comes_back(works
     details = finished(low)
     assert details["attempt"] == 2, "it has one attempt, and making room costs none"
     assert lines(low).count("begun") == 2 and lines(low).count("saving") == 1
-    told = [e for e in workspace.events.subscribe("placement.preempting", from_sequence=1, timeout=2) if e.subject == low.id]
+    told = [e for e in recorded(low) if (e.type, e.subject) == ("placement.preempting", low.id)]
     assert [e.data["beneficiary"] for e in told] == [high.id]
     assert high.get_details()["ended_at"] < details["ended_at"]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from support import Embedded, embedded, finished, lines, submit, until, wait_for_state
+from support import Embedded, embedded, finished, lines, recorded, submit, until, wait_for_state
 
 from alveary import Run, Workspace
 from alveary.compute import AmlCompute, ComputeTarget
@@ -57,7 +57,7 @@ def moved(run: Run, tmp_path: Path) -> None:
     details = finished(run)
     assert details["attempt"] == 2 and "begun 2" in lines(run)
     assert Path(run.download_file("outputs/attempt.txt", str(tmp_path / "attempt.txt"))).read_text() == "2"
-    events = list(run._workspace.events.subscribe("*.*", from_sequence=1, timeout=2))
+    events = recorded(run)
     assert [e.type for e in events if e.subject == run.id].count("run.completed") == 1
     assert not [e for e in events if e.subject == f"{run.id}-1" and e.type in ("attempt.finalizing", "attempt.finished")]
 

@@ -14,8 +14,10 @@ from trainer_node import Node, running
 from alveary.local.layout import Layout
 from alveary_contracts.events.v1 import events_pb2 as ev
 from alveary_contracts.ids import new_id
+from alveary_core.events import Key
 from alveary_core.objectstore import ObjectStore
 from alveary_trainer import attempt as attempts
+from alveary_trainer import launch
 from alveary_trainer.adapters import process
 from alveary_trainer.attempt import Attempt
 from alveary_trainer.checkpoints import Checkpoints
@@ -47,7 +49,7 @@ async def bug_later(*_: Any, **__: Any) -> Any:
 @pytest.mark.parametrize(
     ("where", "name", "broken"),
     [
-        (attempts.launch, "program", bug), (Attempt, "_stage", bug_later), (process.ProcessRuntime, "launch", bug_later),
+        (launch, "program", bug), (Attempt, "_stage", bug_later), (process.ProcessRuntime, "launch", bug_later),
         (process.ProcessTree, "usage", bug), (Attempt, "_status", bug), (OutputStore, "store_all", bug_later),
         (OutputStore, "make_whole", bug_later), (process.ProcessTree, "wait", bug_later),
     ],
@@ -98,7 +100,7 @@ async def test_a_placement_that_cannot_be_taken_fails_and_one_event_stops_nothin
         with pytest.raises(KeyError):
             node.place("print('never')", run=run)
         await asyncio.gather(*node.agent._tasks)
-    (event,) = await node.context.log.read(attempts.Key("default", "attempt", f"{run}-1"))
+    (event,) = await node.context.log.read(Key("default", "attempt", f"{run}-1"))
     assert isinstance(event.message, ev.AttemptFinished) and "LookupError" in event.message.exit.message
 
     class Raw:

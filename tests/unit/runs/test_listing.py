@@ -208,7 +208,7 @@ class Model:
                 return False
             value = row["metrics"][x.name]
             if math.isnan(x.value):
-                return bool(math.isnan(value)) == (x.operator == "=")
+                return bool(math.isnan(value) == (x.operator == "="))
             return bool(compare(value, x.value))
         if x.kind:
             there = row[x.kind].get(x.name) if x.kind == "tags" else None
