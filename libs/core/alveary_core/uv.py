@@ -28,8 +28,14 @@ _VARIABLES = {
 def pip_settings() -> dict[str, str]:
     """pip's own settings as it would read them: its files, later ones first to yield, then PIP_* variables."""
     files = [Path(d) / "pip/pip.conf" for d in os.environ.get("XDG_CONFIG_DIRS", "/etc/xdg").split(":") if d]
-    files += [Path("/etc/pip.conf"), Path.home() / ".pip/pip.conf"]
-    files.append(Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "pip/pip.conf")
+    files.append(Path("/etc/pip.conf"))
+    given = os.environ.get("XDG_CONFIG_HOME")
+    try:
+        home = Path.home()
+    except RuntimeError:  # a user without a name and without HOME has no files of its own
+        files += [Path(given) / "pip/pip.conf"] if given else []
+    else:
+        files += [home / ".pip/pip.conf", Path(given or home / ".config") / "pip/pip.conf"]
     files.append(Path(sys.prefix) / "pip.conf")
     if os.environ.get("PIP_CONFIG_FILE"):
         files.append(Path(os.environ["PIP_CONFIG_FILE"]))

@@ -32,8 +32,19 @@ class Config:
 
 
 def default_state_dir() -> Path:
-    """$ALVEARY_HOME, or ~/.alveary."""
-    return Path(os.environ.get("ALVEARY_HOME") or Path.home() / ".alveary")
+    """$ALVEARY_HOME, or ~/.alveary.
+
+    Raises:
+        AlvearyError: there is no home directory.
+    """
+    given = os.environ.get("ALVEARY_HOME")
+    try:
+        return Path(given) if given else Path.home() / ".alveary"
+    except RuntimeError as error:
+        raise AlvearyError(
+            f"there is no home directory ({error}): set HOME, or ALVEARY_HOME to where the platform is to keep its files",
+            "FAILED_PRECONDITION",
+        ) from error
 
 
 def find(path: str | os.PathLike[str] | None = None) -> Path:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import socket
 import time
 from collections import OrderedDict
@@ -18,7 +17,7 @@ from alveary_contracts.common.v1 import common_pb2 as c
 from alveary_contracts.events.v1 import events_pb2 as ev
 from alveary_contracts.trainer.v1 import trainer_pb2 as pb
 from alveary_contracts.trainer.v1 import trainer_pb2_grpc as rpc
-from alveary_core import auth, telemetry
+from alveary_core import auth, machine, telemetry
 from alveary_core.events import Event, Key, decode
 from alveary_trainer.adapters.gpus import gpu_models, gpu_utilisation
 from alveary_trainer.attempt import Attempt
@@ -154,8 +153,8 @@ class Agent:
         disk = self.disk.disk
         return pb.Beat(
             node=s.node, incarnation=self._context.incarnation, target=s.target, leaving=leaving,
-            hostname=socket.gethostname(), labels=s.node_labels, cpus=s.node_cpus or float(len(os.sched_getaffinity(0))), cpu_percent=psutil.cpu_percent(None),
-            memory_total_bytes=s.node_memory_bytes or memory.total, memory_used_bytes=memory.total - memory.available,
+            hostname=socket.gethostname(), labels=s.node_labels, cpus=s.node_cpus or machine.cpus(), cpu_percent=psutil.cpu_percent(None),
+            memory_total_bytes=s.node_memory_bytes or machine.memory_bytes(), memory_used_bytes=memory.total - memory.available,
             gpus=len(s.gpus), gpu_models=[m for i, m in enumerate(gpu_models()) if i in s.gpus],
             gpu_percent=gpu_utilisation(s.gpus),
             disk_total_bytes=disk.total if disk else 0, disk_free_bytes=disk.free if disk else 0, cordon_reason=self.disk.problem,

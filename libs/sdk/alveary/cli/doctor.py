@@ -13,6 +13,7 @@ from pathlib import Path
 import click
 
 from alveary.cli.common import json_option, print_json, state_dir_option, state_folder
+from alveary.errors import AlvearyError
 
 OK, NOTE, WARNING, BROKEN = "ok", "note", "warning", "broken"
 # Longest time of one check, seconds: a name server or a mount may not answer at all.
@@ -52,9 +53,9 @@ def doctor(state_dir: Path | None, as_json: bool) -> None:
 
     try:
         folder = state_folder(state_dir)
-    except RuntimeError as error:  # no home
+    except AlvearyError as error:  # no home
         folder = Path("/nonexistent/.alveary")
-        found = [Finding("home", BROKEN, f"there is no home directory: {error}", "set HOME, or ALVEARY_HOME to the stack's directory")]
+        found = [Finding("home", BROKEN, str(error))]
     else:
         found = []
     found += [one for name, check in checks.CHECKS.items() for one in examined(name, check, Patient(folder))]

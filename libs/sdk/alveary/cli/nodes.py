@@ -94,7 +94,10 @@ def join(
             await client.close()
 
     told = run(ask())
-    folder = state_dir.expanduser().resolve()
+    try:
+        folder = state_dir.expanduser().resolve()
+    except RuntimeError as error:
+        raise AlvearyError(f"{state_dir}: there is no home directory ({error}): give --state-dir a whole path") from error
     folder.mkdir(parents=True, exist_ok=True)
     environment = {k: v for k, v in os.environ.items() if not k.startswith("ALVEARY_")} | dict(told.environment)
     environment |= {

@@ -23,10 +23,19 @@ if TYPE_CHECKING:
 @click.command()
 @click.option("--detach", "-d", is_flag=True, help="Go on in the background.")
 @state_dir_option
-@click.option("--port", type=int, help="First of 19 consecutive ports; 0: whatever is free. Default 7460, then as before.")
+@click.option(
+    "--port", type=click.IntRange(0, 65535 - 18), help="First of 19 consecutive ports; 0: whatever is free. Default 7460, then as before."
+)
 @click.option("--separate", is_flag=True, help="Each service as a process of its own.")
-@click.option("--lease-seconds", default=30.0, show_default=True, help="Silence after which a node is lost.")
-@click.option("--metrics-port", default=0, help="Serve Prometheus metrics here; with --separate five ports from here. 0: none.")
+@click.option(
+    "--lease-seconds", type=click.FloatRange(1.0, 86400.0), default=30.0, show_default=True, help="Silence after which a node is lost."
+)
+@click.option(
+    "--metrics-port",
+    type=click.IntRange(0, 65535 - 5),
+    default=0,
+    help="Serve Prometheus metrics here; with --separate five ports from here. 0: none.",
+)
 @click.option("--runtime", default="", help="process: virtual environments; docker: containers. Default: as before, at first process.")
 @click.option(
     "--bind", help="This machine's address, by which others reach it (`alveary node join`); '': none. Default: as before. Not encrypted."
@@ -38,7 +47,7 @@ def up(
 ) -> None:  # fmt: skip
     """Start the whole platform on this machine."""
     from alveary.local.layout import Layout
-    from alveary.local.stack import Stack, own_addresses
+    from alveary.local.stack import Stack, own_addresses, usable
 
     if runtime not in ("", "process", "docker"):
         raise click.BadParameter(f"--runtime {runtime!r}: process or docker")
@@ -51,8 +60,11 @@ def up(
         options += ["--bind", bind] if bind is not None else []
         _up_in_background(folder, options)
         return
+    if lease_seconds != lease_seconds:
+        raise click.BadParameter("--lease-seconds nan: a number of seconds from 1 on")
     started = time.monotonic()
     voice = _Voice(log)
+    usable()
     try:
         layout = Layout.open(
             folder,

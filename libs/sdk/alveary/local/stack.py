@@ -7,6 +7,7 @@ import ctypes
 import fcntl
 import json
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -39,6 +40,9 @@ READY_SECONDS = 60.0
 _DEATHS = 5
 _TOLD_SECONDS = 10.0
 _FOR_TRAINERS = ("ALVEARY_REGISTRY", "ALVEARY_ENVIRONMENTS_", "ALVEARY_DATA_", "ALVEARY_DISK_", "ALVEARY_METRIC_")
+# Open files of a process.
+_FILES = 65_536
+_FOR_TRAINERS = ("ALVEARY_REGISTRY", "ALVEARY_ENVIRONMENTS_", "ALVEARY_DATA_", "ALVEARY_DISK_")
 _libc = ctypes.CDLL(None)
 Say = Callable[[str], None]
 
@@ -338,6 +342,17 @@ class Stack:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+
+def usable() -> None:
+    """Make this process's limits ones that a stack can live with: all that it starts has them too."""
+    # Whatever masks the owner's own bits makes files that the next process cannot open.
+    mask = os.umask(0o077)
+    os.umask(mask & ~0o700)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _FILES if hard == resource.RLIM_INFINITY else min(_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 @contextlib.contextmanager

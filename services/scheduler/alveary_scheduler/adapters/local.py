@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ import pynvml
 
 from alveary_contracts.common.v1 import common_pb2 as c
 from alveary_contracts.events.v1 import events_pb2 as ev
+from alveary_core import machine as limits
 from alveary_core import telemetry
 
 TargetKey = tuple[str, str]
@@ -37,8 +37,7 @@ def machine(max_nodes: int) -> tuple[c.Resources, list[str]]:
     except pynvml.NVMLError:
         models = []  # no NVIDIA driver: a CPU node
     gpus = len(models) // max(max_nodes, 1)
-    cpus = float(len(os.sched_getaffinity(0)))
-    return c.Resources(cpus=cpus, memory_bytes=psutil.virtual_memory().total, gpus=gpus), models
+    return c.Resources(cpus=limits.cpus(), memory_bytes=limits.memory_bytes(), gpus=gpus), models
 
 
 class LocalNodes:
