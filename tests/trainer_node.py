@@ -25,12 +25,14 @@ from alveary_core.eventlog import LOGS, METRICS, EventLog, connect, ensure_strea
 from alveary_core.events import Event, Key
 from alveary_core.objectstore import ObjectStore
 from alveary_trainer.__main__ import library
+from alveary_trainer.adapters.cgroups import Groups
 from alveary_trainer.adapters.environments import Environments
 from alveary_trainer.adapters.process import ProcessRuntime
 from alveary_trainer.agent import Agent
 from alveary_trainer.attempt import Attempt
 from alveary_trainer.node import NodeContext
 from alveary_trainer.settings import TrainerSettings
+from alveary_trainer.short_paths import ShortLinks
 from alveary_trainer.staging import ContentCache
 
 WORKSPACE = "default"
@@ -121,8 +123,10 @@ async def running(layout: Layout, folder: Path, name: str = "n") -> AsyncIterato
     )
     with tempfile.TemporaryDirectory(prefix="alv-") as sockets:
         (folder / "work").mkdir(parents=True)
+        work = folder / "work"
+        runtime = ProcessRuntime(Environments(folder / "env", 1 << 30, store), Groups(work), ShortLinks(work))
         context = NodeContext(
-            settings, new_id(), EventLog(connection, "trainer"), store, ProcessRuntime(Environments(folder / "env", 1 << 30, store)),
+            settings, new_id(), EventLog(connection, "trainer"), store, runtime,
             snapshots, datasets, models, folder / "work", Path(sockets), library(folder),
         )  # fmt: skip
         agent = Agent(context)

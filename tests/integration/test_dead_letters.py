@@ -233,7 +233,7 @@ async def test_events_that_cannot_be_read_are_set_aside_by_everybody(log: EventL
         await letters_of(log, key, 8)
         assert handled == ["1"]
     # Who appends to the aggregate folds without them, and knows that they are there.
-    aggregates = Aggregates(
+    aggregates: Aggregates[list[int]] = Aggregates(
         log, "run", list, lambda seen, event: [*seen, event.sequence] if isinstance(event.message, ev.RunTagged) else seen
     )
     state, _ = await aggregates.execute(key, lambda seen: [tagged("2")])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Sequence
 
 from alveary_contracts import rules
 from alveary_contracts.events.v1 import events_pb2 as ev
@@ -14,7 +15,7 @@ from alveary_scheduler import domain
 class SchedulerProjection(Projection):
     """Keeps the events that the live state is a fold of, and drops them when their aggregate is final."""
 
-    subjects = (
+    subjects: Sequence[str] = (
         "alveary.*.target.>", "alveary.*.node.>", "alveary.*.placement.>", "alveary.*.run.*.prepared", "alveary.*.run.*.retrying",
         "alveary.*.run.*.cancel_requested", "alveary.*.run.*.completed", "alveary.*.run.*.failed", "alveary.*.run.*.canceled",
     )  # fmt: skip
