@@ -423,7 +423,7 @@ def as_owner(workspace: str = "default") -> tuple[tuple[str, str]]:
 
 
 async def test_a_run_that_the_view_does_not_know_yet_is_followed(logs: Logs, served: rpc.LogServiceAsyncStub) -> None:
-    logs.view.apply = lambda _: None  # type: ignore[method-assign]  # it lags for ever
+    logs.view.apply = lambda event: None  # type: ignore[method-assign]  # it lags for ever
     await logs.runs.append(Key("default", "run", logs.key.id), [ev.RunSubmitted(submitted_by="tests")], 0)
     await logs.say(b"\xff early", b"")
     replies = [reply async for reply in served.Tail(pb.TailRequest(run_id=logs.key.id), metadata=as_owner())]
@@ -438,7 +438,8 @@ async def test_who_follows_and_does_not_read_holds_up_nobody(logs: Logs, served:
     await logs.runs.append(Key("default", "run", logs.key.id), [ev.RunSubmitted(submitted_by="tests")], 0)
     stalled = served.Tail(pb.TailRequest(run_id=logs.key.id, follow=True), metadata=as_owner())
     await logs.say(b"first")
-    assert (await stalled.read()).lines[0].line.data == b"first"  # and nothing more
+    reply: Any = await stalled.read()
+    assert reply.lines[0].line.data == b"first"  # and nothing more
     reading = served.Tail(pb.TailRequest(run_id=logs.key.id, follow=True, streams=["std*"]), metadata=as_owner())
     for number in range(40):
         await logs.say(b"%d " % number + b"x" * 200_000)
@@ -453,7 +454,7 @@ async def test_who_follows_and_does_not_read_holds_up_nobody(logs: Logs, served:
 
 async def test_requests_that_cannot_be_meant_are_refused_with_a_sentence(logs: Logs, served: rpc.LogServiceAsyncStub) -> None:
     await logs.runs.append(Key("default", "run", logs.key.id), [ev.RunSubmitted(submitted_by="tests")], 0)
-    bad = [
+    bad: list[tuple[Any, str]] = [
         (served.Read(pb.ReadRequest(run_id=logs.key.id, limit=10_001), metadata=as_owner()), "1 to 10000"),
         (served.Read(pb.ReadRequest(run_id=logs.key.id, limit=-1), metadata=as_owner()), "1 to 10000"),
         (served.Read(pb.ReadRequest(run_id=logs.key.id, after=-1), metadata=as_owner()), "cursor"),
