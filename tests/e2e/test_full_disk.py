@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support import Embedded, embedded, fill, finished, let_go, lines, small_disk, submit, until, wait_for_state
+from support import Embedded, embedded, fill, finished, let_go, lines, processes_of, small_disk, submit, until, wait_for_state
 
 from alveary.errors import AlvearyError
 
@@ -81,9 +81,11 @@ def test_what_is_full_recovers_by_itself(tight: Embedded, source: Path, tmp_path
     assert "are free on the disk of" in told
     nodes = tight.cli("compute", "nodes", "--json").stdout
     until(lambda: '"cordoned"' in tight.cli("compute", "nodes", "--json").stdout, f"the node is cordoned: {nodes}")
-    ballast.unlink()
     let_go(tight, neighbour)
+    until(lambda: not processes_of(neighbour), "the neighbour has ended, and its output has nowhere to go")
+    ballast.unlink()
     finished(neighbour)
+    assert "outputs/before.txt" in neighbour.get_file_names()
     assert lines(neighbour) == ["waiting", "done"]
     new = submit(workspace, other, "print('new')", experiment="new")
     finished(new)

@@ -65,6 +65,8 @@ _GONE = 30.0
 _KILLED, _READ, _CLOSED = 120.0, 120.0, 30.0
 # How long logs and metrics may stand still at the end before what is left of them is lost, seconds; and where the end is broken off.
 _STALLED, _HURRIED = 60.0, 10.0
+# How long outputs and logs of a run that is over wait for space on a full disk, seconds.
+_FULL = 900.0
 # How often ./logs is looked at for files to be synced; beyond how many bytes they have to stand still for how long first, or wait for the end.
 _SYNC_SECONDS, _SYNCED, _STILL_SECONDS, _SYNCED_AT_END = 5.0, 64 << 20, 10.0, 4 << 30
 # An event that cannot be written is tried so often in a row, where nobody foresaw why.
@@ -283,7 +285,8 @@ class Attempt:
         files: dict[str, c.FileEntry] = {}
         if order.names != _NO_NAMES:
             try:
-                files = await self._outputs.store_all(await self._outputs.names(order.names))
+                names = await self._outputs.names(order.names)
+                files = await self._with_space(lambda: self._outputs.store_all(names))
             except STORING as failure:
                 error = _not_stored(failure)
         await self._ship_rest()
@@ -296,10 +299,27 @@ class Attempt:
         if status.reason == "upload_failed":
             return ev.AttemptFinished(exit=status)
         try:
-            digest, count, size = await self._outputs.make_whole(crew.gang, crew.order.names, files)
+            digest, count, size = await self._with_space(lambda: self._outputs.make_whole(crew.gang, crew.order.names, files))
         except STORING as failure:
             return ev.AttemptFinished(exit=c.ExitStatus(reason="upload_failed", message=_not_stored(failure)))
         return ev.AttemptFinished(exit=status, manifest_digest=digest, output_files=count, output_bytes=size)
+
+    async def _with_space(self, work: Callable[[], Awaitable[T]]) -> T:
+        """What `work` returns. While this node's disk is full it is tried again: the object store may be on it too.
+
+        Raises:
+            one of STORING: it failed for another reason, or for _FULL seconds.
+        """
+        deadline = time.monotonic() + _FULL
+        while True:
+            try:
+                return await work()
+            except STORING as failure:
+                fault = self._node.disk_fault()
+                if not fault or time.monotonic() > deadline:
+                    raise
+                self._note(f"{_not_stored(failure)}; it is tried again, as {fault}")
+                await asyncio.sleep(2.0)
 
     async def _break_off(self, status: c.ExitStatus) -> ev.AttemptFinished:
         """The end of an attempt whose storing is not waited for; of one node, what was stored so far is the run's."""
@@ -334,7 +354,7 @@ class Attempt:
 
     async def _ship_rest(self) -> None:
         """Everything that was printed and logged is stored when this returns, or lost."""
-        patience = _HURRIED if self._breaking_off.is_set() else _STALLED
+        patience = _HURRIED if self._breaking_off.is_set() else _FULL if self._node.disk_fault() else _STALLED
         await self._logs.finish(patience)
         await self._metrics.finish(patience)
 

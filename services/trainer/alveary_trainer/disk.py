@@ -17,6 +17,8 @@ _INTERVAL_SECONDS = 1.0
 # Folders are measured every so often: seldom on a disk with space, often on one that is nearly full; and never for more than
 # a tenth of the time.
 _CALM_SECONDS, _SHARE = 30.0, 0.1
+# So long after the disk had space again, servers that use it may still be starting anew.
+_LINGERS_SECONDS = 30.0
 # A folder counts as growing from this much on.
 _GROWTH = 1 << 20
 
@@ -68,6 +70,8 @@ class DiskWatch:
         # What each folder held when the disk was last far from full; folders that came later held nothing.
         self._before: dict[str, int] = {}
         self._measure_at = 0.0
+        # When the disk was critical last, time.monotonic().
+        self._critical_at = -_LINGERS_SECONDS
 
     async def run(self) -> None:
         """Watch for ever."""
@@ -92,6 +96,7 @@ class DiskWatch:
         if occupants and time.monotonic() >= self._measure_at:
             await self._measure(occupants, near)
         if disks[0].critical:
+            self._critical_at = time.monotonic()
             self._end_culprit(occupants, disks[0])
 
     async def _measure(self, occupants: list[Occupant], near: bool) -> None:
@@ -115,5 +120,6 @@ class DiskWatch:
             self._measure_at = 0.0
 
     def fault(self) -> str:
-        """What to say of an attempt that failed by itself while the disk is full; empty: it is not."""
-        return f"the disk of node {self._node} was full" if self.disk is not None and self.disk.critical else ""
+        """What to say of something that failed while the disk is full, or was so a moment ago; empty: it was not."""
+        recent = time.monotonic() - self._critical_at < _LINGERS_SECONDS
+        return f"the disk of node {self._node} was full" if recent else ""

@@ -58,7 +58,9 @@ async def test_the_one_whose_folder_grew_is_ended_not_the_largest(monkeypatch: p
     )
     assert node.watch.fault() == "the disk of node n was full"
     await node.step(9000, large=5000)
-    assert node.watch.problem == "" and not node.watch.fault()
+    assert node.watch.problem == "" and node.watch.fault(), "servers may still be starting anew"
+    node.watch._critical_at -= 30
+    assert not node.watch.fault()
 
 
 async def test_nobody_is_ended_for_what_others_than_runs_wrote(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
