@@ -79,6 +79,8 @@ def test_what_is_full_recovers_by_itself(tight: Embedded, source: Path, tmp_path
     until(refused, "uploads are refused")
     told = tight.cli("status", "--json").stdout
     assert "are free on the disk of" in told
+    shown = tight.cli("status").stdout
+    assert "trouble: less than" in shown and "version " in shown and "nodes: 1" in shown
     nodes = tight.cli("compute", "nodes", "--json").stdout
     until(lambda: '"cordoned"' in tight.cli("compute", "nodes", "--json").stdout, f"the node is cordoned: {nodes}")
     let_go(tight, neighbour)

@@ -70,7 +70,7 @@ async def opened(layout: Layout) -> AsyncIterator[Servers]:
         logs.append(EventLog(connection, user))
     store = ObjectStore(f"127.0.0.1:{layout.ports.s3}", layout.secrets["s3_access"], layout.secrets["s3_secret"])
     await store.ensure_buckets()
-    yield Servers(*logs, store)
+    yield Servers(logs[0], logs[1], store)
     for log in logs:
         await log.connection.close()
     store.close()
@@ -202,8 +202,8 @@ async def test_what_is_asked_during_a_replay_is_answered_and_marked_and_nothing_
             assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
         task = asyncio.create_task(view.run(servers.log))
         await asyncio.wait_for(view.caught_up.wait(), 60)
-        call = stub.ListRuns(pb.ListRunsRequest(), **options)
-        assert run_id in [r.id for r in (await call).runs] and "alveary-behind" not in dict(await call.trailing_metadata())
+        listing = stub.ListRuns(pb.ListRunsRequest(), **options)
+        assert run_id in [r.id for r in (await listing).runs] and "alveary-behind" not in dict(await listing.trailing_metadata())
     await server.stop(0)
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)

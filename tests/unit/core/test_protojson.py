@@ -26,11 +26,12 @@ VALUES: dict[int, st.SearchStrategy[Any]] = {
 }  # fmt: skip
 
 
-def repeated(field: FieldDescriptor) -> bool:
+def repeated(field: Any) -> bool:
     return bool(field.is_repeated) if hasattr(field, "is_repeated") else field.label == F.LABEL_REPEATED
 
 
 def fill(draw: Any, message: Message, depth: int = 0) -> None:
+    field: Any
     for field in message.DESCRIPTOR.fields:
         if not draw(st.booleans()):
             continue

@@ -202,18 +202,14 @@ def limits(_: Patient) -> Iterator[Finding]:
             f"address space is limited to {address / _GIB:.1f} GiB",
             "ulimit -v unlimited: torch and Go servers map much more than they use",
         )
-    root = Path("/sys/fs/cgroup")
-    if (root / "cgroup.controllers").exists():
-        yield Finding("cgroups", OK, f"version 2: {(root / 'cgroup.controllers').read_text().strip() or 'no controllers'}")
-    elif (root / "unified").exists() or (root / "memory").exists():
-        yield Finding(
-            "cgroups",
-            NOTE,
-            "version 1 or hybrid: memory of runs is measured, not limited by the kernel",
-            "boot with systemd.unified_cgroup_hierarchy=1 for version 2",
-        )
-    else:
-        yield Finding("cgroups", NOTE, "none are mounted: memory of runs is measured, not limited by the kernel")
+    try:
+        from alveary.local.groups import sentences
+    except ImportError:
+        return  # a client alone
+    for sentence in sentences():
+        used = ": cgroup v" in sentence
+        advice = "" if used else "`alveary up` as root, or as a service with Delegate=yes, lets the kernel see to it"
+        yield Finding("cgroups", OK if used else NOTE, sentence, advice)
 
 
 def docker(_: Patient) -> Iterator[Finding]:

@@ -200,15 +200,17 @@ def status(state_dir: Path | None, as_json: bool) -> None:
 
 def _ask(workspace: Workspace) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The platform's own word on itself, and its nodes."""
+    from alveary_contracts.runs.v1 import runs_pb2
     from alveary_contracts.scheduler.v1 import scheduler_pb2 as pb
 
     client = workspace._client
+    letters = workspace._call(client.call(client.letters.CountDeadLetters, runs_pb2.CountDeadLettersRequest()))
     said = workspace._call(client.call(client.nodes.GetStatus, pb.GetStatusRequest()))
     nodes = workspace._call(client.call(client.nodes.ListNodes, pb.ListNodesRequest())).nodes
     platform = {
         "version": said.version, "hostname": said.hostname, "clock_ahead_seconds": round(said.time.ToNanoseconds() / 1e9 - time.time(), 1),
         "disk_free_bytes": said.disk_free_bytes, "disk_total_bytes": said.disk_total_bytes, "disk_reserve_bytes": said.disk_reserve_bytes,
-        "trouble": said.trouble,
+        "trouble": said.trouble, "dead_letters": letters.count,
     }  # fmt: skip
     rows = [
         {
@@ -225,6 +227,8 @@ def _platform_lines(platform: dict[str, Any], nodes: list[dict[str, Any]], troub
     lines = [f"version {platform['version']}; {free:.1f} of {total:.1f} GiB are free on its disk"]
     if abs(platform["clock_ahead_seconds"]) > 60:
         lines.append(f"its clock differs by {platform['clock_ahead_seconds']:+.0f} s from this one's")
+    if platform["dead_letters"]:
+        lines.append(f"{platform['dead_letters']} events could not be handled: `alveary admin dead-letters list` shows them")
     cordoned = [n for n in nodes if n["state"] != "ready"]
     lines.append(f"nodes: {len(nodes)}" + "".join(f"; {n['node']} is {n['state']}" for n in cordoned))
     seen = dict.fromkeys([trouble, platform["trouble"], *(n["trouble"] for n in nodes)])
