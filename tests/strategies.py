@@ -6,7 +6,7 @@ ALVEARY_TEST_EXAMPLES=n makes n times as many examples, with a random seed each 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
@@ -37,7 +37,7 @@ def few(examples: int) -> settings:
 
 
 def messages(
-    descriptor: Descriptor, texts: Sequence[str] = TEXTS, fixed: dict[str, Sequence[Any]] | None = None, depth: int = 5
+    descriptor: Descriptor, texts: Sequence[str] = TEXTS, fixed: Mapping[str, Sequence[Any]] | None = None, depth: int = 5
 ) -> st.SearchStrategy[Message]:
     """Messages of a type. Strings are often of `texts`; a field "Message.field" in `fixed` has one of those values, or none."""
     fixed = fixed or {}
@@ -72,7 +72,9 @@ def messages(
     return make()
 
 
-def _fill(draw: st.DrawFn, message: Any, field: FieldDescriptor, texts: Sequence[str], fixed: dict[str, Sequence[Any]], depth: int) -> None:
+def _fill(
+    draw: st.DrawFn, message: Any, field: FieldDescriptor, texts: Sequence[str], fixed: Mapping[str, Sequence[Any]], depth: int
+) -> None:
     target = getattr(message, field.name)
     if repeated(field) and field.message_type is not None and field.message_type.GetOptions().map_entry:
         key, value = field.message_type.fields_by_name["key"], field.message_type.fields_by_name["value"]
@@ -90,7 +92,7 @@ def _fill(draw: st.DrawFn, message: Any, field: FieldDescriptor, texts: Sequence
         setattr(message, field.name, draw(_value(field, texts, fixed, depth)))
 
 
-def _value(field: FieldDescriptor, texts: Sequence[str], fixed: dict[str, Sequence[Any]], depth: int) -> st.SearchStrategy[Any]:
+def _value(field: FieldDescriptor, texts: Sequence[str], fixed: Mapping[str, Sequence[Any]], depth: int) -> st.SearchStrategy[Any]:
     kind = field.cpp_type
     if kind == FieldDescriptor.CPPTYPE_MESSAGE:
         assert field.message_type is not None

@@ -64,7 +64,7 @@ def test_a_log_that_is_poisoned_already_stops_nobody(edge: Embedded) -> None:
     submitted, prepared = ev.RunSubmitted(spec=spec, number=1), ev.RunPrepared(spec=spec)
     write_past_the_edge(edge, "runs", *((Key("default", "run", run), message) for message in (submitted, prepared)))
     spec.resources.cpus = float("inf")
-    spec.launcher = 99
+    spec.launcher = 99  # type: ignore[assignment]
     submitted.spec.CopyFrom(spec)
     run = new_id()
     endless = ev.RunRetrying(spec=spec, delay_seconds=float("nan"))
@@ -220,7 +220,7 @@ def test_bytes_that_are_no_request_are_refused(edge: Embedded, door: tuple[grpc.
 
 
 def test_after_all_that_the_platform_works(edge: Embedded, door: tuple[grpc.Channel, str], tmp_path: Path) -> None:
-    health = health_pb2_grpc.HealthStub(door[0])  # type: ignore[no-untyped-call]
+    health: Any = health_pb2_grpc.HealthStub(door[0])
     for name in ["", *(s.full_name for s in services())]:
         assert health.Check(health_pb2.HealthCheckRequest(service=name), timeout=30).status == health_pb2.HealthCheckResponse.SERVING, name
     finished(submit(edge.workspace(), tmp_path, "print('hello')"))

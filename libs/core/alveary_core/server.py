@@ -68,14 +68,14 @@ class Interceptor(grpc.aio.ServerInterceptor):
                 try:
                     call.enter()
                     request = await _checked(request)
-                    async for reply in inner(request, context):  # type: ignore[misc]
+                    async for reply in inner(request, context):
                         yield reply
                 except BaseException as error:
                     await call.failed(error)
                     raise
                 call.done("OK")
 
-            return make(stream, _tolerant(handler.request_deserializer), handler.response_serializer)  # type: ignore[arg-type]
+            return make(stream, _tolerant(handler.request_deserializer), handler.response_serializer)
 
         make_unary = grpc.stream_unary_rpc_method_handler if handler.request_streaming else grpc.unary_unary_rpc_method_handler
         inner_unary: Any = handler.stream_unary if handler.request_streaming else handler.unary_unary
@@ -90,7 +90,7 @@ class Interceptor(grpc.aio.ServerInterceptor):
                 remaining = context.time_remaining()
                 limit = None if handler.request_streaming else min(remaining or DEFAULT_DEADLINE, DEFAULT_DEADLINE * 10)
                 async with asyncio.timeout(limit):
-                    result = inner_unary(request, context)  # type: ignore[misc]
+                    result = inner_unary(request, context)
                     reply = await result if inspect.isawaitable(result) else result
                     if disk is not None and getattr(reply, "slots", None):
                         await disk.require("this upload")
@@ -100,7 +100,7 @@ class Interceptor(grpc.aio.ServerInterceptor):
             call.done("OK")
             return reply
 
-        return make_unary(unary, _tolerant(handler.request_deserializer), handler.response_serializer)  # type: ignore[arg-type]
+        return make_unary(unary, _tolerant(handler.request_deserializer), handler.response_serializer)
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ def test_every_rule_is_of_a_field_that_exists_and_fits_its_type() -> None:
         field = MESSAGES[message].fields_by_name[name]
         assert isinstance(rule, rules.Many) == rules.repeated(field), key
         kind = rule.each if isinstance(rule, rules.Many) else rule
-        value = field.message_type.fields_by_name["value"] if rules._is_map(field) else field
+        value = field.message_type.fields_by_name["value"] if rules._is_map(field) else field  # type: ignore[union-attr]
         fits: dict[type, tuple[Any, ...]] = {
             rules.Number: (*rules._FLOATS, *rules._INTEGERS), rules.Text: (value.CPPTYPE_STRING,), rules.Data: (value.CPPTYPE_STRING,),
         }  # fmt: skip
@@ -73,8 +73,8 @@ def spec(**fields: Any) -> pb.SubmitRunRequest:
             scheduler_pb2.CreateTargetRequest(spec=ev.ComputeSpec(idle_seconds_before_scaledown=float("inf"))),
             "spec.idle_seconds_before_scaledown", "inf: a number",
         ),
-        (pb.SubscribeRequest(start=pb.SubscribeStart(from_time={"seconds": 10**15})), "start.from_time", "a time of the years 1 to 9999"),
-        (pb.SubscribeRequest(start=pb.SubscribeStart(from_time={"nanos": -1})), "start.from_time", "a time of the years 1 to 9999"),
+        (pb.SubscribeRequest(start=pb.SubscribeStart(from_time={"seconds": 10**15})), "start.from_time", "a time of the years 1 to 9999"),  # type: ignore[arg-type]
+        (pb.SubscribeRequest(start=pb.SubscribeStart(from_time={"nanos": -1})), "start.from_time", "a time of the years 1 to 9999"),  # type: ignore[arg-type]
         (pb.LogMetricsRequest(points=[pb.MetricPoint(name="x" * 257)]), "points[0].name", "257 characters"),
         (reg.RegisterModelRequest(tags={"k": "a\0"}), "tags['k']", "NUL"),
     ],
@@ -98,7 +98,7 @@ def test_of_many_violations_the_first_are_told() -> None:
 def test_texts_of_events_are_not_held_against_them_and_numbers_are() -> None:
     long = ev.RunFailed(exit=c.ExitStatus(message="\0" * 100_000))
     assert rules.problems(long, texts=False) == []
-    bad = ev.RunPrepared(spec=c.RunSpec(resources=c.Resources(cpus=float("nan")), launcher=7))
+    bad = ev.RunPrepared(spec=c.RunSpec(resources=c.Resources(cpus=float("nan")), launcher=7))  # type: ignore[arg-type]
     assert [path for path, _ in rules.problems(bad, texts=False)] == ["spec.resources.cpus", "spec.launcher"]
 
 
