@@ -751,8 +751,9 @@ class EventServiceServicer(object):
     """
 
     def Subscribe(self, request_iterator, context):
-        """First message: `start`. Then `ack_ids` of what was handled. Events that are not acknowledged within 30 s come
-        again. With a durable name the position survives the connection.
+        """First message: `start`. Then `ack` of what was handled. At most 16 events are sent ahead of their acknowledgements. While the
+        stream lives, an event comes once, however long it takes to handle; what was not acknowledged by its end comes again. With a
+        durable name the position survives the connection, and several streams of one name share its events.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -232,8 +232,9 @@ class EventServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> EventServiceAsyncStub: ...
     Subscribe: _grpc.StreamStreamMultiCallable[_runs_pb2.SubscribeRequest, _runs_pb2.SubscribeResponse]
-    """First message: `start`. Then `ack_ids` of what was handled. Events that are not acknowledged within 30 s come
-    again. With a durable name the position survives the connection.
+    """First message: `start`. Then `ack` of what was handled. At most 16 events are sent ahead of their acknowledgements. While the
+    stream lives, an event comes once, however long it takes to handle; what was not acknowledged by its end comes again. With a
+    durable name the position survives the connection, and several streams of one name share its events.
     """
 
 @_typing.type_check_only
@@ -242,8 +243,9 @@ class EventServiceAsyncStub(EventServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Subscribe: _aio.StreamStreamMultiCallable[_runs_pb2.SubscribeRequest, _runs_pb2.SubscribeResponse]  # type: ignore[assignment]
-    """First message: `start`. Then `ack_ids` of what was handled. Events that are not acknowledged within 30 s come
-    again. With a durable name the position survives the connection.
+    """First message: `start`. Then `ack` of what was handled. At most 16 events are sent ahead of their acknowledgements. While the
+    stream lives, an event comes once, however long it takes to handle; what was not acknowledged by its end comes again. With a
+    durable name the position survives the connection, and several streams of one name share its events.
     """
 
 class EventServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -255,8 +257,9 @@ class EventServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_runs_pb2.SubscribeRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_runs_pb2.SubscribeResponse], _abc.AsyncIterator[_runs_pb2.SubscribeResponse]]:
-        """First message: `start`. Then `ack_ids` of what was handled. Events that are not acknowledged within 30 s come
-        again. With a durable name the position survives the connection.
+        """First message: `start`. Then `ack` of what was handled. At most 16 events are sent ahead of their acknowledgements. While the
+        stream lives, an event comes once, however long it takes to handle; what was not acknowledged by its end comes again. With a
+        durable name the position survives the connection, and several streams of one name share its events.
         """
 
 def add_EventServiceServicer_to_server(servicer: EventServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
