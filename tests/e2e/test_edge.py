@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import importlib
 import json
 import pkgutil
@@ -205,6 +206,26 @@ def test_no_request_is_an_internal_error(
     check()
     call(*door, method, GetMessageClass(method.input_type)())
     assert edge.pids() == before
+
+
+FORGED = ["99999999999999999999", "-1", "²", "\u0661", "1.5", "=", "é", "[" * 4000] + [
+    base64.urlsafe_b64encode(text.encode()).decode()
+    for text in (
+        "null", "{}", "[]", "[0]", '[0, 1, "a", 2]', '[{}, [], "a"]', f'[0, {10**400}, "a"]', '[0, 1e999, "a"]', '[0, NaN, "a"]', "[1, 1, 1]",
+        f'[0, {2**64}, "\\ud800"]', '["a", -1, 0]', f'["a", {10**30}, 0]', '["a", 0, 9223372036854775807]', '[true, true, "a"]', "[" * 2000,
+    )
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if "page_token" in m.input_type.fields_by_name], ids=lambda m: m.name)
+def test_no_page_token_is_an_internal_error(door: tuple[grpc.Channel, str], known: tuple[str, ...], method: MethodDescriptor) -> None:
+    given_names = {"run_id": known[0], "name": "data" if "Dataset" in method.name else "known"}
+    for token in FORGED:
+        request: Any = GetMessageClass(method.input_type)(page_token=token)
+        for field, value in given_names.items():
+            if field in method.input_type.fields_by_name and method.name != "ListModels":
+                setattr(request, field, value)
+        assert call(*door, method, request) in (grpc.StatusCode.OK, grpc.StatusCode.INVALID_ARGUMENT), token
 
 
 def test_bytes_that_are_no_request_are_refused(edge: Embedded, door: tuple[grpc.Channel, str]) -> None:

@@ -29,6 +29,8 @@ from alveary_registry.projection import RegistryProjection
 # A manifest of no more files stands in the event too.
 _INLINE = 200
 _ALIAS = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
+# Of ListModels: how many versions come before; as many as SQLite can count.
+_PAGE = re.compile(r"[0-9]{1,18}")
 
 
 def _check_name(name: str) -> None:
@@ -200,7 +202,9 @@ class ModelService(rpc.ModelServiceServicer):
         size = request.page_size or 100
         if not 1 <= size <= 1000:
             raise InvalidArgument(("page_size", f"{size}: 1 to 1000"))
-        offset = int(request.page_token) if request.page_token.isdecimal() else 0
+        if request.page_token and not _PAGE.fullmatch(request.page_token):
+            raise InvalidArgument(("page_token", "not a token that ListModels gave"))
+        offset = int(request.page_token or 0)
         sql = "SELECT proto FROM models m WHERE workspace=? AND archived=0"
         values: list[Any] = [who.workspace]
         if request.name:

@@ -138,8 +138,8 @@ def decode_token(token: str) -> tuple[int, float, str]:
     """
     try:
         value = json.loads(base64.urlsafe_b64decode(token.encode()))
-    except (ValueError, RecursionError):
-        value = None
-    if isinstance(value, list) and [type(x) for x in value] in ([int, float, str], [int, int, str]) and value[0] in (0, 1):
-        return value[0], float(value[1]), value[2]
+        if isinstance(value, list) and [type(x) for x in value] in ([int, float, str], [int, int, str]) and value[0] in (0, 1):
+            return value[0], float(value[1]), value[2]
+    except (ValueError, RecursionError, OverflowError):
+        pass  # it is not what `encode_token` makes
     raise InvalidArgument(("page_token", "not a token that ListRuns gave"))
