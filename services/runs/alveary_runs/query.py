@@ -139,6 +139,7 @@ def decode_token(token: str) -> tuple[int, float, str]:
     try:
         value = json.loads(base64.urlsafe_b64decode(token.encode()))
         if isinstance(value, list) and [type(x) for x in value] in ([int, float, str], [int, int, str]) and value[0] in (0, 1):
+            value[2].encode()  # JSON can spell halves of surrogate pairs, which are no text
             return value[0], float(value[1]), value[2]
     except (ValueError, RecursionError, OverflowError):
         pass  # it is not what `encode_token` makes
