@@ -11,6 +11,7 @@ from typing import Any
 
 from google.protobuf.json_format import MessageToDict, ParseDict, ParseError
 
+from alveary_contracts import rules
 from alveary_contracts.common.v1 import common_pb2 as c
 from alveary_contracts.digests import environment_digest, manifest_digest, manifest_from_json
 from alveary_contracts.events.v1 import events_pb2 as ev
@@ -128,11 +129,13 @@ class ExportHandler:
         files: dict[str, c.FileEntry] = {}
         if message.manifest_digest:
             files = {f.path: f for f in manifest_from_json(await self._store.get("runs", f"{prefix}manifest.json")).files}
-        report = {}
+        report: dict[str, Any] = {}
         if "outputs/report.json" in files:
-            report = json.loads(await self._store.get("runs", f"{prefix}outputs/report.json"))
+            report = read_report(await self._store.get("runs", f"{prefix}outputs/report.json"))
         if not isinstance(message, ev.RunCompleted):
-            raise ExportFailed(report.get("error") or "\n".join(message.exit.last_lines) or message.exit.message or "its run was canceled")
+            raise ExportFailed(
+                str(report.get("error") or "") or "\n".join(message.exit.last_lines) or message.exit.message or "its run was canceled"
+            )
         onnx = files.get("outputs/model.onnx")
         if onnx is None:
             raise ExportFailed("the export run left no outputs/model.onnx")
@@ -142,7 +145,10 @@ class ExportHandler:
             await check(path)
         await self._store.copy("models", f"blobs/{onnx.sha256}", "runs", f"{prefix}outputs/model.onnx")
         try:
-            return self._exported(run_id, version, onnx, report)
+            exported = self._exported(run_id, version, onnx, report)
+            if found := rules.problems(exported, texts=False):
+                raise ValueError("; ".join(f"{path}: {text}" for path, text in found))
+            return exported
         except (KeyError, TypeError, ValueError, ParseError) as error:
             # The run's own code could have written anything: that must not be tried again for ever.
             raise ExportFailed(f"the export run left a report that cannot be read: {type(error).__name__}: {error}") from error
@@ -156,6 +162,21 @@ class ExportHandler:
             exporter=report["exporter"], inputs=[ParseDict(t, ev.TensorSpec()) for t in report["inputs"]],
             outputs=report.get("outputs", ()),
         )  # fmt: skip
+
+
+def read_report(data: bytes) -> dict[str, Any]:
+    """What an export run says of itself.
+
+    Raises:
+        ExportFailed: it says it in no way that can be read. The run's own code could have written anything.
+    """
+    try:
+        report = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ExportFailed(f"the export run left a report that cannot be read: {type(error).__name__}: {error}") from error
+    if not isinstance(report, dict):
+        raise ExportFailed(f"the export run left a report that is a {type(report).__name__}, not an object")
+    return report
 
 
 class ExportFailed(Exception):

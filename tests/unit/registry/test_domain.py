@@ -111,3 +111,12 @@ def test_a_dataset_of_the_same_content_is_the_version_that_has_it() -> None:
         for event in domain.register_dataset(dataset, ev.DatasetRegistered(manifest_digest=digest)):
             dataset = domain.evolve_dataset(dataset, event)
     assert [(v.version, v.manifest_digest) for v in dataset.versions] == [(1, "a"), (2, "b")]
+
+
+@pytest.mark.parametrize("data", [b"\xff", b"[1]", b"null", b"[" * 100_000, b"1" * 5000])
+def test_a_report_that_cannot_be_read_ends_its_export(data: bytes) -> None:
+    from alveary_registry.export import ExportFailed, read_report
+
+    with pytest.raises(ExportFailed, match="the export run left a report that"):
+        read_report(data)
+    assert read_report(b'{"error": "x"}') == {"error": "x"}
