@@ -95,7 +95,7 @@ def test_a_log_that_is_poisoned_already_stops_nobody(edge: Embedded) -> None:
 def test_dead_letters_are_listed_tried_again_and_dropped(edge: Embedded) -> None:
     key = Key("default", "run", new_id())
     write_past_the_edge(edge, "runs", (key, b"not json"))
-    consumers = {"runs/RunsProjection", "runs/runs", "scheduler/SchedulerProjection", "images/ImagesProjection", "images/images"}
+    consumers = {"runs/RunsProjection", "runs/runs", "images/ImagesProjection", "images/images"}
 
     def letters() -> list[dict[str, str]]:
         found = json.loads(edge.cli("admin", "dead-letters", "list", "--json").stdout)
