@@ -15,7 +15,7 @@ from support import TORCH, Embedded, embedded, finished, lines, processes_of, sa
 
 from alveary import Dataset
 from alveary.environment import Environment
-from alveary.estimator import PyTorchConfiguration, ScriptRunConfig
+from alveary.estimator import MpiConfiguration, PyTorchConfiguration, ScriptRunConfig
 from alveary.experiment import Experiment
 from alveary.run import Run
 from alveary.workspace import Workspace
@@ -160,7 +160,9 @@ def test_a_cancelled_script_saves_while_its_workers_live(workspace: Workspace, s
     assert "outputs/model" in run.get_file_names()
 
 
-def test_ranks_under_torchrun_are_asked_once_and_have_the_whole_grace(workspace: Workspace, source: Path) -> None:
+@pytest.mark.parametrize("launcher", ["torchrun", "mpirun"])
+def test_ranks_are_asked_once_and_have_the_whole_grace(mpirun: None, workspace: Workspace, source: Path, launcher: str) -> None:
+    torchrun = PyTorchConfiguration(process_count=2, node_count=1, max_restarts=3)
     run = submit(
         workspace,
         source,
@@ -171,14 +173,15 @@ def test_ranks_under_torchrun_are_asked_once_and_have_the_whole_grace(workspace:
         print("ready", flush=True)
         while not asked:
             time.sleep(0.01)
-        # One fails while the other still saves: torchrun neither ends that nor starts this anew.
+        # One fails while the other still saves: torchrun neither ends that nor starts this anew, and mpirun, which kills what it
+        # has asked after a second, does not know.
         if os.environ["RANK"] == "1":
             sys.exit(1)
-        time.sleep(1.5)
+        time.sleep(2.5)
         print("saved, asked", len(asked), flush=True)
         """,
         environment=TORCH,
-        distributed_job_config=PyTorchConfiguration(process_count=2, node_count=1, max_restarts=3),
+        distributed_job_config=torchrun if launcher == "torchrun" else MpiConfiguration(2, 1),
         grace_seconds=60,
     )
     until(lambda: said(run).count("ready") == 2, "both ranks run")

@@ -79,6 +79,8 @@ ELF[18:20] = (0x16).to_bytes(2, "little")
         (["./run.sh"], {"run.sh": b"#!/usr/bin/env python -u\n"}, 126, ["env -S"]),
         (["./run.sh"], {"run.sh": b"#!\necho\n"}, 126, ["names no interpreter"]),
         (["./run.sh"], {"run.sh": b"#!" + b"/x" * 200 + b"\n"}, 126, ["402 bytes"]),
+        (["./run.sh"], {"run.sh": b"!/usr/bin/env bash\necho\n"}, 126, ["first two bytes must be '#!'"]),
+        (["./run.sh"], {"run.sh": b"\n#!/bin/bash\necho\n"}, 126, ["first two bytes must be '#!'"]),
         (["./t.py"], {"t.py": b"import os\n"}, 126, ["t.py has no '#!' line", "python ./t.py"]),
         (["./prog"], {"prog": bytes(ELF)}, 126, ["program for s390", "this node is"]),
         (["./prog.exe"], {"prog.exe": b"MZ\x90\0"}, 126, ["program for Windows"]),

@@ -161,6 +161,8 @@ def _check_text(word: str, head: bytes) -> None:
         raise Problem(NOT_EXECUTABLE, f"{word} begins with a byte order mark, so its '#!' is not seen: save it as UTF-8 without BOM")
     if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise Problem(NOT_EXECUTABLE, f"{word} is UTF-16 text: save it as UTF-8 without BOM")
+    if head.lstrip()[:2] in (b"!/", b"#!") or head[:2] == b"#/":
+        raise Problem(NOT_EXECUTABLE, f"{word}: its first two bytes must be '#!', and are {head[:2].decode('utf-8', 'replace')!r}")
     kinds = {b"MZ": "Windows", b"\xcf\xfa\xed\xfe": "macOS", b"\xca\xfe\xba\xbe": "macOS"}
     for magic, system in kinds.items():
         if head.startswith(magic):

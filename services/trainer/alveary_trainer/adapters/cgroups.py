@@ -131,11 +131,11 @@ def _version_2(groups: list[Path], own: str) -> dict[str, Offer]:
         enabled = _words(top / "cgroup.controllers")
         if "memory" in enabled and not memory.version:
             memory = Offer(2, base)
-        elif not memory.version:
+        elif not memory.version and base is groups[0]:
             memory = Offer(why_not=missing or f"{base} has no memory controller of version 2")
         if "pids" in enabled and not pids.version:
             pids = Offer(2, base)
-        elif not pids.version:
+        elif not pids.version and base is groups[0]:
             pids = Offer(why_not=missing or f"{base} has no pids controller of version 2")
         _drop(top)
         if memory.version and pids.version:
