@@ -6,7 +6,8 @@ import pytest
 
 from alveary_contracts.common.v1 import common_pb2 as c
 from alveary_trainer import launch
-from alveary_trainer.adapters.runtime import Host, View
+from alveary_trainer.adapters.process import ProcessRuntime
+from alveary_trainer.adapters.runtime import Host, StagingFailed, View
 
 VIEW = View("/w", "/t", "/s/run.sock", "/lib", {"data-set": "/in"}, {"PATH": "/bin", "HOME": "/h"})
 HOST = Host("10.0.0.2", "", 4711, "eth1", "10.0.0.0/24")
@@ -38,6 +39,33 @@ def test_torchrun_meets_at_the_first_node_alone_or_with_others() -> None:
     assert {"--nnodes=2", "--nproc-per-node=2", "--max-restarts=3", "--rdzv-endpoint=10.0.0.1:4711", "--local-addr=10.0.0.2"} <= set(words)
     assert "is_host=0" in next(w for w in words if w.startswith("--rdzv-conf")) and words[-1] == "/lib/alveary_rank.py"
     assert "is_host=1" in next(w for w in launch.torchrun(spec, "py", "/lib", team(0), "r-1") if w.startswith("--rdzv-conf"))
+
+
+def test_addresses_of_ipv6_are_told_from_their_ports() -> None:
+    spec = c.RunSpec(entry_script="a.py", launcher=c.LAUNCHER_TORCHRUN, process_count_per_node=1)
+    six = launch.Team(1, ["fd00::1", "fd00::2"], 4711, Host("fd00::2", "", 4711))
+    words = launch.torchrun(spec, "py", "/lib", six, "r-1")
+    assert {"--rdzv-endpoint=[fd00::1]:4711", "--local-addr=fd00::2"} <= set(words)
+    assert launch.variables(spec, VIEW, "py", "r", 1, six)["MASTER_ADDR"] == "fd00::1"
+
+
+@pytest.mark.parametrize(("address", "local"), [("127.0.0.1", True), ("::1", True), ("localhost", True), ("no-such-host-", False)])
+async def test_a_node_may_have_an_address_of_any_kind(address: str, local: bool) -> None:
+    runtime = ProcessRuntime.__new__(ProcessRuntime)
+    runtime._address = address
+    if not local:
+        with pytest.raises(StagingFailed, match=f"no address {address}: set ALVEARY_ADDRESS"):
+            await runtime.host("g", 0, "bridge")
+        return
+    host = await runtime.host("g", 0, "bridge")
+    assert (host.name, bool(host.realm), host.port > 0) == (address, True, True)
+
+
+def test_processes_of_a_run_reach_each_other_without_the_nodes_proxy() -> None:
+    view = View("/w", "/t", "/s/run.sock", "/lib", {}, {"https_proxy": "http://p:1", "no_proxy": "a"})
+    spec = c.RunSpec(environment=c.Environment(environment_variables={"NO_PROXY": "b"}))
+    assert launch.variables(spec, view, "py", "r", 1, team())["no_proxy"] == "a,b,localhost,127.0.0.1,::1,10.0.0.1,10.0.0.2"
+    assert "no_proxy" not in launch.variables(spec, VIEW, "py", "r", 1, team())
 
 
 def test_mpirun_has_all_nodes_by_names_that_its_agent_knows() -> None:

@@ -22,6 +22,8 @@ from alveary_trainer.adapters import process
 from alveary_trainer.adapters.cgroups import Groups, Offer, Support, describe
 from alveary_trainer.adapters.process import ProcessTree, become_subreaper
 from alveary_trainer.adapters.runtime import Outcome
+from alveary_trainer.lines import Lines
+from alveary_trainer.shipper import pump
 
 NOWHERE = Offer(why_not="not in this test")
 HEADER = "import os, signal, sys, time\nfrom pathlib import Path\n"
@@ -356,3 +358,33 @@ async def test_a_script_may_close_its_output(groups: Groups, tmp_path: Path) -> 
 )
 def test_runs_print_utf8_whatever_the_trainers_locale_is(environ: dict[str, str], found: dict[str, str]) -> None:
     assert process.locale_of(environ) == found
+
+
+class Sink:
+    """Takes lines, and has room for all of them."""
+
+    def __init__(self) -> None:
+        self.lines: list[bytes] = []
+
+    def add(self, line: Any) -> None:
+        self.lines.append(line.data)
+
+    async def room(self) -> None:
+        await asyncio.sleep(0)
+
+
+async def test_a_pipe_that_somebody_else_holds_open_is_read_to_what_it_holds(tmp_path: Path) -> None:
+    read, write = os.pipe()
+    os.set_blocking(read, False)
+    sink, over = Sink(), asyncio.Event()
+    reading = asyncio.create_task(pump(read, Lines(sink, "stdout", 0, 1), sink, over))  # type: ignore[arg-type]
+    os.write(write, b"one\n")
+    async with asyncio.timeout(60):
+        while not sink.lines:
+            await asyncio.sleep(0.01)
+        assert not reading.done(), "its writers may live"
+        os.write(write, b"x" * 60_000 + b"\nlast")
+        over.set()
+        await reading
+    os.close(write)
+    assert sink.lines == [b"one", b"x" * 60_000, b"last"]

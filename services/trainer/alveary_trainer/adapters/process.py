@@ -89,8 +89,7 @@ class ProcessRuntime:
         """See Runtime. The processes share the network of their node."""
         interface, subnet = interface_of(self._address)
         # A loopback address is good for the nodes of one machine.
-        loopback = ipaddress.ip_address(self._address.partition("%")[0]).is_loopback
-        realm = Path("/proc/sys/kernel/random/boot_id").read_text().strip() if loopback else ""
+        realm = Path("/proc/sys/kernel/random/boot_id").read_text().strip() if is_loopback(self._address) else ""
         with socket.socket(socket.AF_INET6 if ":" in self._address else socket.AF_INET) as probe:
             try:
                 probe.bind((self._address, 0))
@@ -327,6 +326,14 @@ def address_towards(url: str) -> str:
     with socket.socket(family, kind, protocol) as probe:
         probe.connect(where)
         return str(probe.getsockname()[0])
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address, or a name, is that of the machine that says it, whichever that is."""
+    try:
+        return ipaddress.ip_address(host.partition("%")[0]).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
 
 
 def interface_of(address: str) -> tuple[str, str]:
