@@ -14,7 +14,7 @@ from alveary_core.errors import DeadlineExceeded, Unavailable
 
 T = TypeVar("T")
 # Look-ups by key have threads that no list can occupy, so that they answer at once whatever else is asked.
-_QUICK_THREADS, _SLOW_THREADS = 2, 3
+_QUICK_THREADS, _SLOW_THREADS = 2, 2
 # Queries that may wait for a thread, of each kind; beyond, callers are told to come back.
 _WAITING = 500
 # How often a query looks at the clock, in instructions of SQLite's machine: about a millisecond.

@@ -160,7 +160,10 @@ class RunService(rpc.RunServiceServicer):
             found = listing.page(db, ask)
             last = found[size - 1] if len(found) > size else None
             token_text = query.encode_token([last.nan, last.rank, last.id]) if last else ""
-            return pb.ListRunsResponse(runs=[self._view.complete(db, one.proto, names) for one in found[:size]], next_page_token=token_text)
+            reply = pb.ListRunsResponse(next_page_token=token_text)
+            for one in found[:size]:  # parsed in its place: a copy of all at the end would hold up the event loop
+                self._view.complete(db, one.proto, names, reply.runs.add())
+            return reply
 
         return await self._view.read(page, slow=True)
 

@@ -252,9 +252,10 @@ class RunsProjection(Projection):
         return await self.read(find)
 
     @staticmethod
-    def complete(db: sqlite3.Connection, proto: bytes, names: Sequence[str] = ()) -> pb.Run:
-        """A stored run, with its newest metrics."""
-        run = pb.Run.FromString(proto)
+    def complete(db: sqlite3.Connection, proto: bytes, names: Sequence[str] = (), run: pb.Run | None = None) -> pb.Run:
+        """A stored run, with its newest metrics; in `run`, where one is given."""
+        run = pb.Run() if run is None else run
+        run.ParseFromString(proto)
         show(db, run, names)
         return run
 

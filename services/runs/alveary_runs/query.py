@@ -16,7 +16,8 @@ from alveary_runs.domain import state_name
 
 _QUOTED = r'"(?:[^"\\]|\\.)*"'
 # A name may be anything: in quotes, or as it is where it has no blanks, quotes or operators.
-_FIELD = rf'(?:tags|properties|metrics)\.(?:{_QUOTED}|[^\s"=!<>]+)|[A-Za-z_]\w*'
+# Backticks quote too, as in filters of MLflow.
+_FIELD = rf'(?:tags|properties|metrics)\.(?:{_QUOTED}|`[^`]*`|[^\s"`=!<>]+)|[A-Za-z_]\w*'
 _CONDITION = re.compile(rf'\s*({_FIELD})\s*(!=|<=|>=|=|<|>)\s*({_QUOTED}|[^\s"]+)\s*', re.DOTALL)
 _ORDER = re.compile(rf"\s*({_FIELD})(?:\s+(asc|desc))?\s*", re.IGNORECASE | re.DOTALL)
 _AND = re.compile(r"AND\b\s*", re.IGNORECASE)
@@ -59,12 +60,14 @@ def conditions(text: str) -> list[Condition]:
         if len(found) == _MOST:
             raise InvalidArgument(("filter", f"at most {_MOST} conditions"))
         field, operator, raw = match.groups()
-        found.append(_condition(*_split(field, "filter"), operator, _unquoted(raw)))
+        found.append(_condition(*_split(field, "filter"), operator, _unquoted(raw) if raw.startswith('"') else raw))
         rest = rest[match.end() :]
     return found
 
 
 def _unquoted(raw: str) -> str:
+    if raw.startswith("`"):
+        return raw[1:-1]
     return re.sub(r"\\(.)", r"\1", raw[1:-1], flags=re.DOTALL) if raw.startswith('"') else raw
 
 

@@ -62,7 +62,7 @@ def test_filters_are_read_whatever_the_names_are() -> None:
     for text, name in (
         ('metrics."train/loss" < 1', "train/loss"), ("metrics.train/loss<1", "train/loss"), ('metrics."a b"=1', "a b"),
         ('metrics."AND x = 1" > -inf', "AND x = 1"), (r'metrics."say \"hi\" \\" >= 2', 'say "hi" \\'), ("metrics.val-acc@1 != 0", "val-acc@1"),
-        ('metrics."Verlust 😀\n" = nan', "Verlust 😀\n"), ("metrics.a.b.c = 1", "a.b.c"), ("metrics.a[0] = 1", "a[0]"),
+        ('metrics."Verlust 😀\n" = nan', "Verlust 😀\n"), ("metrics.a.b.c = 1", "a.b.c"), ("metrics.`avg model score` > 0.5", "avg model score"), ("metrics.a[0] = 1", "a[0]"),
     ):  # fmt: skip
         (one,) = query.conditions(text)
         assert (one.kind, one.name) == ("metrics", name), text
