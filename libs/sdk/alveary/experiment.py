@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from alveary.errors import AlvearyError
 from alveary.run import Run
+from alveary.text import quoted
 
 if TYPE_CHECKING:
     from alveary.estimator import Estimator, ScriptRunConfig
@@ -33,6 +35,7 @@ class Experiment:
         from alveary.progress import upload_progress
 
         spec = config._spec()
+        _find_script(config)
         spec.experiment = self.name
         spec.tags.update(tags or {})
         client = self.workspace._client
@@ -60,10 +63,10 @@ class Experiment:
         status: str | None = None,
     ) -> list[Run]:  # fmt: skip
         """Its runs, newest first."""
-        conditions = [f"experiment = {_quoted(self.name)}"]
+        conditions = [f"experiment = {quoted(self.name)}"]
         wanted = {tags: None} if isinstance(tags, str) else dict(tags or {})
-        conditions += [f"tags.{_quoted(k)} = {_quoted(v)}" if v is not None else f'tags.{_quoted(k)} >= ""' for k, v in wanted.items()]
-        conditions += [f"properties.{_quoted(k)} = {_quoted(v)}" for k, v in (properties or {}).items()]
+        conditions += [f"tags.{quoted(k)} = {quoted(v)}" if v is not None else f'tags.{quoted(k)} >= ""' for k, v in wanted.items()]
+        conditions += [f"properties.{quoted(k)} = {quoted(v)}" for k, v in (properties or {}).items()]
         return self.workspace._list(" AND ".join(conditions), status, include_children)
 
     @staticmethod
@@ -75,7 +78,16 @@ class Experiment:
         return [Experiment(workspace, e.name) for e in reply.experiments if experiment_name in (None, e.name)]
 
 
-def _quoted(text: object) -> str:
-    """A name or value as filters have it: any text."""
-    escaped = str(text).replace("\\", "\\\\").replace('"', '\\"')
-    return f'"{escaped}"'
+def _find_script(config: Estimator | ScriptRunConfig) -> None:
+    """Look for the script before anything is uploaded.
+
+    Raises:
+        AlvearyError: it is not in the source directory; names what is like it.
+    """
+    source = Path(config.source_directory)
+    if not config.script or config.command or Path(config.script).is_absolute() or (source / config.script).is_file():
+        return  # the platform says what is wrong with the rest
+    files = [str(f.relative_to(source)) for f in source.glob("*.py")] + [str(f.relative_to(source)) for f in source.glob("*/*.py")]
+    like = difflib.get_close_matches(config.script, files, 3) or sorted(files)[:3]
+    known = f": it has {', '.join(like)}" if like else ", nor any other script"
+    raise AlvearyError(f"the source directory {source.absolute()} has no {config.script!r}{known}", "INVALID_ARGUMENT")

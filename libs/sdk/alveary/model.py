@@ -111,9 +111,10 @@ class Model:
     ) -> builtins.list[Model]:  # fmt: skip
         """Versions, the newest of a name first."""
         found: list[Model] = []
+        run_id = workspace._call(workspace._client.full_id(run_id)) if run_id else ""
         token = ""
         while True:
-            request = reg.ListModelsRequest(name=name or "", run_id=run_id or "", latest_only=latest, page_token=token, page_size=1000)
+            request = reg.ListModelsRequest(name=name or "", run_id=run_id, latest_only=latest, page_token=token, page_size=1000)
             request.tags.update(dict(tags or {}))
             reply = workspace._call(workspace._client.call(workspace._client.models.ListModels, request))
             found += [cls._of(workspace, m) for m in reply.models]

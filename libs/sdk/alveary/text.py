@@ -29,6 +29,12 @@ def _escape(letter: str) -> str:
     return letter.encode("unicode_escape").decode("ascii")
 
 
+def quoted(text: object) -> str:
+    """A name or value as the filter language has it: any text."""
+    escaped = str(text).replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
+
+
 def width(text: str) -> int:
     """How many columns of a terminal `text` takes."""
     if text.isascii():

@@ -278,7 +278,7 @@ def test_options_become_a_filter_that_quotes_what_it_is_given(platform: Platform
         "metrics.loss",
     )
     (asked,) = platform.service.asked
-    assert asked.filter == 'state = "Failed" AND experiment = "say \\"hi\\"\\\\" AND tags.k = "v w" AND metrics.loss < 1'
+    assert asked.filter == 'state = "Failed" AND experiment = "say \\"hi\\"\\\\" AND tags."k" = "v w" AND metrics.loss < 1'
     assert asked.order_by == "metrics.loss"
 
 
@@ -359,3 +359,19 @@ def test_completion_is_printed_for_each_shell_and_completes(platform: Platform) 
 
 def test_the_version_is_told(platform: Platform) -> None:
     assert platform.piped("--version") == f"alveary {alveary.__version__}\n"
+
+
+def test_what_was_typed_is_not_obeyed_either(platform: Platform) -> None:
+    for words in (["a\x1b[31mb"], ["run", "list", "--a\x1b[31mb"], ["run", "list", "--limit", "1\x1b[2J"], ["run", "compare", "\x1b[31m"]):
+        command = [sys.executable, "-m", "alveary.cli", *words]
+        done = subprocess.run(command, env=platform.environment, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 2 and "\x1b" not in done.stderr, done.stderr
+
+
+def test_a_script_that_is_not_there_is_said_before_anything_is_uploaded(platform: Platform, tmp_path: Path) -> None:
+    for name in ("train.py", "tools/trainer.py"):
+        (tmp_path / "source" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "source" / name).touch()
+    command = [sys.executable, "-m", "alveary.cli", "run", "submit", "-s", str(tmp_path / "source"), "trian.py"]
+    done = subprocess.run(command, env=platform.environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and f"{tmp_path / 'source'} has no 'trian.py': it has train.py" in done.stderr

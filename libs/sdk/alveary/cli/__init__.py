@@ -33,6 +33,7 @@ app = LazyGroup(
         "status": ("alveary.cli.stack:status", "Say whether the platform runs, and what it has to do."),
         "doctor": ("alveary.cli.doctor:doctor", "Check this machine, and say what to do about what is wrong."),
         "run": ("alveary.cli.runs:run", "Submit, look at and end runs."),
+        "experiment": ("alveary.cli.experiments:experiment", "Experiments: runs under one name."),
         "compute": ("alveary.cli.compute:compute", "Compute targets."),
         "node": ("alveary.cli.nodes:node", "Make machines nodes of a compute target of kind `nodes`."),
         "image": ("alveary.cli.images:image", "Images of environments."),
@@ -63,7 +64,9 @@ def main() -> None:
         say(f"error: {error}", red=True)
         code = NO_PLATFORM if isinstance(error, NoPlatform) else 1
     except click.ClickException as error:
-        error.show()
+        shown = io.StringIO()
+        error.show(shown)  # it repeats what was typed
+        say(shown.getvalue().rstrip("\n"))
         code = error.exit_code
     except click.Abort:
         code = INTERRUPTED

@@ -29,6 +29,11 @@ def _run(what: str, environment: dict[str, str]) -> None:
         raise click.exceptions.Exit(code)
 
 
+def _there(folder: Path) -> None:
+    if not (folder / "stack.json").exists():
+        raise AlvearyError(f"there is no stack in {folder}: --state-dir or ALVEARY_HOME says where it is", "NOT_FOUND")
+
+
 @admin.command()
 @state_dir_option
 def verify(state_dir: Path | None) -> None:
@@ -43,6 +48,7 @@ def verify(state_dir: Path | None) -> None:
     from alveary.local.stack import servers, status
 
     folder = state_folder(state_dir)
+    _there(folder)
     layout = Layout.open(folder, None)
     if status(folder) is not None:
         _run("verify", layout.environment("archiver"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import sys
 
 import click
@@ -12,6 +11,7 @@ from alveary.cli.columns import Cell, moment, number, short_ids, took
 from alveary.cli.common import json_option, open_workspace, pairs, say
 from alveary.cli.table import show
 from alveary.errors import AlvearyError
+from alveary.text import quoted
 
 # Points of a metric that its line in a table is made of; at least four.
 _THINNED = 16
@@ -36,7 +36,7 @@ def list_runs(
 
     conditions = [f"state = {quoted(state)}"] if state else []
     conditions += [f"experiment = {quoted(experiment)}"] if experiment else []
-    conditions += [f"tags.{key} = {quoted(value)}" for key, value in pairs(tag, "--tag").items()]
+    conditions += [f"tags.{quoted(key)} = {quoted(value)}" for key, value in pairs(tag, "--tag").items()]
     conditions += [filter_text] if filter_text.strip() else []
     workspace = open_workspace()
     asked = limit + 1 if limit else 0  # one more says whether there are more
@@ -64,11 +64,6 @@ def list_runs(
             say(f"and more: these are the first {limit}; --limit 0 shows all")
         if not runs:
             say("no runs" + (" that fit" if conditions else ": submit one with `alveary run submit train.py`"))
-
-
-def quoted(text: str) -> str:
-    """`text` as a string of the filter language."""
-    return '"' + re.sub(r'(["\\])', r"\\\1", text) + '"'
 
 
 @click.command()
