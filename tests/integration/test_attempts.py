@@ -14,6 +14,7 @@ from trainer_node import Node, running
 from alveary.local.layout import Layout
 from alveary_contracts.events.v1 import events_pb2 as ev
 from alveary_contracts.ids import new_id
+from alveary_core.errors import Unavailable
 from alveary_core.events import Key
 from alveary_core.objectstore import ObjectStore
 from alveary_trainer import attempt as attempts
@@ -141,6 +142,18 @@ async def test_cancel_and_the_time_limit_work_while_outputs_are_being_stored(nod
     attempt = node.place(code, max_run_duration_seconds=1.5)
     finished = await node.over(attempt)
     assert finished.exit.reason == "timeout" and "max_run_duration_seconds = 1.5" in finished.exit.message
+
+
+async def test_what_is_broken_off_is_not_sent_any_further(node: Node) -> None:
+    outputs = OutputStore(node.context.store, "r", 1, 0, node.context.runs_dir, lambda _: None)
+    large = node.context.runs_dir / "large"
+    with large.open("wb") as file:
+        file.truncate(64 << 20)
+    outputs.below = Path("/")
+    outputs.stop()  # as it is while the first part is being sent
+    with pytest.raises(Unavailable, match="broken off"):
+        await outputs.put(large, f"outputs/{new_id()}")
+    assert await node.context.store.uploads("runs", "r/1/") == []
 
 
 async def test_storing_that_stands_still_ends(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:

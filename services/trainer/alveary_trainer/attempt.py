@@ -214,6 +214,7 @@ class Attempt:
         """Leave nothing on this node; what cannot be removed holds up nothing else."""
 
         async def kill() -> None:
+            self._outputs.stop()
             if self._tree:
                 self._tree.kill()
 
@@ -324,6 +325,7 @@ class Attempt:
     async def _break_off(self, status: c.ExitStatus) -> ev.AttemptFinished:
         """The end of an attempt whose storing is not waited for; of one node, what was stored so far is the run's."""
         outputs, crew = self._outputs, self._crew
+        outputs.stop()
         words = _WORDS[self._broken_off].format(self.spec.max_run_duration_seconds)
         text = f"{words}; {outputs.stored} of {outputs.total} files were stored by then"
         self._note(text)

@@ -153,7 +153,7 @@ class OutputStore:
         # What the script stored itself, by name.
         self.uploaded: dict[str, c.FileEntry] = {}
         self._known: dict[str, tuple[_Stamp, c.FileEntry]] = {}
-        self._moved = 0.0
+        self._moved, self._stopped = 0.0, False
         # How far `store_all` has come: what is stored, by its own name, and files of ./outputs and ./logs.
         self.done: dict[str, c.FileEntry] = {}
         self.stored = self.total = 0
@@ -174,7 +174,14 @@ class OutputStore:
             holder.close()
 
     def _progress(self, _: int) -> None:
+        # On the threads that send: what cannot be cancelled from outside ends here.
+        if self._stopped:
+            raise InterruptedError("storing was broken off")
         self._moved = time.monotonic()
+
+    def stop(self) -> None:
+        """Let what is being sent end after its present part; what is stored stays."""
+        self._stopped = True
 
     async def put(self, path: Path, name: str, final: str = "") -> c.FileEntry:
         """Store a file under its final name; where that is not known yet, any member but the first has a place of its own."""
