@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from pydantic import SecretStr
 
@@ -25,6 +26,7 @@ from alveary_core.eventlog import LOGS, METRICS, EventLog, connect, ensure_strea
 from alveary_core.events import Event, Key
 from alveary_core.objectstore import ObjectStore
 from alveary_trainer.__main__ import library
+from alveary_trainer.adapters import process
 from alveary_trainer.adapters.cgroups import Groups
 from alveary_trainer.adapters.environments import Environments
 from alveary_trainer.adapters.process import ProcessRuntime
@@ -130,12 +132,14 @@ async def running(layout: Layout, folder: Path, name: str = "n") -> AsyncIterato
             snapshots, datasets, models, folder / "work", Path(sockets), library(folder),
         )  # fmt: skip
         agent = Agent(context)
-        try:
-            yield Node(agent, context)
-        finally:
-            agent.end_all()
-            if agent._tasks:
-                await asyncio.wait(agent._tasks, timeout=30)
-            await context.close()
-            await connection.close()
-            store.close()
+        # A trainer ends the children that it did not start: here these are the test's servers.
+        with mock.patch.object(process, "end_orphans", lambda shims, starting: []):
+            try:
+                yield Node(agent, context)
+            finally:
+                agent.end_all()
+                if agent._tasks:
+                    await asyncio.wait(agent._tasks, timeout=30)
+                await context.close()
+                await connection.close()
+                store.close()

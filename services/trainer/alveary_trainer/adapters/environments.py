@@ -71,7 +71,7 @@ class Environments:
                 await self._store.get_file("images", f"wheels/{wheel['sha256']}", wheels / wheel["file"], wheel["sha256"])
             install = ["pip", "install", "--python", str(part / "bin/python"), "--require-hashes", "--no-deps", "-r", "lock.txt"]
             await self._uv(install, part, wheels)
-            shutil.rmtree(wheels)
+            await asyncio.to_thread(shutil.rmtree, wheels)
         # The path of the interpreter is written into console scripts: they must name the final one.
         for script in (part / "bin").iterdir():
             if script.is_file() and not script.is_symlink() and script.stat().st_size < 1 << 16:
