@@ -39,7 +39,9 @@ class World:
         return run
 
     def join(self) -> None:
-        self.say("node", f"t-{len(self.state.nodes)}", ev.NodeJoined(target="t", incarnation=str(next(self.names)), resources=NODE))
+        # A name that is free: a node that joins again under its own name is empty, and its old runs hold nothing there.
+        name = next(free for number in count() if (free := f"t-{number}") not in self.state.nodes)
+        self.say("node", name, ev.NodeJoined(target="t", incarnation=str(next(self.names)), resources=NODE))
 
     def act(self, starting: int = 0, idle: int = 0) -> list[domain.Decision]:
         decisions = domain.plan(self.state, {T: starting}, {T: idle}, self.now)
