@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 import pytest
-from support import TORCH, Embedded, finished, lines, submit
+from support import TORCH, Embedded, finished, lines, submit, until
 
 from alveary.dataset import Dataset
 from alveary.errors import AlvearyError, AlvearyWarning
@@ -17,6 +17,8 @@ from alveary.experiment import Experiment
 from alveary.model import Model
 from alveary.run import Run
 from alveary.workspace import Workspace
+from alveary_core.eventlog import EventLog, connect
+from alveary_core.events import Key
 from alveary_core.objectstore import ObjectStore
 
 MANY = 450
@@ -158,3 +160,61 @@ def test_what_is_damaged_in_the_store_is_named_and_replaced(workspace: Workspace
     run = submit(workspace, source, code, first.as_mount("data"))
     finished(run)
     assert lines(run) == [text]
+
+
+def test_a_deleted_run_leaves_a_tombstone_and_what_others_have_of_it(
+    workspace: Workspace, stack: Embedded, source: Path, tmp_path: Path
+) -> None:
+    known = json.loads((stack.state_dir / "stack.json").read_text())
+    code = """
+        import os
+        from alveary import Run
+        run = Run.get_context()
+        run.log("loss", 0.5)
+        os.makedirs("outputs/checkpoints")
+        for path in ("outputs/m.pt", "outputs/checkpoints/e1"):
+            with open(path, "w") as file:
+                file.write("weights")
+        print("a line")
+        """
+    run, kept = submit(workspace, source, code, experiment="deleted"), submit(workspace, source, code, experiment="deleted")
+    waiting = submit(workspace, source, "import time; time.sleep(600)", experiment="deleted")
+    with pytest.raises(AlvearyError, match=r"it is \w+: cancel it"):
+        waiting.delete()
+    waiting.cancel()
+    for one in (run, kept):
+        finished(one)
+    model = run.register_model(f"kept-{os.getpid()}", "outputs/m.pt")
+    until(lambda: run.get_metrics() == {"loss": 0.5}, "its metrics are there")
+
+    async def left() -> list[str]:
+        store = ObjectStore(f"127.0.0.1:{known['ports']['s3']}", known["secrets"]["s3_access"], known["secrets"]["s3_secret"])
+        try:
+            return await store.keys("runs", f"{run.id}/")
+        finally:
+            store.close()
+
+    async def told() -> list[str]:
+        connection = await connect(f"nats://127.0.0.1:{known['ports']['nats']}", "runs", known["secrets"]["runs"], "test")
+        try:
+            keys = [Key("default", kind, run.id) for kind in ("run", "placement", "log")] + [Key("default", "attempt", f"{run.id}-1")]
+            return [event.name for key in keys for event in await EventLog(connection, "test").read(key)]
+        finally:
+            await connection.close()
+
+    assert len(workspace._call(left())) >= 4 and "submitted" in workspace._call(told())
+    refused = stack.cli("run", "delete", run.id, stdin="n\n", check=False)
+    assert refused.returncode != 0 and run.get_status() == "Completed"
+    assert stack.cli("run", "delete", run.id, "--yes").stdout == f"deleted: {run.id}\n"
+    for question in (run.get_status, run.get_metrics, run.get_file_names, run.delete):
+        with pytest.raises(AlvearyError, match="there is no run .* deleted it") as caught:
+            question()
+        assert caught.value.code == "NOT_FOUND"
+    until(lambda: not workspace._call(left()), "its objects are gone")
+    until(lambda: workspace._call(told()) == ["deleted"], "its events are gone")
+    assert [r.id for r in Experiment(workspace, "deleted").get_runs()] == [waiting.id, kept.id]
+    assert kept.get_metrics() == {"loss": 0.5} and lines(kept) == ["a line"]
+    assert Path(model.download(str(tmp_path))).read_text() == "weights"
+    with pytest.raises(AlvearyError, match="there is no run"):
+        run.register_model("again", "outputs/m.pt")
+    finished(waiting, "Canceled")

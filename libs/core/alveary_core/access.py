@@ -19,7 +19,7 @@ WRITES: dict[str, tuple[str, ...]] = {
 }
 # What the key of each service may do with each bucket: "r" read, "w" write and delete, "rw" both.
 BUCKETS: dict[str, dict[str, str]] = {
-    "runs": {"snapshots": "rw", "runs": "r", "views": "rw"},
+    "runs": {"snapshots": "rw", "runs": "rw", "views": "rw"},
     "images": {"images": "rw"},
     "scheduler": {},
     "trainer": {"snapshots": "r", "datasets": "r", "images": "r", "models": "rw", "runs": "rw"},

@@ -228,14 +228,14 @@ class EventLog:
         """
         await self.purge_subject(key.subject(), before)
 
-    async def purge_subject(self, subject: str, before: int) -> None:
-        """Remove the events of a subject, which may have wildcards, that are older than sequence `before`.
+    async def purge_subject(self, subject: str, before: int | None, stream: str = STREAM) -> None:
+        """Remove the messages of a subject, which may have wildcards, that are older than sequence `before`; None: all.
 
         Raises:
             Unavailable: the log did not answer in time.
         """
         try:
-            await self._patient_js.purge_stream(STREAM, seq=before, subject=subject)
+            await self._patient_js.purge_stream(stream, seq=before, subject=subject)
         except _TRANSIENT as error:
             raise Unavailable(f"the event log does not purge {subject}: {error or type(error).__name__}") from error
 

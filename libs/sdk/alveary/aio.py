@@ -248,6 +248,10 @@ class Client:
         """Ask for a run's end."""
         return (await self.call(self.runs.CancelRun, pb.CancelRunRequest(run_id=run_id, reason=reason))).run  # type: ignore[no-any-return]
 
+    async def delete_run(self, run_id: str, reason: str = "") -> None:
+        """Erase a final run and all that belongs to it alone."""
+        await self.call(self.runs.DeleteRun, pb.DeleteRunRequest(run_id=run_id, reason=reason))
+
     async def tag_run(
         self, run_id: str, set: Mapping[str, str] | None = None, remove: Sequence[str] = (), properties: Mapping[str, str] | None = None
     ) -> None:

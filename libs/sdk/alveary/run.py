@@ -211,6 +211,14 @@ class Run:
         """Ask for its end."""
         self._call(self._workspace._client.cancel_run(self.id))
 
+    def delete(self) -> None:
+        """Erase it, once it is final: its files, checkpoints, log and metrics. Models that were registered from it stay.
+
+        Raises:
+            AlvearyError: it is not final.
+        """
+        self._call(self._workspace._client.delete_run(self.id))
+
     def why_queued(self) -> dict[str, Any]:
         """Position in its target's queue (from 1), what it waits for, what would help, and when it begins at the latest.
 

@@ -25,8 +25,8 @@ class LogState:
 class LogsProjection(Projection):
     """The logs service's read model."""
 
-    subjects = ("alveary.*.run.*.submitted", "alveary.*.run.*.compacted", *FINAL_SUBJECTS, "alveary.*.log.>")
-    version = 3
+    subjects = ("alveary.*.run.*.submitted", "alveary.*.run.*.compacted", "alveary.*.run.*.deleted", *FINAL_SUBJECTS, "alveary.*.log.>")
+    version = 4
     schema = """
     CREATE TABLE IF NOT EXISTS runs (run TEXT PRIMARY KEY, workspace TEXT, final INTEGER DEFAULT 0) WITHOUT ROWID;
     CREATE TABLE IF NOT EXISTS parts (run TEXT, event INTEGER, last INTEGER, open INTEGER, archived BLOB, PRIMARY KEY (run, event))
@@ -45,6 +45,9 @@ class LogsProjection(Projection):
                     "INSERT OR REPLACE INTO parts VALUES (?,?,?,?,?)",
                     (event.key.id, event.sequence, last_of(archived), archived.open, archived.SerializeToString()),
                 )
+            case ev.RunDeleted():
+                for table in ("runs", "parts"):
+                    self.db.execute(f"DELETE FROM {table} WHERE run=?", (event.key.id,))
             case _:
                 self.db.execute(
                     "INSERT INTO runs (run, workspace, final) VALUES (?,?,1) ON CONFLICT DO UPDATE SET final=1",

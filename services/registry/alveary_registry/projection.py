@@ -18,8 +18,9 @@ class RegistryProjection(Projection):
     subjects = (
         "alveary.*.model.>", "alveary.*.dataset.>", "alveary.*.run.*.submitted", "alveary.*.run.*.completed",
         "alveary.*.run.*.failed", "alveary.*.run.*.canceled", "alveary.*.run.*.compacted",
+        "alveary.*.run.*.deleted",
     )  # fmt: skip
-    version = 3
+    version = 4
     schema = """
     CREATE TABLE IF NOT EXISTS models (workspace TEXT, name TEXT, version INTEGER, run TEXT, archived INTEGER, at REAL,
       proto BLOB, PRIMARY KEY (workspace, name, version));
@@ -42,6 +43,8 @@ class RegistryProjection(Projection):
                 "UPDATE runs SET attempt=?, manifest=?, state=? WHERE run=?",
                 (message.attempt, message.manifest_digest, event.name, key.id),
             )
+        elif isinstance(message, ev.RunDeleted):
+            self.db.execute("DELETE FROM runs WHERE run=?", (key.id,))
         elif isinstance(message, ev.RunCompacted):
             known = c.RunState.DESCRIPTOR.values_by_number.get(message.state)  # a newer version may know more
             state = known.name.removeprefix("RUN_STATE_").lower() if known else str(message.state)

@@ -13,6 +13,7 @@ from alveary_runs.api import ExperimentService, RunService, WorkspaceService
 from alveary_runs.compaction import Compaction
 from alveary_runs.copies import Copies
 from alveary_runs.dead_letters import DeadLetterService, measure
+from alveary_runs.erasure import Erasure
 from alveary_runs.handlers import SUBJECTS, Handlers, settle
 from alveary_runs.metrics import MetricsProjection
 from alveary_runs.projection import RunsProjection
@@ -37,7 +38,9 @@ async def start(service: Service) -> None:
     server.add(runs_pb2.DESCRIPTOR.services_by_name.values())
     service.spawn(projection.run(service.log), "projection")
     service.spawn(metrics.run(service.log), "metrics")
-    service.spawn(service.log.consume("runs", SUBJECTS, Handlers(runs, projection)), "handlers")
+    service.spawn(
+        service.log.consume("runs", SUBJECTS, Handlers(runs, projection, Erasure(service.log, service.store, metrics))), "handlers"
+    )
     service.spawn(settle(runs, projection), "settle")
     service.spawn(measure(service.log.dead_letters), "dead-letters")
     service.spawn(copies["runs"].keep(projection), "copies")

@@ -70,6 +70,10 @@ class RunService(rpc.RunServiceServicer):
             # The id follows from the key, so that two submissions meet in one aggregate, on whichever replica.
             run_id = id_from_key(who.workspace, key_text)
             state, sequence = await self._runs.load(self._runs.key(who.workspace, run_id))
+            if state.deleted_by:
+                raise FailedPrecondition(
+                    f"the run of this idempotency key was deleted by {state.deleted_by}: use another key", f"run/{run_id}"
+                )
             if sequence:
                 return pb.SubmitRunResponse(run=await self._shown(who.workspace, run_id, state), sequence=sequence)
         await self._view.ready()  # targets, datasets and the number are looked up in it
@@ -133,6 +137,8 @@ class RunService(rpc.RunServiceServicer):
         run = await self._view.get(who.workspace, run_id, names)
         if run is None:  # submitted a moment ago, perhaps
             state, sequence = await self._runs.load(self._runs.key(who.workspace, run_id)) if is_id(run_id) else (None, 0)
+            if state is not None and state.deleted_by:
+                raise NotFound("run", run_id, f"{state.deleted_by} deleted it")
             if not sequence or state is None:
                 raise NotFound("run", run_id, f"in workspace {who.workspace}; `alveary run list` shows those there are")
             if self._view.caught_up.is_set():  # else what the log says of it is what there is
@@ -189,6 +195,18 @@ class RunService(rpc.RunServiceServicer):
         except domain.Rejected as error:
             raise FailedPrecondition(f"run {run_id}: {error}", f"run/{run_id}") from error
         return pb.CancelRunResponse(run=view(run_id, state), sequence=sequence)
+
+    async def DeleteRun(self, request: pb.DeleteRunRequest, context: Context) -> pb.DeleteRunResponse:
+        who = auth.require("writer")
+        run = (await self._get(request.run_id))[1]
+        try:
+            _, sequence = await self._runs.execute(
+                self._runs.key(who.workspace, run.id), lambda state: domain.delete(state, who.subject, request.reason, run.submitted_at)
+            )
+        except domain.Rejected as error:
+            raise FailedPrecondition(f"run {run.id}: {error}", f"run/{run.id}") from error
+        await self._view.wait_for(sequence)
+        return pb.DeleteRunResponse(sequence=sequence)
 
     async def TagRun(self, request: pb.TagRunRequest, context: Context) -> pb.TagRunResponse:
         who = auth.require("writer")

@@ -30,7 +30,7 @@ _BATCH, _AT_ONCE, _RATE = 200, 10, 250.0
 _SHARE = 0.1
 _PATIENCE_SECONDS = 86400.0
 # What may follow when a run is final: a purge for all runs would take away what is newer than the run's one event.
-_LATER = ("tagged", "archived", "compacted")
+_LATER = ("tagged", "archived", "compacted", "deleted")
 EVENTS = [name[1] for d in ev.DESCRIPTOR.message_types_by_name if (name := event_name(d)) and name[0] == "run"]
 WIDE = [
     "alveary.*.placement.>", "alveary.*.attempt.>", *(f"alveary.*.run.*.{name}" for name in EVENTS if name not in _LATER)

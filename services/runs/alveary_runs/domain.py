@@ -60,6 +60,8 @@ class Run:
     description: str = ""
     archived: bool = False
     compacted: bool = False
+    # By whom; empty: it is there.
+    deleted_by: str = ""
 
     @property
     def final(self) -> bool:
@@ -252,6 +254,23 @@ def compact(run: Run, submitted: ev.RunSubmitted, times: Mapping[str, Timestamp]
     ]  # fmt: skip
 
 
+def delete(run: Run, by: str, reason: str, submitted_at: Timestamp) -> Events:
+    """Erase a final run; once.
+
+    Raises:
+        Rejected: it is not final.
+    """
+    if run.deleted_by:
+        return []
+    if not run.final:
+        raise Rejected(f"it is {state_name(run.state)}: cancel it, or wait for its end, before it is deleted")
+    return [
+        ev.RunDeleted(
+            deleted_by=by, reason=reason, state=run.state, attempt=run.attempt, experiment=run.spec.experiment, submitted_at=submitted_at
+        )
+    ]
+
+
 def state_name(state: c.RunState.ValueType) -> str:
     """ "NotStarted" of RUN_STATE_NOT_STARTED: the names that users of Azure ML know."""
     known = c.RunState.DESCRIPTOR.values_by_number.get(state)
@@ -312,6 +331,13 @@ def evolve(run: Run, event: Message) -> Run:
             )  # fmt: skip
         case ev.RunArchived():
             return replace(run, archived=True)
+        case ev.RunDeleted():
+            return Run(
+                state=event.state,
+                attempt=event.attempt,
+                spec=c.RunSpec(experiment=event.experiment),
+                deleted_by=event.deleted_by or "somebody",
+            )
         case ev.RunCompacted(submitted=first):
             return Run(
                 state=event.state, spec=first.spec, submitted_by=first.submitted_by, image_digest=first.image_digest,

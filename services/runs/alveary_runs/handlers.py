@@ -9,12 +9,14 @@ from alveary_core import telemetry
 from alveary_core.aggregates import Aggregates
 from alveary_core.events import Event
 from alveary_runs import domain
+from alveary_runs.erasure import Erasure
 from alveary_runs.projection import RunsProjection
 from alveary_runs.validation import with_defaults
 
 SUBJECTS = (
     "alveary.*.run.*.submitted",
     "alveary.*.run.*.not_responding",
+    "alveary.*.run.*.deleted",
     "alveary.*.image.>",
     "alveary.*.placement.>",
     "alveary.*.attempt.>",
@@ -25,8 +27,8 @@ SUBJECTS = (
 class Handlers:
     """Moves runs when the other services say what happened."""
 
-    def __init__(self, runs: Aggregates[domain.Run], projection: RunsProjection) -> None:
-        self._runs, self._projection = runs, projection
+    def __init__(self, runs: Aggregates[domain.Run], projection: RunsProjection, erasure: Erasure) -> None:
+        self._runs, self._projection, self._erasure = runs, projection, erasure
 
     async def __call__(self, event: Event) -> None:
         """Handle one event; idempotent."""
@@ -48,6 +50,9 @@ class Handlers:
     async def _on_run(self, event: Event) -> None:
         if isinstance(event.message, ev.RunNotResponding):
             await self._do(event, event.key.id, domain.resume_after_loss)
+            return
+        if isinstance(event.message, ev.RunDeleted):
+            await self._erasure(event)
             return
         # A cached image: the images service has nothing to do, and nothing to say.
         await self._projection.wait_for(event.sequence)

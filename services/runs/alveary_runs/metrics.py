@@ -141,6 +141,17 @@ class MetricsProjection(Projection):
         except TooManyMetrics as error:
             raise ResourceExhausted(f"run {run}: {error}") from error
 
+    async def erase(self, run: str) -> None:
+        """Forget all that a run logged."""
+
+        def work(db: sqlite3.Connection) -> None:
+            db.execute("DELETE FROM chunks WHERE series IN (SELECT id FROM series WHERE run=?)", (run,))
+            for table in ("series", "newest", "totals"):
+                db.execute(f"DELETE FROM {table} WHERE run=?", (run,))
+            self.forget()
+
+        await self.write(work)
+
     # ---- writing --------------------------------------------------------------------------------------------------
 
     def apply(self, event: Event) -> None:

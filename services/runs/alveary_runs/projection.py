@@ -146,6 +146,9 @@ class RunsProjection(Projection):
             case ev.RunTagged() | ev.RunArchived():
                 entry.labels = True
                 entry.tagged += entry.compacted is None
+            case ev.RunDeleted() as deleted:
+                entry.times["submitted_at"] = deleted.submitted_at
+                entry.known = True
             case ev.RunCompacted() as whole:
                 for name in ("submitted_at", "started_at", "ended_at"):
                     if whole.HasField(name):
@@ -197,6 +200,13 @@ class RunsProjection(Projection):
                 entry.events = False
             if not entry.known:
                 continue  # the first of its events that is left is none that begins a run
+            if run.deleted_by:
+                for table, column in (("runs", "id"), ("labels", "run"), ("run_events", "run")):
+                    self.db.execute(f"DELETE FROM {table} WHERE {column}=?", (run_id,))
+                if not entry.stored:  # numbers of an experiment's runs are not given twice
+                    counts.append((entry.workspace, run.spec.experiment, _seconds(entry.times["submitted_at"])))
+                entry.stored = True
+                continue
             shown = view(run_id, run)
             shown.sequence = entry.sequence
             for name, stamp in entry.times.items():

@@ -224,3 +224,17 @@ def test_making_room_costs_no_attempt() -> None:
     canceled = fold(run, domain.cancel(run, "me", ""))
     (end,) = domain.finished(canceled, 3, ev.AttemptFinished(exit=c.ExitStatus(reason="preempted")))
     assert isinstance(end, ev.RunCanceled)
+
+
+def test_only_a_final_run_is_deleted_and_nothing_follows() -> None:
+    now = ev.RunDeleted().submitted_at
+    run = domain.evolve(domain.Run(), ev.RunSubmitted(spec=c.RunSpec(experiment="e")))
+    with pytest.raises(domain.Rejected, match="it is NotStarted: cancel it"):
+        domain.delete(run, "me", "", now)
+    run = domain.evolve(run, ev.RunCompleted(attempt=2))
+    (event,) = domain.delete(run, "me", "why", now)
+    assert (event.deleted_by, event.reason, event.state, event.attempt, event.experiment) == ("me", "why", c.RUN_STATE_COMPLETED, 2, "e")  # type: ignore[attr-defined]
+    for before in (run, domain.Run()):  # its events may be gone already
+        gone = domain.evolve(before, event)
+        assert gone.final and gone.deleted_by == "me"
+        assert domain.delete(gone, "me", "", now) == domain.submit(gone, ev.RunSubmitted()) == []

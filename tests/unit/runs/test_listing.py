@@ -306,3 +306,26 @@ def test_events_of_a_run_that_is_not_known_make_no_run(filled: Filled) -> None:
     assert filled.view.db.execute("SELECT count(*) FROM runs WHERE id='ghost'").fetchone()[0] == 0
     filled.apply("ghost", ev.RunSubmitted(spec=c.RunSpec(experiment="e")))
     assert filled.view.db.execute("SELECT state FROM runs WHERE id='ghost'").fetchone()[0] == c.RUN_STATE_NOT_STARTED
+
+
+async def test_a_deleted_run_is_nowhere_and_its_number_is_not_given_again(tmp_path: Path) -> None:
+    filled = Filled(tmp_path / "view.sqlite")
+    stamp = ev.RunDeleted().submitted_at
+    stamp.FromSeconds(5)
+    tombstone = ev.RunDeleted(deleted_by="me", state=c.RUN_STATE_COMPLETED, attempt=1, experiment="e", submitted_at=stamp)
+    filled.submit("a", tags={"k": "v"})
+    filled.apply("a", ev.RunCompleted(attempt=1))
+    filled.submit("b")
+    filled.log("a", ("loss", 1.0))
+    filled.apply("a", tombstone)
+    await filled.metrics.erase("a")
+    # What a rebuilt view finds of one that was deleted long ago.
+    filled.apply("c", tombstone)
+    for table in ("runs", "labels", "run_events"):
+        column = "id" if table == "runs" else "run"
+        assert [r[0] for r in await filled.view.rows(f"SELECT DISTINCT {column} FROM {table}")] in (["b"], [])
+    for table in ("series", "newest", "totals", "chunks"):
+        assert (await filled.metrics.rows(f"SELECT count(*) FROM {table}"))[0][0] == 0
+    assert await filled.view.next_number("w", "e") == 4
+    filled.log("b", ("loss", 2.0))
+    assert (await filled.metrics.rows("SELECT run FROM newest"))[0][0] == "b"

@@ -168,3 +168,17 @@ def cancel(run_id: str) -> None:
     run = open_workspace().get_run(run_id)
     run.cancel()
     click.echo(f"cancel requested: {run.id}")
+
+
+@click.command()
+@click.argument("run_ids", metavar="RUN_ID...", nargs=-1, required=True)
+@click.option("--yes", "-y", is_flag=True, help="Do not ask.")
+def delete(run_ids: tuple[str, ...], yes: bool) -> None:
+    """Erase final runs: their files, checkpoints, logs and metrics. Models that were registered from them stay."""
+    workspace = open_workspace()
+    runs = [workspace.get_run(run_id) for run_id in run_ids]  # all of them are there, or none is touched
+    if not yes:
+        click.confirm(f"erase {', '.join(run.id for run in runs)}, with all files, logs and metrics, for ever?", abort=True, err=True)
+    for run in runs:
+        run.delete()
+        click.echo(f"deleted: {run.id}")

@@ -22,6 +22,8 @@ A run's life
                    RunRetrying (back to Queued with the next attempt) or RunFailed when no attempt is left, or
                    RunCanceled when a cancel was asked for.
 RunCompacted follows some time after the end and says it all again in one event: earlier events of the run are purged.
+RunDeleted follows where somebody asked for it, from a final state alone: everything else that is known of the run is
+erased, and this is all that stays.
 States advance in that order; only NotResponding leads back. Attempts are numbered from 1 and fenced: events of an
 attempt other than the current one, and of one whose placement was revoked, change nothing.
 
@@ -52,9 +54,49 @@ else:
 DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
-class RunSubmitted(_message.Message):
-    """---- run (writer: runs) -------------------------------------------------------------------------------------------"""
+class RunDeleted(_message.Message):
+    """---- run (writer: runs) -------------------------------------------------------------------------------------------
 
+    The tombstone of a run. Its files, log and metrics, and all its other events are erased after it.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DELETED_BY_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    EXPERIMENT_FIELD_NUMBER: _builtins.int
+    SUBMITTED_AT_FIELD_NUMBER: _builtins.int
+    deleted_by: _builtins.str
+    reason: _builtins.str
+    state: _common_pb2.RunState.ValueType
+    """How it had ended."""
+    attempt: _builtins.int
+    """Its newest attempt."""
+    experiment: _builtins.str
+    @_builtins.property
+    def submitted_at(self) -> _timestamp_pb2.Timestamp: ...
+    def __init__(
+        self,
+        *,
+        deleted_by: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        state: _common_pb2.RunState.ValueType = ...,
+        attempt: _builtins.int = ...,
+        experiment: _builtins.str = ...,
+        submitted_at: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["submitted_at", b"submitted_at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "deleted_by", b"deleted_by", "experiment", b"experiment", "reason", b"reason", "state", b"state", "submitted_at", b"submitted_at"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RunDeleted: _TypeAlias = RunDeleted  # noqa: Y015
+
+@_typing.final
+class RunSubmitted(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     SPEC_FIELD_NUMBER: _builtins.int

@@ -22,6 +22,8 @@ A run's life
                    RunRetrying (back to Queued with the next attempt) or RunFailed when no attempt is left, or
                    RunCanceled when a cancel was asked for.
 RunCompacted follows some time after the end and says it all again in one event: earlier events of the run are purged.
+RunDeleted follows where somebody asked for it, from a final state alone: everything else that is known of the run is
+erased, and this is all that stays.
 States advance in that order; only NotResponding leads back. Attempts are numbered from 1 and fenced: events of an
 attempt other than the current one, and of one whose placement was revoked, change nothing.
 

@@ -69,6 +69,11 @@ class RunServiceStub(object):
                 request_serializer=alveary_dot_runs_dot_v1_dot_runs__pb2.WatchRunRequest.SerializeToString,
                 response_deserializer=alveary_dot_runs_dot_v1_dot_runs__pb2.WatchRunResponse.FromString,
                 _registered_method=True)
+        self.DeleteRun = channel.unary_unary(
+                '/alveary.runs.v1.RunService/DeleteRun',
+                request_serializer=alveary_dot_runs_dot_v1_dot_runs__pb2.DeleteRunRequest.SerializeToString,
+                response_deserializer=alveary_dot_runs_dot_v1_dot_runs__pb2.DeleteRunResponse.FromString,
+                _registered_method=True)
         self.CancelRun = channel.unary_unary(
                 '/alveary.runs.v1.RunService/CancelRun',
                 request_serializer=alveary_dot_runs_dot_v1_dot_runs__pb2.CancelRunRequest.SerializeToString,
@@ -145,9 +150,17 @@ class RunServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def CancelRun(self, request, context):
+    def DeleteRun(self, request, context):
         """In every state. Of a final run: FAILED_PRECONDITION.
+        Erase a final run: its files, checkpoints, log, metrics and events. A tombstone stays (run.deleted); models that were
+        registered from it, and datasets, stay too.
         """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CancelRun(self, request, context):
+        """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -217,6 +230,11 @@ def add_RunServiceServicer_to_server(servicer, server):
                     servicer.WatchRun,
                     request_deserializer=alveary_dot_runs_dot_v1_dot_runs__pb2.WatchRunRequest.FromString,
                     response_serializer=alveary_dot_runs_dot_v1_dot_runs__pb2.WatchRunResponse.SerializeToString,
+            ),
+            'DeleteRun': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteRun,
+                    request_deserializer=alveary_dot_runs_dot_v1_dot_runs__pb2.DeleteRunRequest.FromString,
+                    response_serializer=alveary_dot_runs_dot_v1_dot_runs__pb2.DeleteRunResponse.SerializeToString,
             ),
             'CancelRun': grpc.unary_unary_rpc_method_handler(
                     servicer.CancelRun,
@@ -411,6 +429,33 @@ class RunService(object):
             '/alveary.runs.v1.RunService/WatchRun',
             alveary_dot_runs_dot_v1_dot_runs__pb2.WatchRunRequest.SerializeToString,
             alveary_dot_runs_dot_v1_dot_runs__pb2.WatchRunResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteRun(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/alveary.runs.v1.RunService/DeleteRun',
+            alveary_dot_runs_dot_v1_dot_runs__pb2.DeleteRunRequest.SerializeToString,
+            alveary_dot_runs_dot_v1_dot_runs__pb2.DeleteRunResponse.FromString,
             options,
             channel_credentials,
             insecure,

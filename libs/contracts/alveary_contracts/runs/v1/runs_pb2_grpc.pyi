@@ -43,8 +43,12 @@ class RunServiceStub:
     ListRuns: _grpc.UnaryUnaryMultiCallable[_runs_pb2.ListRunsRequest, _runs_pb2.ListRunsResponse]
     WatchRun: _grpc.UnaryStreamMultiCallable[_runs_pb2.WatchRunRequest, _runs_pb2.WatchRunResponse]
     """The run now, then once more whenever it changes; ends after the final state."""
+    DeleteRun: _grpc.UnaryUnaryMultiCallable[_runs_pb2.DeleteRunRequest, _runs_pb2.DeleteRunResponse]
+    """In every state. Of a final run: FAILED_PRECONDITION.
+    Erase a final run: its files, checkpoints, log, metrics and events. A tombstone stays (run.deleted); models that were
+    registered from it, and datasets, stay too.
+    """
     CancelRun: _grpc.UnaryUnaryMultiCallable[_runs_pb2.CancelRunRequest, _runs_pb2.CancelRunResponse]
-    """In every state. Of a final run: FAILED_PRECONDITION."""
     TagRun: _grpc.UnaryUnaryMultiCallable[_runs_pb2.TagRunRequest, _runs_pb2.TagRunResponse]
     LogMetrics: _grpc.StreamUnaryMultiCallable[_runs_pb2.LogMetricsRequest, _runs_pb2.LogMetricsResponse]
     """Metrics from outside a training process (inside one, alveary.Run.get_context() needs no credential)."""
@@ -69,8 +73,12 @@ class RunServiceAsyncStub(RunServiceStub):
     ListRuns: _aio.UnaryUnaryMultiCallable[_runs_pb2.ListRunsRequest, _runs_pb2.ListRunsResponse]  # type: ignore[assignment]
     WatchRun: _aio.UnaryStreamMultiCallable[_runs_pb2.WatchRunRequest, _runs_pb2.WatchRunResponse]  # type: ignore[assignment]
     """The run now, then once more whenever it changes; ends after the final state."""
+    DeleteRun: _aio.UnaryUnaryMultiCallable[_runs_pb2.DeleteRunRequest, _runs_pb2.DeleteRunResponse]  # type: ignore[assignment]
+    """In every state. Of a final run: FAILED_PRECONDITION.
+    Erase a final run: its files, checkpoints, log, metrics and events. A tombstone stays (run.deleted); models that were
+    registered from it, and datasets, stay too.
+    """
     CancelRun: _aio.UnaryUnaryMultiCallable[_runs_pb2.CancelRunRequest, _runs_pb2.CancelRunResponse]  # type: ignore[assignment]
-    """In every state. Of a final run: FAILED_PRECONDITION."""
     TagRun: _aio.UnaryUnaryMultiCallable[_runs_pb2.TagRunRequest, _runs_pb2.TagRunResponse]  # type: ignore[assignment]
     LogMetrics: _aio.StreamUnaryMultiCallable[_runs_pb2.LogMetricsRequest, _runs_pb2.LogMetricsResponse]  # type: ignore[assignment]
     """Metrics from outside a training process (inside one, alveary.Run.get_context() needs no credential)."""
@@ -130,12 +138,22 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         """The run now, then once more whenever it changes; ends after the final state."""
 
     @_abc_1.abstractmethod
+    def DeleteRun(
+        self,
+        request: _runs_pb2.DeleteRunRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_runs_pb2.DeleteRunResponse, _abc.Awaitable[_runs_pb2.DeleteRunResponse]]:
+        """In every state. Of a final run: FAILED_PRECONDITION.
+        Erase a final run: its files, checkpoints, log, metrics and events. A tombstone stays (run.deleted); models that were
+        registered from it, and datasets, stay too.
+        """
+
+    @_abc_1.abstractmethod
     def CancelRun(
         self,
         request: _runs_pb2.CancelRunRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_runs_pb2.CancelRunResponse, _abc.Awaitable[_runs_pb2.CancelRunResponse]]:
-        """In every state. Of a final run: FAILED_PRECONDITION."""
+    ) -> _typing.Union[_runs_pb2.CancelRunResponse, _abc.Awaitable[_runs_pb2.CancelRunResponse]]: ...
 
     @_abc_1.abstractmethod
     def TagRun(
