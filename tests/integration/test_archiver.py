@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from alveary_archiver.archiver import Archiver, covered, restore, verify
+from alveary_archiver.archiver import Archiver, covered, records, restore, verify
 from alveary_archiver.segments import Damaged
 from support import servers
 
@@ -119,4 +119,38 @@ async def test_small_segments_are_merged_and_damage_is_found(tmp_path: Path) -> 
             if len(segments) > 1:
                 with pytest.raises(Damaged, match="gap"):
                     await verify(copier, store, "ALVEARY", lambda _: None)
+        store.close()
+
+
+async def test_a_deleted_run_is_erased_from_the_copy_too(tmp_path: Path) -> None:
+    with servers(tmp_path) as layout:
+        store = await store_of(layout)
+        async with opened(layout, "runs") as log, opened(layout, "archiver") as copier:
+            gone, kept = Key("w", "run", new_id()), Key("w", "run", new_id())
+            await log.append(gone, [ev.RunTagged(set={"secret": "1"})], 0)
+            last = (await log.append(kept, [ev.RunTagged(set={"n": "1"})], 0)).sequence
+            for key in (gone, kept):
+                await log.js.publish(f"alveary-metrics.w.{key.id}", b"points of " + key.id.encode())
+            async with archiving(copier, store) as archiver, archiving(copier, store, METRICS) as metrics:
+                await reaches(archiver, last)
+                await reaches(metrics, 2)
+            # A process that begins anew erases what an earlier one copied; late points of the run are not copied any more.
+            deleted = (await log.append(gone, [ev.RunDeleted(deleted_by="me")], 1)).sequence
+            async with archiving(copier, store, METRICS) as metrics, archiving(copier, store) as archiver:
+                archiver.others = [metrics]
+                await reaches(archiver, deleted)
+                await log.js.publish(f"alveary-metrics.w.{gone.id}", b"late")
+                await reaches(metrics, 3)
+            await log.purge(gone, deleted)
+            found = {s: [r async for r in records(store, await covered(store, s))] for s in ("ALVEARY", METRICS)}
+            assert [r.subject for r in found["ALVEARY"]] == [kept.subject("tagged"), gone.subject("deleted")]
+            assert [r.data for r in found[METRICS]] == [b"points of " + kept.id.encode()]
+            for stream in ("ALVEARY", METRICS):
+                assert len(await store.keys("archive", f"{stream}/")) == len(await covered(store, stream))
+            async with archiving(copier, store, METRICS) as metrics:  # whose newest segment has nothing left
+                last = (await log.js.publish(f"alveary-metrics.w.{kept.id}", b"more")).seq
+                await reaches(metrics, last)
+            said: list[str] = []
+            await verify(copier, store, "ALVEARY", said.append)
+            assert "2 messages are the same, 0 are in the copy alone" in said[-1]
         store.close()

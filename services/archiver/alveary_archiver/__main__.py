@@ -16,8 +16,10 @@ from alveary_core.settings import CoreSettings
 
 async def start(service: Service) -> None:
     """Add the copying of streams to `service`."""
-    for stream in STREAMS:
-        service.spawn(copy(Archiver(service.log, service.store, stream)), stream.lower())
+    archivers = [Archiver(service.log, service.store, stream) for stream in STREAMS]
+    archivers[0].others = archivers[1:]
+    for stream, archiver in zip(STREAMS, archivers, strict=True):
+        service.spawn(copy(archiver), stream.lower())
 
 
 async def copy(archiver: Archiver) -> None:

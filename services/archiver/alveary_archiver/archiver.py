@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable, Sequence
 
 from nats.aio.msg import Msg
 from nats.js.errors import NotFoundError
@@ -24,6 +25,8 @@ SUBJECTS = {STREAM: "alveary.>", METRICS: "alveary-metrics.>"}
 FULL, LINGER = 10_000, 5.0
 # So many neighbours of fewer sequences than FULL become one.
 MERGE = 60
+# Deleted runs that are remembered.
+_REMEMBERED = 10_000
 # Stands in a restored stream for sequences that were purged, until it is purged itself.
 _FILLER = {STREAM: "alveary.-.restore.-.filler", METRICS: "alveary-metrics.-.filler"}
 
@@ -46,6 +49,28 @@ async def records(store: ObjectStore, segments: list[Segment]) -> AsyncIterator[
             yield record
 
 
+def _run_of(subject: str) -> str:
+    """The run that a message belongs to alone; empty: none."""
+    parts = subject.split(".")
+    if parts[0] == "alveary-metrics":
+        return parts[-1]
+    if len(parts) < 4 or parts[2] not in ("run", "placement", "attempt", "log"):
+        return ""
+    return parts[3].rpartition("-")[0] if parts[2] == "attempt" else parts[3]
+
+
+def _deleted(subject: str) -> str:
+    """The run that a message is the tombstone of; empty: it is none."""
+    parts = subject.split(".")
+    return parts[3] if len(parts) == 5 and parts[2] == "run" and parts[4] == "deleted" else ""
+
+
+def _without(segment: Segment, data: bytes, run: str) -> tuple[list[Record], int]:
+    """The records of a segment but those of a run, its tombstone excepted; and how many there were."""
+    every = list(unpack(segment, data))
+    return [r for r in every if _run_of(r.subject) != run or _deleted(r.subject)], len(every)
+
+
 class Archiver:
     """Copies one stream. One runs at a time; a second one only repeats what the first did."""
 
@@ -55,6 +80,13 @@ class Archiver:
         self._log, self._store, self._stream = log, store, stream
         self._linger, self._full, self._merge = linger, full, merge
         self.position = 0
+        self._segments: list[Segment] = []
+        # One at a time changes what is copied.
+        self._writing = asyncio.Lock()
+        # Runs that were deleted while this process lives: what comes late of them is not copied.
+        self._deleted: OrderedDict[str, None] = OrderedDict()
+        # Archivers of other streams, which erase when this one hears that a run was deleted.
+        self.others: Sequence[Archiver] = ()
 
     async def run(self) -> None:
         """For ever.
@@ -62,7 +94,7 @@ class Archiver:
         Raises:
             FailedPrecondition: the stream is another one than that which was copied: it must be restored first.
         """
-        segments = await covered(self._store, self._stream)
+        self._segments = segments = await covered(self._store, self._stream)
         self.position = segments[-1].last if segments else 0
         await self._same_stream(segments)
         batch: list[Record] = []
@@ -82,9 +114,14 @@ class Archiver:
                             since = since if batch else time.monotonic()
                             batch.append(Record(reached, message.subject, tuple((message.headers or {}).items()), message.data))
                     if batch and (len(batch) >= self._full or time.monotonic() - since >= self._linger):
-                        segments.append(await self._write(batch, reached))
+                        for run in [name for r in batch if (name := _deleted(r.subject))]:
+                            # Before the tombstone counts as copied: after a death in between it is read, and all this done, again.
+                            for archiver in (self, *self.others):
+                                await archiver.erase(run)
+                        async with self._writing:
+                            self._segments.append(await self._write(batch, reached))
+                            self._segments = await self._tidy(self._segments)
                         batch = []
-                        segments = await self._tidy(segments)
             finally:
                 if pending is not None:
                     pending.cancel()
@@ -97,7 +134,8 @@ class Archiver:
         lost = state.last_seq < self.position
         if not lost and state.first_seq <= self.position:
             newest = [r async for r in records(self._store, segments[-1:])]
-            with contextlib.suppress(NotFoundError):  # purged since
+            # All of it may have been erased; or it was purged since.
+            with contextlib.suppress(NotFoundError, IndexError):
                 there = await self._log.js.get_msg(self._stream, seq=newest[-1].sequence)
                 lost = there.data != newest[-1].data or there.subject != newest[-1].subject
         if lost:
@@ -106,7 +144,28 @@ class Archiver:
                 "Stop the services, and restore it with `alveary admin restore` before anything new is written"
             )
 
+    async def erase(self, run: str) -> None:
+        """Take everything of a run but its tombstone out of the copy."""
+        self._deleted[run] = None
+        while len(self._deleted) > _REMEMBERED:
+            self._deleted.popitem(last=False)
+        async with self._writing:
+            for segment in await covered(self._store, self._stream):
+                data = await self._store.get(BUCKET, segment.key)
+                kept, count = await asyncio.to_thread(_without, segment, data, run)
+                if len(kept) < count:
+                    made, data = await asyncio.to_thread(pack, self._stream, segment.after, segment.last, kept)
+                    await self._store.put(BUCKET, made.key, data)
+                    await self._store.delete(BUCKET, [segment.key])
+            # Where a death came between the two, both are there, and one of them is not in the chain.
+            self._segments = await covered(self._store, self._stream)
+            valid = {s.key for s in self._segments}
+            keys = await self._store.keys(BUCKET, f"{self._stream}/")
+            await self._store.delete(BUCKET, [k for k in keys if Segment.of(k) is not None and k not in valid])
+        telemetry.logger().info("archive.erased", stream=self._stream, run=run)
+
     async def _write(self, batch: list[Record], last: int) -> Segment:
+        batch = [r for r in batch if not (self._deleted and _run_of(r.subject) in self._deleted and not _deleted(r.subject))]
         segment, data = await asyncio.to_thread(pack, self._stream, self.position, last, batch)
         await self._store.put(BUCKET, segment.key, data)
         self.position = last
