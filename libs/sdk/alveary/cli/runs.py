@@ -18,7 +18,7 @@ run = LazyGroup(
         "watch": ("alveary.cli.run_logs:watch", "States and log lines until it is final."),
         "logs": ("alveary.cli.run_logs:logs", "Its log lines."),
         "cancel": ("alveary.cli.run_show:cancel", "Ask for its end."),
-        "delete": ("alveary.cli.run_show:delete", "Erase final runs with all that belongs to them alone."),
+        "delete": ("alveary.cli.run_show:delete", "Erase final runs: their files, checkpoints, logs and metrics."),
         "files": ("alveary.cli.run_files:files", "Files that it stored."),
         "download": ("alveary.cli.run_files:download", "Store its files here."),
     },
