@@ -133,12 +133,12 @@ def services() -> list[ServiceDescriptor]:
 
 METHODS = [m for s in services() for m in s.methods]
 # Values that would do more than a request should here: nodes that are started or drained, packages that are looked up on an index,
-# a wait of ten seconds for a sequence that never comes.
+# waits of seconds for a run or a sequence that never comes.
 FIXED: dict[str, Any] = {
     "ComputeSpec.min_nodes": (0, -1, 2**31 - 1), "Environment.pip_packages": ([], ["-e ."], ["not a requirement!"], ["\n"]),
     "Environment.conda_packages": ([], ["\n"]), "DeleteTargetRequest.name": ("", "a.b", "*", "x" * 300),
     "DrainNodeRequest.node": ("", "a", "*"), "UpdateTargetRequest.name": ("", "a"),
-    **{f"{m.input_type.name}.min_sequence": (0, -1, 1, -(2**63)) for m in METHODS},
+    "PrepareModelRequest.run_id": ("",), **{f"{m.input_type.name}.min_sequence": (0, -1, 1, -(2**63)) for m in METHODS},
 }  # fmt: skip
 
 
