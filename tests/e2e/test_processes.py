@@ -259,21 +259,21 @@ def test_a_trainer_that_is_killed_leaves_no_name_and_no_process(stack: Embedded,
             os.setsid()
             time.sleep(1000)
         os.kill(os.getppid(), signal.SIGSTOP)  # its shim will not hear of the trainer's end
-        print(os.environ["TMPDIR"], flush=True)
+        print(os.environ["TMPDIR"], os.getppid(), flush=True)
         time.sleep(1000)
         """,
         max_attempts=1,
     )
     wait_for_state(run, "Running")
     until(lambda: lines(run), "it runs")
-    (tmpdir,) = lines(run)
+    tmpdir, _, shim = lines(run)[0].partition(" ")
     pids = stack.trainer_pids()
     assert re.fullmatch(r"/tmp/alv-[0-9a-f]{8}", tmpdir)
     for pid in pids:
         psutil.Process(pid).kill()
     finished(run, "Failed")
     until(lambda: stack.trainer_pids() and stack.trainer_pids() != pids, "the node is started anew")
-    until(lambda: processes_of(run) == [], "what the trainer left is ended")
+    until(lambda: processes_of(run) == [] and not psutil.pid_exists(int(shim)), "what the trainer left is ended")
     until(lambda: not Path(tmpdir).is_symlink(), "the name of its folder is gone")
 
 

@@ -142,6 +142,8 @@ class ProcessTree:
         """Start `argv` under a shim. The caller reads `stdout` and `stderr`, which are non-blocking."""
         group = group or Group()
         order = {"argv": list(argv), "cwd": str(cwd), "env": dict(env), "group": group.order, "trainer": os.getpid()}
+        # A shim that its script stopped cannot hear of the trainer's end: the next trainer finds it by this, see end_strays.
+        marked = {"PATH": "/usr/bin:/bin", "ALVEARY_WORK_DIR": env.get("ALVEARY_WORK_DIR", "")}
         # A file: a pipe would block here until the shim reads it, where the environment is large.
         written = os.memfd_create("alveary-order")
         out_read, out_write = os.pipe()
@@ -153,7 +155,7 @@ class ProcessTree:
             with cls._starting:
                 shim = subprocess.Popen(
                     [sys.executable, "-I", "-S", str(_SHIM), str(status_write), str(written)], stdin=subprocess.DEVNULL, stdout=out_write,
-                    stderr=err_write, pass_fds=[status_write, written], env={"PATH": "/usr/bin:/bin"}, start_new_session=True,
+                    stderr=err_write, pass_fds=[status_write, written], env=marked, start_new_session=True,
                 )  # fmt: skip
                 cls._shims.add(shim.pid)
         except BaseException:
