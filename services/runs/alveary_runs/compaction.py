@@ -19,7 +19,7 @@ from alveary_contracts.events.v1 import events_pb2 as ev
 from alveary_contracts.names import event_name
 from alveary_contracts.runs.v1 import runs_pb2 as pb
 from alveary_core import telemetry
-from alveary_core.errors import AlvearyError
+from alveary_core.errors import AlvearyError, InvalidArgument
 from alveary_core.eventlog import Conflict, EventLog
 from alveary_core.events import Key
 from alveary_runs.projection import RunsProjection, whole
@@ -43,6 +43,8 @@ class Compaction:
     def __init__(self, log: EventLog, view: RunsProjection, after: float, interval: float) -> None:
         self._log, self._view = log, view
         self._after, self._interval = after, interval
+        # Runs, as they are, that cannot become one event; others are compacted all the same.
+        self._refused: set[bytes] = set()
         # When purging may go on, and up to which sequence everything is purged.
         self._purge_again, self._purged = 0.0, 0
 
@@ -62,7 +64,8 @@ class Compaction:
     async def compact(self, now: float) -> int:
         """Append the one event of runs that are due; returns of how many."""
         sql = "SELECT workspace, idempotency, canceled, proto FROM runs WHERE compacted IS NULL AND ended_at < ? ORDER BY ended_at LIMIT ?"
-        rows = await self._view.rows(sql, (now - self._after, _BATCH), slow=True)
+        rows = await self._view.rows(sql, (now - self._after, _BATCH + len(self._refused)), slow=True)
+        rows = [row for row in rows if row["proto"] not in self._refused]
         last = 0
         for begin in range(0, len(rows), _AT_ONCE):
             done = await asyncio.gather(*(self._append(row) for row in rows[begin : begin + _AT_ONCE]))
@@ -77,6 +80,10 @@ class Compaction:
         try:
             return (await self._log.append(Key(row["workspace"], "run", shown.id), [event], shown.sequence)).sequence
         except Conflict:  # it was tagged a moment ago: next time
+            return 0
+        except InvalidArgument as error:  # an earlier version let values into it that no event may have: it stays as it is
+            telemetry.logger().error("compaction.refused", run=shown.id, error=str(error))
+            self._refused.add(row["proto"])
             return 0
 
     async def purge(self, now: float) -> int:
