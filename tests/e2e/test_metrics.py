@@ -37,7 +37,7 @@ def test_110_000_points_with_long_descriptions_are_read_while_lists_answer(works
     assert len(series) == 1 and len(series[0].points) <= 500 and series[0].points[-1].scalar == 109_999 and series[0].point_count == 110_000
     found = workspace._call(workspace._client.get_run(run.id))
     assert dict(found.metrics) == {"loss": 109_999.0} and found.metric_count == 1
-    with pytest.raises(AlvearyError, match="1 to 256 characters"):
+    with pytest.raises(AlvearyError, match="256"):
         workspace._call(workspace._client.log_metric(run.id, "n" * 300, 1.0, None))
     with pytest.raises(AlvearyError, match="max_points"):
         workspace._call(workspace._client.metric_series(run.id, "loss", max_points=1))
