@@ -225,7 +225,8 @@ def test_no_page_token_is_an_internal_error(door: tuple[grpc.Channel, str], know
         for field, value in given_names.items():
             if field in method.input_type.fields_by_name and method.name != "ListModels":
                 setattr(request, field, value)
-        assert call(*door, method, request) in (grpc.StatusCode.OK, grpc.StatusCode.INVALID_ARGUMENT), token
+        # NOT_FOUND: another test has deleted what is asked for.
+        assert call(*door, method, request) in (grpc.StatusCode.OK, grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND), token
 
 
 def test_bytes_that_are_no_request_are_refused(edge: Embedded, door: tuple[grpc.Channel, str]) -> None:

@@ -164,7 +164,7 @@ def test_a_join_token_is_good_for_joining_alone(site: Site, workspace: Workspace
     assert owner.returncode == 1 and "is no join token" in owner.stderr
     with pytest.raises(AlvearyError, match="starts its nodes itself"):
         ComputeTarget(workspace, "local").create_join_token()
-    with pytest.raises(AlvearyError, match="0 \\(a day\\)"):
+    with pytest.raises(AlvearyError, match="valid_seconds: -1: a number from 0"):
         site.target.create_join_token(-1)
     secret = json.loads((site.stack.state_dir / "stack.json").read_text())["secrets"]["tokens"]
     ended = issue(secret, Principal("join/far", "default", "joiner"), -2 * LEEWAY_SECONDS)

@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -380,18 +380,40 @@ def trainers(state_dir: Path) -> list[psutil.Process]:
     return found
 
 
-def _end(processes: list[Any], patience: float = 15.0) -> None:
+def _end(processes: Sequence[subprocess.Popen[bytes] | psutil.Process], patience: float = 15.0) -> None:
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
             process.terminate()
     deadline = time.monotonic() + patience
     for process in processes:
+        if _has_ended(process, max(deadline - time.monotonic(), 0.1)):
+            continue
+        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+            process.kill()
+        _has_ended(process, 5.0)
+
+
+def _has_ended(process: subprocess.Popen[bytes] | psutil.Process, seconds: float) -> bool:
+    """Whether a process has ended, or does within `seconds`.
+
+    What is not our child stays a zombie where its new parent does not reap it, as in a container without an init: it has ended.
+    """
+    if isinstance(process, subprocess.Popen):
         try:
-            process.wait(max(deadline - time.monotonic(), 0.1))
-        except (subprocess.TimeoutExpired, psutil.TimeoutExpired):
-            with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
-                process.kill()
-                process.wait(5)
+            process.wait(seconds)
+            return True
+        except subprocess.TimeoutExpired:
+            return False
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            if process.status() == psutil.STATUS_ZOMBIE or not process.is_running():
+                return True
+        except psutil.NoSuchProcess:
+            return True
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
 
 
 def _binary(name: str) -> str:
@@ -412,7 +434,7 @@ def status(state_dir: Path) -> dict[str, Any] | None:
     """What a running stack says of itself; None: none runs there."""
     try:
         found: dict[str, Any] = json.loads((state_dir / "status.json").read_text())
-        if psutil.Process(found["supervisor"]).is_running():
+        if psutil.Process(found["supervisor"]).status() != psutil.STATUS_ZOMBIE:
             return found
     except (FileNotFoundError, NotADirectoryError, psutil.NoSuchProcess):
         return None
