@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The stack of docker-compose.yml: up, demo DATA EPOCHS, verify, restore, backup, restore-objects, down. COMPOSE_FILES adds override files (separated by ':').
+# The stack of docker-compose.yml: up, demo DATA EPOCHS, verify, gc, restore, backup, restore-objects, down. COMPOSE_FILES adds override files (separated by ':').
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if docker compose version > /dev/null 2>&1; then compose=(docker compose); else compose=(docker-compose); fi
@@ -26,6 +26,11 @@ up)
     ;;
 demo) PATH="$PWD/.venv/bin:$PATH" tools/demo.sh "${2:-}" "${3:-2}" ;;
 verify) "${compose[@]}" run --rm archiver python -m alveary_archiver verify ;;
+gc)
+    set -a && . ./.env && set +a
+    "${compose[@]}" run --rm -e "ALVEARY_S3_ACCESS_KEY=$S3_ACCESS_COLLECTOR" -e "ALVEARY_S3_SECRET_KEY=$S3_SECRET_COLLECTOR" archiver \
+        python -m alveary_archiver gc "${@:2}"
+    ;;
 restore)
     # The event log's volume was lost: an empty server, the second copy, then everything else.
     "${compose[@]}" stop
@@ -55,7 +60,7 @@ restore-objects)
     ;;
 down) "${compose[@]}" down --remove-orphans "${@:2}" ;;
 *)
-    echo "usage: tools/compose.sh up | demo [DATA [EPOCHS]] | verify | restore | backup FILE | restore-objects FILE | down [-v]" >&2
+    echo "usage: tools/compose.sh up | demo [DATA [EPOCHS]] | verify | gc [--dry-run] [--grace-days N] | restore | backup FILE | restore-objects FILE | down [-v]" >&2
     exit 2
     ;;
 esac

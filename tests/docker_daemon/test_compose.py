@@ -331,7 +331,7 @@ for bucket in ("datasets", "snapshots", "images", "runs", "models", "archive"):
 """
 
 
-@pytest.mark.parametrize("service", ["runs", "images", "trainer", "logs", "registry", "archiver", "scheduler"])
+@pytest.mark.parametrize("service", ["runs", "images", "trainer", "logs", "registry", "archiver", "collector", "scheduler"])
 def test_a_key_opens_its_own_buckets_alone(compose: Compose, service: str) -> None:
     from alveary_core.access import BUCKETS
 

@@ -26,6 +26,8 @@ BUCKETS: dict[str, dict[str, str]] = {
     "logs": {"runs": "rw"},
     "registry": {"datasets": "rw", "models": "rw", "runs": "r", "snapshots": "r"},
     "archiver": {"archive": "rw"},
+    # Used by `alveary admin gc` alone: no service that runs all the time may remove what is another's.
+    "collector": {"snapshots": "rw", "datasets": "rw", "models": "rw", "runs": "rw", "archive": "r"},
 }
 # Events that a service could not handle, and the answer when it is asked to try one again.
 _LETTERS = ("alveary-dead.>", "alveary-redrive.>")

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from alveary_contracts.common.v1 import common_pb2 as c
 from alveary_core import telemetry
+from alveary_core.claims import Claims
 from alveary_core.errors import FailedPrecondition, InvalidArgument, NotFound, Unavailable
 from alveary_core.objectstore import ObjectStore
 from alveary_core.presign import checksum
@@ -104,6 +105,7 @@ class Blobs:
 
     def __init__(self, store: ObjectStore, bucket: str) -> None:
         self._store, self._bucket = store, bucket
+        self.claims = Claims(store, bucket)
         self._enforced: bool | None = None
         self._verifying: dict[str, asyncio.Future[None]] = {}
         self._failures: dict[str, str] = {}
@@ -116,11 +118,12 @@ class Blobs:
         return [file for digest, file in wanted.items() if there.get(digest) != file.size]
 
     async def require(self, files: Sequence[c.FileEntry]) -> None:
-        """Make sure that all blobs are there.
+        """Make sure that all blobs are there, and stay until an event refers to them.
 
         Raises:
             FailedPrecondition: some are not.
         """
+        await self.claims.hold(f.sha256 for f in files)
         missing = {f.sha256 for f in await self.missing(files)}
         if missing:
             names = [f.path for f in files if f.sha256 in missing]
@@ -141,6 +144,7 @@ class Blobs:
         for file in files:
             if by_digest.setdefault(file.sha256, file).size != file.size:
                 raise InvalidArgument(("manifest.files", f"{file.path!r}: the same sha256 stands for another size elsewhere"))
+        await self.claims.hold(by_digest)
         for digest in by_digest:
             for name in (digest, f"doubt/{digest}"):
                 if failure := self._failures.pop(name, ""):
@@ -265,6 +269,7 @@ class Blobs:
 
         Returns how many are still missing: asking again goes on with them.
         """
+        await self.claims.hold(f.sha256 for f in files)
         missing = await self.missing(files)
         deadline = time.monotonic() + patience
         left = len(missing)

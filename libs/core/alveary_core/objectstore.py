@@ -114,14 +114,19 @@ class ObjectStore:
 
     # ---- writing --------------------------------------------------------------------------------------------------
 
-    def _send(self, bucket: str, key: str, data: bytes, sha256: str, query: dict[str, str] | None = None) -> str:
-        """PUT `data`, which the server checks against its digest, or where that is empty against its CRC 32; returns the ETag."""
+    def _send(
+        self, bucket: str, key: str, data: bytes, sha256: str, query: dict[str, str] | None = None, more: dict[str, str] | None = None
+    ) -> str:
+        """PUT `data`, which the server checks against its digest, or where that is empty against its CRC 32; returns the ETag.
+
+        `more`: further headers.
+        """
         if sha256:
             headers = {"x-amz-checksum-sha256": checksum(sha256), "content-length": str(len(data))}
         else:
             crc = base64.b64encode(zlib.crc32(data).to_bytes(4, "big")).decode()
             headers = {"x-amz-checksum-crc32": crc, "content-length": str(len(data))}
-        url, headers = self._signer.request("PUT", bucket, key, headers, query)
+        url, headers = self._signer.request("PUT", bucket, key, headers | (more or {}), query)
         reply = self._http.urlopen("PUT", url, body=data, headers=headers, redirect=False)
         if reply.status >= 300:
             raise _refusal(reply, f"{bucket}/{key}")
@@ -130,6 +135,20 @@ class ObjectStore:
     async def put(self, bucket: str, key: str, data: bytes) -> None:
         """Store `data`."""
         await self._call(lambda: self._send(bucket, key, data, hashlib.sha256(data).hexdigest()), f"{bucket}/{key}")
+
+    async def put_new(self, bucket: str, key: str, data: bytes) -> bool:
+        """Store `data` where nothing is; False: something is, or came of an earlier try whose answer was lost."""
+
+        def work() -> bool:
+            try:
+                self._send(bucket, key, data, hashlib.sha256(data).hexdigest(), more={"if-none-match": "*"})
+            except S3Error as error:
+                if error.code == "PreconditionFailed":
+                    return False
+                raise
+            return True
+
+        return await self._call(work, f"{bucket}/{key}")
 
     async def put_file(
         self, bucket: str, key: str, path: Path, progress: Callable[[int], None] | None = None, *, sha256: str = ""

@@ -71,6 +71,30 @@ def _without(segment: Segment, data: bytes, run: str) -> tuple[list[Record], int
     return [r for r in every if _run_of(r.subject) != run or _deleted(r.subject)], len(every)
 
 
+async def same_stream(log: EventLog, stream: str, store: ObjectStore, segments: Sequence[Segment]) -> None:
+    """Make sure that the stream is the one that was copied to `segments`.
+
+    Raises:
+        FailedPrecondition: it is another one.
+    """
+    if not segments:
+        return
+    position = segments[-1].last
+    state = (await log.info(stream)).state
+    lost = state.last_seq < position
+    if not lost and state.first_seq <= position:
+        newest = [r async for r in records(store, list(segments[-1:]))]
+        # All of it may have been erased; or it was purged since.
+        with contextlib.suppress(NotFoundError, IndexError):
+            there = await log.js.get_msg(stream, seq=newest[-1].sequence)
+            lost = there.data != newest[-1].data or there.subject != newest[-1].subject
+    if lost:
+        raise FailedPrecondition(
+            f"the stream {stream} (at {state.last_seq}) is not the one that was copied (to {position}): its data was lost. "
+            "Stop the services, and restore it with `alveary admin restore` before anything new is written"
+        )
+
+
 class Archiver:
     """Copies one stream. One runs at a time; a second one only repeats what the first did."""
 
@@ -96,7 +120,7 @@ class Archiver:
         """
         self._segments = segments = await covered(self._store, self._stream)
         self.position = segments[-1].last if segments else 0
-        await self._same_stream(segments)
+        await same_stream(self._log, self._stream, self._store, segments)
         batch: list[Record] = []
         reached, since = self.position, 0.0
         async with contextlib.aclosing(self._log.follow([SUBJECTS[self._stream]], self.position + 1, self._stream)) as stream:
@@ -126,23 +150,6 @@ class Archiver:
                 if pending is not None:
                     pending.cancel()
                     await asyncio.gather(pending, return_exceptions=True)
-
-    async def _same_stream(self, segments: list[Segment]) -> None:
-        if not segments:
-            return
-        state = (await self._log.info(self._stream)).state
-        lost = state.last_seq < self.position
-        if not lost and state.first_seq <= self.position:
-            newest = [r async for r in records(self._store, segments[-1:])]
-            # All of it may have been erased; or it was purged since.
-            with contextlib.suppress(NotFoundError, IndexError):
-                there = await self._log.js.get_msg(self._stream, seq=newest[-1].sequence)
-                lost = there.data != newest[-1].data or there.subject != newest[-1].subject
-        if lost:
-            raise FailedPrecondition(
-                f"the stream {self._stream} (at {state.last_seq}) is not the one that was copied (to {self.position}): its data was lost. "
-                "Stop the services, and restore it with `alveary admin restore` before anything new is written"
-            )
 
     async def erase(self, run: str) -> None:
         """Take everything of a run but its tombstone out of the copy."""

@@ -102,6 +102,7 @@ class ModelService(rpc.ModelServiceServicer):
         event.total_size = sum(f.size for f in manifest.files)
         if event.file_count <= _INLINE:  # a large one would not fit into an event
             event.manifest.CopyFrom(manifest)
+        await self._blobs.claims.hold([event.manifest_digest])
         await self._store.put("models", f"manifests/{event.manifest_digest}.json", data)
         state, sequence = await self._execute(request.name, lambda model: domain.register(model, event))
         number = domain.by_key(state, key_text) if key_text else event.version
@@ -288,6 +289,7 @@ class DatasetService(rpc.DatasetServiceServicer):
         await self._blobs.require(request.manifest.files)
         data = await asyncio.to_thread(manifest_json, request.manifest)
         digest = hashlib.sha256(data).hexdigest()
+        await self._blobs.claims.hold([digest])
         await self._store.put("datasets", f"manifests/{digest}.json", data)
         # The manifest is in the object store: a large one would not fit into an event.
         event = ev.DatasetRegistered(

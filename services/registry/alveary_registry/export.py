@@ -19,6 +19,7 @@ from alveary_contracts.ids import new_id
 from alveary_contracts.names import path_problem
 from alveary_core import scratch, telemetry
 from alveary_core.aggregates import Aggregates
+from alveary_core.claims import Claims
 from alveary_core.errors import InvalidArgument
 from alveary_core.events import Event
 from alveary_core.objectstore import DigestMismatch, ObjectStore
@@ -107,6 +108,7 @@ class ExportHandler:
 
     def __init__(self, store: ObjectStore, models: Aggregates[domain.Model]) -> None:
         self._store, self._models = store, models
+        self._claims = Claims(store, "models")
 
     async def __call__(self, event: Event) -> None:
         """Handle one final event of a run; idempotent."""
@@ -143,6 +145,7 @@ class ExportHandler:
             path = folder / "model.onnx"
             await self._store.get_file("runs", f"{prefix}outputs/model.onnx", path, onnx.sha256)
             await check(path)
+        await self._claims.hold([onnx.sha256])
         await self._store.copy("models", f"blobs/{onnx.sha256}", "runs", f"{prefix}outputs/model.onnx")
         try:
             exported = self._exported(run_id, version, onnx, report)

@@ -97,7 +97,7 @@ class RunService(rpc.RunServiceServicer):
 
     async def _checked(self, workspace: str, asked: c.RunSpec) -> c.RunSpec:
         spec = with_defaults(asked)
-        manifest = await self._snapshots.find(spec.snapshot) if re.fullmatch(r"[0-9a-f]{64}", spec.snapshot) else None
+        manifest = await self._snapshots.hold(spec.snapshot) if re.fullmatch(r"[0-9a-f]{64}", spec.snapshot) else None
         names = [r["name"] for r in await self._view.rows("SELECT name FROM targets WHERE workspace=?", (workspace,))]
         files = {f.path for f in manifest.files} if manifest else None
         found = problems(spec, await self._view.target(workspace, spec.compute_target), names, files, internal=False)

@@ -41,7 +41,7 @@ class Snapshots:
         """
         _check(manifest)
         digest = manifest_digest(manifest)
-        if await self.find(digest) is not None:
+        if await self.hold(digest) is not None:
             return digest, Prepared([], 0)
         return digest, await self._blobs.prepare(manifest.files)
 
@@ -53,11 +53,18 @@ class Snapshots:
         """
         _check(manifest)
         digest = manifest_digest(manifest)
-        if await self.find(digest) is None:
+        if await self.hold(digest) is None:
             await self._blobs.require(manifest.files)
             await self._store.put(BUCKET, f"manifests/{digest}.json", manifest_json(manifest))
         self._remember(digest, manifest)
         return digest
+
+    async def hold(self, digest: str) -> c.Manifest | None:
+        """A committed manifest, which stays until an event refers to it; or None."""
+        if await self._blobs.claims.hold([digest]):
+            # It may have been removed since it was remembered, as long as nobody claimed it.
+            self._known.pop(digest, None)
+        return await self.find(digest)
 
     async def find(self, digest: str) -> c.Manifest | None:
         """A committed manifest, or None."""

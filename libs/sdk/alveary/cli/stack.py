@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
@@ -189,13 +190,31 @@ def status(state_dir: Path | None, as_json: bool) -> None:
     workspace = Workspace.from_config(folder / "config.json")
     found["targets"] = [target_row(t._found) for t in workspace.compute_targets.values()]
     found["platform"], found["nodes"] = _ask(workspace)
+    found["collected"] = _collected(folder)
     if as_json:
         print_json(found)
         return
     click.echo(f"running at {found['endpoint']}: " + ", ".join(f"{n} (pid {p})" for n, p in found["pids"].items()))
     for line in _platform_lines(found["platform"], found["nodes"], found.get("trouble", "")):
         click.echo(line)
+    if found["collected"]:
+        click.echo(_collected_line(found["collected"]))
     show(found["targets"], ("name", "state", "nodes", "running", "waiting"), False)
+
+
+def _collected(folder: Path) -> dict[str, Any]:
+    """What the last `alveary admin gc` found; empty: there was none."""
+    try:
+        return dict(json.loads((folder / "services" / "collected.json").read_text()))
+    except FileNotFoundError:
+        return {}
+
+
+def _collected_line(collected: dict[str, Any]) -> str:
+    objects, size = (sum(k[name] for k in collected["kinds"]) for name in ("objects", "bytes"))
+    day = time.strftime("%Y-%m-%d %H:%M", time.localtime(collected["at"]))
+    verb = "could be removed" if collected["dry_run"] else "were removed"
+    return f"unused files: {objects} objects of {size / 1e6:.1f} MB {verb} at {day} (`alveary admin gc`)"
 
 
 def _ask(workspace: Workspace) -> tuple[dict[str, Any], list[dict[str, Any]]]:
