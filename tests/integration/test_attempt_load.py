@@ -16,6 +16,7 @@ import pytest
 
 from alveary_contracts.common.v1 import common_pb2 as c
 from alveary_contracts.registry.v1 import registry_pb2 as reg
+from alveary_core.errors import NotFound
 from alveary_core.stalls import GUARD_CPU_SECONDS, Monitor
 from alveary_trainer.gang import Gang
 from alveary_trainer.log_folder import LogFolder
@@ -45,6 +46,9 @@ class QuickStore:
 
     async def put(self, bucket: str, key: str, data: bytes) -> None:
         self.sizes[key] = len(data)
+
+    async def get(self, bucket: str, key: str) -> bytes:
+        raise NotFound("object", key)
 
     async def size(self, bucket: str, key: str) -> int | None:
         return self.sizes.get(key)

@@ -131,9 +131,9 @@ class Collector:
                 )
         await self._read_manifests(bucket, [d for d in there if d in young or self._kept(d)])
         self._references.fresh.clear()
-        everything = [one async for one in self._listing(bucket)]
-        doomed = list(sweep(everything, self._kept, self._is_claimed, self._oldest))
-        del everything
+        doomed: list[Doomed] = []
+        async for one in self._listing(bucket):
+            doomed += sweep((one,), self._kept, self._is_claimed, self._oldest)
         # A manifest without its blobs would pass for a snapshot that is there: it goes before them.
         doomed.sort(key=lambda one: one.kind != "manifests")
         uploads = [u for u in await self._store.uploads(bucket, "") if self._is_over(u)]

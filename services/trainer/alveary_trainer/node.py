@@ -18,6 +18,7 @@ from alveary_contracts.common.v1 import common_pb2 as c
 from alveary_contracts.proxies import DIRECT
 from alveary_contracts.registry.v1 import registry_pb2, registry_pb2_grpc
 from alveary_contracts.runs.v1 import runs_pb2, runs_pb2_grpc
+from alveary_core.claims import Claims
 from alveary_core.eventlog import EventLog
 from alveary_core.objectstore import FileChanged, ObjectStore
 from alveary_trainer.adapters.runtime import Runtime, opened
@@ -64,6 +65,9 @@ class NodeContext:
     disk_fault: Callable[[], str] = str
     # By endpoint; they reconnect by themselves.
     _channels: dict[str, grpc.aio.Channel] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._claims = Claims(self.store, "models")
 
     def _channel(self, endpoint: str) -> grpc.aio.Channel:
         if not endpoint:
@@ -132,20 +136,27 @@ class NodeContext:
             note(f"model {message['name']}: {text}")
         if not found.files:
             raise ValueError(f"{path.name} has no file that could be stored")
-        manifest = c.Manifest()
+        digested: list[tuple[Found, c.FileEntry]] = []
 
-        async def one(file: Found) -> None:
+        async def look(file: Found) -> None:
             digest, size, executable = await asyncio.to_thread(_digested, file.path, below)
-            key = f"blobs/{digest}"
-            if await self.store.size("models", key) != size:
+            digested.append((file, c.FileEntry(path=file.name, size=size, sha256=digest, executable=executable)))
+
+        async def store(one: tuple[Found, c.FileEntry]) -> None:
+            file, entry = one
+            key = f"blobs/{entry.sha256}"
+            if await self.store.size("models", key) != entry.size:
                 with opened(file.path, below) as readable:
                     try:
-                        await self.store.put_file("models", key, readable, sha256=digest)
+                        await self.store.put_file("models", key, readable, sha256=entry.sha256)
                     except FileChanged as error:
                         raise ValueError(f"{file.name} changed while it was registered") from error
-            manifest.files.append(c.FileEntry(path=file.name, size=size, sha256=digest, executable=executable))
 
-        await each(found.files, one, _WORKERS)
+        await each(found.files, look, _WORKERS)
+        # What is there already, and nothing refers to, stays from here on.
+        await self._claims.hold([entry.sha256 for _, entry in digested])
+        await each(digested, store, _WORKERS)
+        manifest = c.Manifest(files=[entry for _, entry in digested])
         request = registry_pb2.RegisterModelRequest(
             name=str(message["name"]), manifest=manifest, description=str(message.get("description") or ""),
             tags=message.get("tags") or {}, properties=(message.get("properties") or {}) | {"run_id": run_id}, run_id=run_id,

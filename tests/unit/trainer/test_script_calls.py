@@ -116,12 +116,33 @@ async def test_a_model_is_registered_under_its_run_with_blobs_that_are_stored_on
     single = await context.register("r", folder / "a", {"name": "m"}, tmp_path, tmp_path)
     assert single["version"] == 7
     digest = hashlib.sha256(b"same").hexdigest()
-    assert store.objects == {("models", f"blobs/{digest}"): b"same"}  # type: ignore[attr-defined]
+    blobs = {key: data for key, data in store.objects.items() if not key[1].startswith("claims/")}  # type: ignore[attr-defined]
+    assert blobs == {("models", f"blobs/{digest}"): b"same"}
     first, second, third = platform.seen
     assert first.run_id == second.run_id == "r" and first.properties == {"run_id": "r"}
     assert sorted((f.path, f.sha256, f.size) for f in first.manifest.files) == [(p, digest, 4) for p in ("a", "deep/b", "link")]
     assert [f.path for f in third.manifest.files] == ["a"]
     assert any("out: not stored: it leads outside" in text for text in remarks)
+    await server.stop(0)
+
+
+async def test_a_blob_that_was_collected_while_it_was_claimed_is_stored_again(context: NodeContext, tmp_path: Path) -> None:
+    store: Any = context.store
+    (tmp_path / "m").write_text("weights")
+    digest = hashlib.sha256(b"weights").hexdigest()
+    blob = ("models", f"blobs/{digest}")
+    store.objects[blob] = b"weights"
+    original, claimed = store.put, list[bytes]()
+
+    async def put(bucket: str, key: str, data: bytes) -> None:
+        await original(bucket, key, data)
+        claimed.append(data)
+        store.objects.pop(blob, None)
+
+    store.put = put
+    server = await serve(Platform(), port_of(context))
+    await context.register("r", tmp_path / "m", {"name": "m"}, tmp_path, tmp_path)
+    assert claimed == [digest.encode()] and store.objects[blob] == b"weights"
     await server.stop(0)
 
 
@@ -137,4 +158,4 @@ async def test_a_file_that_changes_while_it_is_registered_leaves_no_wrong_blob(c
     store.put_file = put_file
     with pytest.raises(ValueError, match="changed while it was registered"):
         await context.register("r", tmp_path / "m", {"name": "m"}, tmp_path, tmp_path)
-    assert store.objects == {}
+    assert not [key for _, key in store.objects if key.startswith("blobs/")]
