@@ -39,7 +39,7 @@ app = LazyGroup(
         "image": ("alveary.cli.images:image", "Images of environments."),
         "model": ("alveary.cli.models:model", "Models."),
         "dataset": ("alveary.cli.models:dataset", "Datasets."),
-        "admin": ("alveary.cli.admin:admin", "Verify and restore the event log; see to events that could not be handled."),
+        "admin": ("alveary.cli.admin:admin", "Verify and restore the event log; remove unused files; see to unhandled events."),
         "events": ("alveary.cli.events:events", "Events."),
         "completion": ("alveary.cli.completion:completion", "Print the shell's code that completes commands and options."),
     },

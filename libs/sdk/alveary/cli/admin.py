@@ -17,7 +17,7 @@ from alveary.errors import AlvearyError
 
 @click.group(no_args_is_help=True)
 def admin() -> None:
-    """Verify and restore the event log; remove unused files; see to events that could not be handled."""
+    """Verify and restore the event log; remove unused files; see to unhandled events."""
 
 
 admin.add_command(dead_letters)
