@@ -54,14 +54,16 @@ class Platform:
         while not self._stopping.is_set():
             with self._lock:
                 if self.far is None or self.far.poll() is not None:
-                    log = (self.state_dir.parent / "far.log").open("ab")
+                    log = (self.state_dir.parent.parent / "far.log").open("ab")
                     with log:
                         self.far = subprocess.Popen(
                             [sys.executable, "-m", "alveary_trainer"], env=self._far_environment, stdin=subprocess.DEVNULL,
                             stdout=log, stderr=log, start_new_session=True,
                         )  # fmt: skip
                 if self.stack.process.poll() is not None:
-                    self.stack = launch(self.state_dir, port=None, separate=True, lease=LEASE_SECONDS)
+                    # It says why it cannot start, on a full disk for example, and is started again.
+                    with suppress(AssertionError, OSError):
+                        self.stack = launch(self.state_dir, port=None, separate=True, lease=LEASE_SECONDS)
             self._stopping.wait(0.5)
 
     def processes(self) -> dict[str, int]:
