@@ -167,7 +167,8 @@ class Client:
             try:
                 return await method(request, metadata=self.metadata, timeout=timeout)
             except grpc.aio.AioRpcError as error:
-                if error.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.ABORTED) or attempt == _TRIES - 1:
+                passing = error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.ABORTED) or _torn(error)
+                if not passing or attempt == _TRIES - 1:
                     raise translate(error, self.config) from error
             await asyncio.sleep(pause)
             pause = min(pause * 2, 3.0)
@@ -624,10 +625,12 @@ class _Reconnect:
 
     A platform that is down or being restarted (UNAVAILABLE) is waited for, `_PATIENCE` seconds at most. A connection that
     is torn down under a call also shows as INTERNAL, UNKNOWN or CANCELLED, but so does a fault of the platform that every
-    repetition meets again: those are tried `_FAULTS` times. Each reply that arrives starts both counts again.
+    repetition meets again: those are tried `_FAULTS` times, or for `_TORN_PATIENCE` seconds where the text says that a proxy
+    tore the stream, which it does for as long as a service behind it restarts. Each reply starts all counts again.
     """
 
     _PATIENCE = 3600.0
+    _TORN_PATIENCE = 60.0
     _FAULTS = 5
     _FAULTY = (grpc.StatusCode.INTERNAL, grpc.StatusCode.CANCELLED, grpc.StatusCode.UNKNOWN)
 
@@ -646,7 +649,9 @@ class _Reconnect:
             AlvearyError: it is not.
         """
         self._faults += error.code() in self._FAULTY
-        unavailable = error.code() == grpc.StatusCode.UNAVAILABLE and time.monotonic() - self._since < self._PATIENCE
+        waited = time.monotonic() - self._since
+        unavailable = error.code() == grpc.StatusCode.UNAVAILABLE and waited < self._PATIENCE
+        unavailable = unavailable or (_torn(error) and waited < self._TORN_PATIENCE)
         if not unavailable and not (error.code() in self._FAULTY and self._faults < self._FAULTS):
             raise translate(error, self._config) from error
 
@@ -654,6 +659,12 @@ class _Reconnect:
         """Wait before the next try, longer each time."""
         await asyncio.sleep(self._pause)
         self._pause = min(self._pause * 2, 3.0)
+
+
+def _torn(error: grpc.aio.AioRpcError) -> bool:
+    """Whether a connection or stream was torn on its way, as gRPC's own library words it."""
+    details = error.details() or ""
+    return error.code() in _Reconnect._FAULTY and any(text in details for text in ("Stream removed", "RST_STREAM", "Connection reset"))
 
 
 def translate(error: grpc.aio.AioRpcError, config: Config) -> AlvearyError:

@@ -12,6 +12,7 @@ import pytest
 from alveary.aio import Client
 from alveary.config import Config
 from alveary.errors import AlvearyError
+from alveary_contracts.common.v1 import common_pb2 as c
 from alveary_contracts.runs.v1 import runs_pb2 as pb
 from alveary_contracts.runs.v1 import runs_pb2_grpc
 
@@ -19,15 +20,18 @@ from alveary_contracts.runs.v1 import runs_pb2_grpc
 class Breaks(runs_pb2_grpc.RunServiceServicer):
     """WatchRun that answers `replies` times and then ends with `code`, each time."""
 
-    def __init__(self, code: grpc.StatusCode, replies: int = 0) -> None:
-        self.code, self.replies, self.calls = code, replies, 0
+    def __init__(self, code: grpc.StatusCode, replies: int = 0, text: str = "it broke", most: int = 0) -> None:
+        self.code, self.replies, self.text, self.most, self.calls = code, replies, text, most, 0
 
     async def WatchRun(self, request: pb.WatchRunRequest, context: Any) -> AsyncIterator[pb.WatchRunResponse]:
         self.calls += 1
+        if self.calls == self.most:
+            yield pb.WatchRunResponse(run=pb.Run(id="r", sequence=self.calls, state=c.RUN_STATE_COMPLETED))
+            return
         if self.replies:
             self.replies -= 1
             yield pb.WatchRunResponse(run=pb.Run(id="r", sequence=self.calls))
-        await context.abort(self.code, "it broke")
+        await context.abort(self.code, self.text)
 
 
 async def watched(servicer: Breaks) -> list[int]:
@@ -61,3 +65,13 @@ async def test_replies_in_between_start_the_count_again(monkeypatch: pytest.Monk
     with pytest.raises(AlvearyError, match="it broke"):
         await watched(servicer)
     assert servicer.calls == 12 + 5 - 1
+
+
+@pytest.mark.parametrize("code", [grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN])
+async def test_a_stream_that_a_proxy_tears_is_opened_again_until_the_service_is_back(
+    code: grpc.StatusCode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = asyncio.sleep
+    monkeypatch.setattr("alveary.aio.asyncio.sleep", lambda seconds: real(0))
+    servicer = Breaks(code, text="Stream removed (Data frame with END_STREAM flag received)", most=20)
+    assert await watched(servicer) == [20]
