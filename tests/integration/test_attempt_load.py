@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import hashlib
 import os
 import time
@@ -60,12 +61,18 @@ class QuickStore:
 @asynccontextmanager
 async def unblocked() -> AsyncIterator[Monitor]:
     """Fails where the loop computed for long in one go; CPU time decides, as the machine may be busy with other work."""
+    # A collection of what hundreds of earlier tests left in this process is no stall of a trainer's.
+    gc.collect()
+    gc.freeze()
     stalls: list[tuple[float, float, str]] = []
     monitor = Monitor(asyncio.get_running_loop(), lambda *stall: stalls.append(stall))
     monitor.start()
     begun = time.monotonic()
-    yield monitor
-    monitor.stop()
+    try:
+        yield monitor
+    finally:
+        monitor.stop()
+        gc.unfreeze()
     print(f"longest stall {monitor.longest:.3f} s in {time.monotonic() - begun:.1f} s")
     blocked = [stall for stall in stalls if stall[1] >= GUARD_CPU_SECONDS]
     assert not blocked, blocked
