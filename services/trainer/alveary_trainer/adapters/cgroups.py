@@ -29,6 +29,8 @@ _TOP = "alveary"
 _LEAF = "alveary-platform"
 WANTED = ("kill", "memory", "pids")
 _REMOVE_SECONDS = 2.0
+# Trainers of one machine may look at the same time.
+_TRIES = 20
 
 
 @dataclass(frozen=True)
@@ -195,11 +197,15 @@ def _version_1(groups: list[Path]) -> Offer:
 def _made(base: Path) -> Path:
     """`base`/alveary, which lets processes in."""
     top = base / _TOP
-    top.mkdir(exist_ok=True)
-    if not os.access(base / "cgroup.procs", os.W_OK) or not os.access(top / "cgroup.procs", os.W_OK):
-        _drop(top)
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    return top
+    for _ in range(_TRIES):
+        top.mkdir(exist_ok=True)
+        if os.access(base / "cgroup.procs", os.W_OK) and os.access(top / "cgroup.procs", os.W_OK):
+            return top
+        if top.exists():
+            break
+        # Another trainer that looked at the same moment has removed it, empty as it was.
+    _drop(top)
+    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
 def _drop(group: Path) -> None:
