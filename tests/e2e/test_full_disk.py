@@ -39,6 +39,13 @@ def tight(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Embedded]:
         yield stack
 
 
+@pytest.fixture(autouse=True)
+def emptied(tight: Embedded) -> Iterator[None]:
+    """One test's ballast never weighs on the next."""
+    yield
+    (tight.state_dir.parent / "ballast").unlink(missing_ok=True)
+
+
 def test_the_run_that_fills_the_disk_is_ended_and_its_neighbour_goes_on(tight: Embedded, source: Path, tmp_path: Path) -> None:
     workspace = tight.workspace()
     neighbour = submit(workspace, source, WAITS, experiment="neighbour", cpus=0.1)

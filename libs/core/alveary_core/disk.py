@@ -82,13 +82,13 @@ class DiskGuard:
         return await asyncio.to_thread(look, self._path, self._bytes, self._fraction)
 
     async def require(self, what: str) -> None:
-        """Pass when there is space for `what`.
+        """Pass when there is space. `what`: how the sentence begins that says there is none, "this upload is refused".
 
         Raises:
             ResourceExhausted: there is too little.
         """
         if problem := (await self.look()).problem:
             raise ResourceExhausted(
-                f"{what} is refused: {problem}, the platform's own; free some, and it is taken again "
+                f"{what}: {problem}, the platform's own; free some, and it is taken again "
                 "(ALVEARY_DISK_RESERVE_BYTES sets how much is kept free)"
             )

@@ -127,7 +127,9 @@ class ObjectStore:
             crc = base64.b64encode(zlib.crc32(data).to_bytes(4, "big")).decode()
             headers = {"x-amz-checksum-crc32": crc, "content-length": str(len(data))}
         url, headers = self._signer.request("PUT", bucket, key, headers | (more or {}), query)
-        reply = self._http.urlopen("PUT", url, body=data, headers=headers, redirect=False)
+        # A store that hangs over a small object is asked again before the caller's deadline; a part has its minute.
+        timeout = urllib3.Timeout(connect=5, read=20 + 40 * min(len(data) / _PART, 1))
+        reply = self._http.urlopen("PUT", url, body=data, headers=headers, redirect=False, timeout=timeout)
         if reply.status >= 300:
             raise _refusal(reply, f"{bucket}/{key}")
         return reply.headers.get("etag", "").strip('"')

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import inspect
 import secrets
 import time
@@ -14,6 +15,7 @@ import grpc
 import grpc.aio
 import nats.errors
 import structlog
+from google.protobuf import descriptor_pool
 from google.protobuf.descriptor import ServiceDescriptor
 from google.protobuf.message import DecodeError, Message
 from google.rpc import code_pb2, status_pb2
@@ -31,6 +33,8 @@ DEFAULT_DEADLINE = 60.0
 MAX_MESSAGE = 64 << 20
 # Requests above this are checked in a thread, bytes.
 _LARGE = 256 << 10
+# After how long a question for links to upload to is given up if the disk is nearly full then, seconds.
+_PATIENCE_OF_UPLOADS = 10.0
 # Anybody may ask whether the server lives and what it speaks.
 _OPEN = ("/grpc.health.v1.Health/", "/grpc.reflection.")
 
@@ -79,7 +83,6 @@ class Interceptor(grpc.aio.ServerInterceptor):
 
         make_unary = grpc.stream_unary_rpc_method_handler if handler.request_streaming else grpc.unary_unary_rpc_method_handler
         inner_unary: Any = handler.stream_unary if handler.request_streaming else handler.unary_unary
-        # Whatever hands out links to upload to (UploadSlot) gives none while the platform's disk is nearly full.
         disk = self.disk
 
         async def unary(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
@@ -89,11 +92,10 @@ class Interceptor(grpc.aio.ServerInterceptor):
                 request = await _checked(request)
                 remaining = context.time_remaining()
                 limit = None if handler.request_streaming else min(remaining or DEFAULT_DEADLINE, DEFAULT_DEADLINE * 10)
-                async with asyncio.timeout(limit):
-                    result = inner_unary(request, context)
-                    reply = await result if inspect.isawaitable(result) else result
-                    if disk is not None and getattr(reply, "slots", None):
-                        await disk.require("this upload")
+                if disk is None:
+                    reply = await _within(limit, inner_unary, request, context)
+                else:
+                    reply = await _beside_disk(disk, method, limit, inner_unary, request, context)
             except BaseException as error:
                 await call.failed(error)
                 raise
@@ -101,6 +103,48 @@ class Interceptor(grpc.aio.ServerInterceptor):
             return reply
 
         return make_unary(unary, _tolerant(handler.request_deserializer), handler.response_serializer)
+
+
+async def _within(limit: float | None, work: Any, request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+    async with asyncio.timeout(limit):
+        result = work(request, context)
+        return await result if inspect.isawaitable(result) else result
+
+
+async def _beside_disk(
+    disk: DiskGuard, method: str, limit: float | None, work: Any, request: Any, context: grpc.aio.ServicerContext[Any, Any]
+) -> Any:
+    """The reply; while the platform's own disk is nearly full, an answer that says so instead of links to upload to, and
+    before the caller stops waiting where the message bus or the object store can write nothing.
+
+    Raises:
+        ResourceExhausted: it did not get done, and the disk is nearly full.
+    """
+    uploads = _hands_out_links(method)
+    what = "this upload is refused" if uploads else f"{method.rpartition('/')[2]} did not get done"
+    calling = asyncio.ensure_future(_within(limit, work, request, context))
+    try:
+        if limit is not None:
+            patience = min(limit * 0.75, _PATIENCE_OF_UPLOADS) if uploads else limit * 0.75
+            await asyncio.wait([calling], timeout=patience)
+            if not calling.done():
+                await disk.require(what)
+        reply = await calling
+    except (TimeoutError, Unavailable, nats.errors.Error):
+        await disk.require(what)
+        raise
+    finally:
+        calling.cancel()
+    if uploads and reply.slots:
+        await disk.require(what)
+    return reply
+
+
+@functools.cache
+def _hands_out_links(method: str) -> bool:
+    """Whether the answer of "/package.Service/Method" has links to upload to (UploadSlot)."""
+    found = descriptor_pool.Default().FindMethodByName(method.strip("/").replace("/", "."))
+    return "slots" in found.output_type.fields_by_name
 
 
 @dataclass(frozen=True)

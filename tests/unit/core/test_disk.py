@@ -46,9 +46,9 @@ def test_sizes_for_people() -> None:
 
 
 async def test_what_needs_space_is_refused_with_a_sentence(tmp_path: Path) -> None:
-    await DiskGuard(tmp_path, 1, 0.5).require("this upload")
+    await DiskGuard(tmp_path, 1, 0.5).require("this upload is refused")
     # More than there is: as if it were full.
     with pytest.raises(
         ResourceExhausted, match=r"this upload is refused: less than .* are free on the disk of .*ALVEARY_DISK_RESERVE_BYTES"
     ):
-        await DiskGuard(tmp_path, 10**18, 1.0).require("this upload")
+        await DiskGuard(tmp_path, 10**18, 1.0).require("this upload is refused")

@@ -65,6 +65,16 @@ def test_a_server_that_goes_on_complaining_is_started_more_and_more_seldom(tmp_p
     assert pauses == sorted(pauses) and pauses[0] <= 10 and pauses[-1] == 300
 
 
+def test_each_time_that_the_disk_was_full_the_server_is_soon_back(tmp_path: Path, clock: list[float]) -> None:
+    watch = ServerWatch(tmp_path / "nats.log")
+    for _ in range(5):
+        assert not watch.look(disk(0))
+        clock[0] += 6
+        assert watch.look(disk(500))
+        watch.restarted()
+        clock[0] += 1
+
+
 def test_a_log_is_cut_in_place_to_whole_lines_and_its_writer_goes_on(tmp_path: Path) -> None:
     log = tmp_path / "x.log"
     with log.open("ab", buffering=0) as writer:

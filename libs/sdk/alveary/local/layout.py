@@ -181,7 +181,9 @@ jetstream {{ store_dir: "{self.state_dir / "nats"}", sync_interval: always
             # Its files would otherwise go to the temporary directory, and grow to gigabytes.
             binary, f"-logdir={logs}", "-alsologtostderr=false", "-log_max_size_mb=16", "-log_max_files=2",
             "mini", f"-dir={self.state_dir / 'objects'}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-webdav=false",
-            "-admin.ui=false", "-s3.port.iceberg=0", "-s3.port.lance=0", f"-admin.port={p.admin}", f"-admin.port.grpc={p.admin_grpc}",
+            "-admin.ui=false", "-s3.port.iceberg=0", "-s3.port.lance=0",
+            # It would report to its makers.
+            "-master.telemetry=false", f"-admin.port={p.admin}", f"-admin.port.grpc={p.admin_grpc}",
         ]  # fmt: skip
         for name in _WEED:
             command += [f"-{name}.port={getattr(p, name)}", f"-{name}.port.grpc={getattr(p, name + '_grpc')}"]

@@ -39,6 +39,9 @@ READY_SECONDS = 60.0
 # How often a process may end before the start is given up.
 _DEATHS = 5
 _TOLD_SECONDS = 10.0
+# How long a server that is started anew after the disk was full has to end. What it acknowledged survives SIGKILL, SeaweedFS
+# ends late or never once a write has failed, and until it is there again nobody else is looked after.
+_SERVER_ENDS_SECONDS = 3.0
 _FOR_TRAINERS = ("ALVEARY_REGISTRY", "ALVEARY_ENVIRONMENTS_", "ALVEARY_DATA_", "ALVEARY_DISK_", "ALVEARY_METRIC_")
 # Open files of a process.
 _FILES = 65_536
@@ -297,7 +300,7 @@ class Stack:
                 if (watch := self._watches.get(child.name)) is not None and watch.look(found):
                     self._say(f"{child.name} refused to write while the disk was full, and there is space again: starting it anew")
                     if child.process is not None:
-                        _end([child.process])
+                        _end([child.process], _SERVER_ENDS_SECONDS)
                     self._launch(child)
                     watch.restarted()
             if now >= self._cut_at:

@@ -33,7 +33,10 @@ class ServerWatch:
 
     def look(self, disk: Disk) -> bool:
         """True: it refused to write, and there is space now. The caller restarts it and calls `restarted`."""
-        if disk.free < _FULL or self._complains():
+        if disk.free < _FULL:
+            # Full, or full again: what it complains about is that, and one restart will do.
+            self.suspect, self._pause = True, _PAUSE_SECONDS
+        elif self._complains():
             self.suspect = True
         since = time.monotonic() - self._restarted
         if not self.suspect or disk.free < max(disk.reserve // 2, 2 * _FULL) or since < self._pause:
