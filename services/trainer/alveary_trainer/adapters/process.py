@@ -267,12 +267,15 @@ def _unless_gone(measure: Callable[[int], int], pid: int) -> int:
 
 
 def end_orphans(shims: Collection[int], starting: threading.Lock) -> list[int]:
-    """Kill and collect the children of this process that it did not start itself; returns those that still live.
+    """Kill and collect the children of this process that it did not start itself; returns those that it found.
+
+    Only when it finds none is there none: who reads /proc while processes end misses the children of what ended just then,
+    which come to this process a moment later.
 
     They come to it, a child subreaper, when their shim is killed. They are known by their session: what the trainer starts
     beside shims stays in its own, and a process cannot enter the session of another.
     """
-    me, session, left = os.getpid(), os.getsid(0), []
+    me, session, found = os.getpid(), os.getsid(0), []
     with starting:
         for pid in alveary_exec.parents().get(me, []):
             if pid in shims:
@@ -284,12 +287,10 @@ def end_orphans(shims: Collection[int], starting: threading.Lock) -> list[int]:
                     os.kill(one, signal.SIGKILL)
             except ProcessLookupError:
                 pass  # it ended meanwhile: it is collected all the same
-            try:
-                if os.waitpid(pid, os.WNOHANG)[0] == 0:
-                    left.append(pid)
-            except ChildProcessError:
-                continue  # it was no child of this process any more
-    return left
+            found.append(pid)
+            with contextlib.suppress(ChildProcessError):  # it was no child of this process any more
+                os.waitpid(pid, os.WNOHANG)
+    return found
 
 
 def end_strays(runs_dir: Path) -> int:
