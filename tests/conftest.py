@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,12 +12,20 @@ from support import RUNTIME, Embedded, debian, embedded, servers
 
 from alveary.local.layout import Layout
 from alveary.workspace import Workspace
+from alveary_core.eventlog import connect, ensure_streams
 
 
 @pytest.fixture(scope="session")
 def bare_servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Layout]:
-    """nats-server and the object store."""
+    """nats-server with the streams, and the object store."""
+
+    async def prepared(layout: Layout) -> None:
+        connection = await connect(f"nats://127.0.0.1:{layout.ports.nats}", "runs", layout.secrets["runs"], "tests")
+        await ensure_streams(connection)
+        await connection.close()
+
     with servers(tmp_path_factory.mktemp("servers")) as layout:
+        asyncio.run(prepared(layout))
         yield layout
 
 

@@ -13,6 +13,7 @@ import pytest
 from alveary.local.replay import positions, slowest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("detached", [[], ["--detach"]])
 def test_a_process_that_ends_again_and_again_is_named_with_what_it_said_last(tmp_path: Path, detached: list[str]) -> None:
     command = [sys.executable, "-m", "alveary.cli", "up", "--state-dir", str(tmp_path / "s"), "--port", "0", *detached]

@@ -21,6 +21,7 @@ PUBLISHED = {
 TRACE = Path(os.environ.get("ALVEARY_OPENB", Path(__file__).parents[4] / "shared/data/openb"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", sorted(PUBLISHED))
 @pytest.mark.skipif(not TRACE.is_dir(), reason="the Alibaba 2023 trace is missing: name its folder in ALVEARY_OPENB")
 def test_the_published_experiment(policy: str) -> None:
