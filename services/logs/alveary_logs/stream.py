@@ -32,7 +32,7 @@ CACHE_BYTES = 32 << 20
 _PAGE_MESSAGES = 512
 _ANSWER_SECONDS = 5.0
 _TRIES = 6
-_PAUSE_SECONDS = 0.02
+_PAUSE_SECONDS = 0.005
 # Replies to different wishes that are kept with a chunk.
 _SELECTIONS = 8
 
