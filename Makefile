@@ -7,7 +7,7 @@ PACKAGES := libs/contracts libs/core libs/sdk $(sort $(wildcard services/*))
 DATA ?=
 EPOCHS ?= 2
 
-.PHONY: bench-scale compose-init compose-up compose-demo compose-down install demo test lint breaking bench bench-cli bench-containers bench-files bench-logs generate lock clean format
+.PHONY: bench-scale compose-init compose-up compose-demo compose-down install demo test lint breaking bench bench-cli bench-containers bench-files bench-logs generate lock clean format docs
 
 # A stamp whose environment was emptied or moved since is not believed.
 ifeq ($(and $(wildcard $(BIN)/alveary),$(wildcard $(VENV)/lib/python*/site-packages/torch)),)
@@ -70,6 +70,7 @@ lint: install
 	$(BIN)/lint-imports
 	cd protos && $(BIN)/buf lint && $(BIN)/buf format --diff --exit-code
 	$(BIN)/python tools/generate.py --check
+	$(BIN)/python tools/build_docs.py
 
 # Against what is on main: removing or renumbering a field breaks clients that are out there.
 breaking: install
@@ -82,6 +83,10 @@ format: install
 
 generate: install
 	$(BIN)/python tools/generate.py
+
+# The docs site, into site/. Fails on broken links. The generator has an environment of its own, .venv-docs.
+docs: install
+	$(BIN)/python tools/build_docs.py
 
 compose-init: install
 	$(BIN)/python tools/compose_init.py $(COMPOSE_INIT)
@@ -97,6 +102,7 @@ compose-down:
 
 lock:
 	$(UV) pip compile requirements.in -o requirements.txt --no-annotate --no-header
+	$(UV) pip compile requirements-docs.in -o requirements-docs.txt --no-annotate --no-header
 
 clean:
-	rm -rf $(VENV) .venv-generate .demo
+	rm -rf $(VENV) .venv-generate .venv-docs .demo site docs/reference/[c-z]*.md
