@@ -7,7 +7,7 @@ PACKAGES := libs/contracts libs/core libs/sdk $(sort $(wildcard services/*))
 DATA ?=
 EPOCHS ?= 2
 
-.PHONY: bench-scale compose-init compose-up compose-demo compose-down install demo test lint breaking bench bench-cli bench-containers bench-files bench-logs generate lock clean format docs
+.PHONY: bench-scale compose-init compose-up compose-demo compose-down install demo test lint baseline bench bench-cli bench-containers bench-files bench-logs generate lock clean format docs
 
 # A stamp whose environment was emptied or moved since is not believed.
 ifeq ($(and $(wildcard $(BIN)/alveary),$(wildcard $(VENV)/lib/python*/site-packages/torch)),)
@@ -69,12 +69,14 @@ lint: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	cd protos && $(BIN)/buf lint && $(BIN)/buf format --diff --exit-code
+	cd protos && $(BIN)/buf breaking --against $(BASELINE)
 	$(BIN)/python tools/generate.py --check
 	$(BIN)/python tools/build_docs.py
 
-# Against what is on main: removing or renumbering a field breaks clients that are out there.
-breaking: install
-	cd protos && $(BIN)/buf breaking --against '../.git#branch=main,subdir=protos'
+# What `make lint` holds the protos to: fields and names that clients, event logs and archives know. Only a release changes it.
+BASELINE := baseline.binpb
+baseline: install
+	cd protos && $(BIN)/buf build --exclude-source-info -o $(BASELINE)
 
 format: install
 	$(BIN)/ruff check --fix .

@@ -10,15 +10,17 @@ from typing import Any
 
 import pytest
 from nats.errors import Error as NatsError
+from nats.js.api import StreamConfig
+from support import servers
 
 from alveary.local.layout import Layout
 from alveary_contracts.common.v1 import common_pb2 as c
 from alveary_contracts.events.v1 import events_pb2 as ev
 from alveary_contracts.ids import new_id
 from alveary_core.aggregates import Aggregates
-from alveary_core.errors import Unavailable
-from alveary_core.eventlog import LOGS, Conflict, EventLog, connect, ensure_streams
-from alveary_core.events import Event, Key
+from alveary_core.errors import FailedPrecondition, Unavailable
+from alveary_core.eventlog import LOG_FORMAT, LOGS, Conflict, EventLog, connect, ensure_streams
+from alveary_core.events import STREAM, Event, Key
 from alveary_core.projection import Projection
 
 
@@ -33,6 +35,23 @@ async def log(bare_servers: Layout) -> AsyncIterator[EventLog]:
     opened = await open_log(bare_servers, "runs")
     yield opened
     await opened.connection.close()
+
+
+@pytest.mark.parametrize(("found", "told"), [(None, "format 0.*earlier"), ("0", "format 0.*earlier"), ("2", "format 2.*later")])
+async def test_an_event_log_of_another_format_is_refused(tmp_path: Path, found: str | None, told: str) -> None:
+    with servers(tmp_path) as layout:
+        connection = await connect(f"nats://127.0.0.1:{layout.ports.nats}", "runs", layout.secrets["runs"], "tests")
+        metadata = {} if found is None else {"alveary.format": found}
+        await connection.jetstream().add_stream(StreamConfig(name=STREAM, subjects=["alveary.>"], metadata=metadata))
+        with pytest.raises(FailedPrecondition, match=told):
+            await ensure_streams(connection)
+        await connection.close()
+
+
+async def test_the_event_log_says_its_format(log: EventLog) -> None:
+    config = (await log.js.stream_info(STREAM)).config
+    assert config.metadata is not None and config.metadata["alveary.format"] == str(LOG_FORMAT)
+    await ensure_streams(log.connection)
 
 
 def tagged(text: str) -> ev.RunTagged:

@@ -35,10 +35,13 @@ from alveary_contracts.ids import new_id
 from alveary_core import deadletters, telemetry, tls
 from alveary_core.consumer import Consumer
 from alveary_core.deadletters import DeadLetters
-from alveary_core.errors import InvalidArgument, Unavailable
+from alveary_core.errors import FailedPrecondition, InvalidArgument, Unavailable
 from alveary_core.events import STREAM, Event, Key, MalformedEvent, UnknownEvent, body, decode, envelope, name_of
 
 LOGS, METRICS = "ALVEARY_LOGS", "ALVEARY_METRICS"
+# Of subjects, envelopes and bodies. Raise it with any change that a reader of before would misread, and write the migration.
+LOG_FORMAT = 1
+_FORMAT_KEY = "alveary.format"
 # JetStream's error for a missed Nats-Expected-Last-Subject-Sequence.
 _WRONG_LAST_SEQUENCE = (10071, 10164)
 _HEARTBEAT = 2.0
@@ -103,32 +106,77 @@ async def connect(url: str, user: str, password: str, name: str, patience: float
     raise Unavailable(f"the message bus at {url} does not answer within {patience:g} s: {last}")
 
 
-async def ensure_streams(connection: Client, patience: float = 30.0) -> None:
-    """Create the streams where they are missing. Idempotent and safe to race."""
-    js = connection.jetstream(timeout=5)
+def stream_configs() -> list[StreamConfig]:
+    """All streams of the platform, as `ensure_streams` creates them."""
     day = 24 * 3600.0
-    wanted = [
+    return [
         StreamConfig(
-            name=STREAM, subjects=["alveary.>"], retention=RetentionPolicy.LIMITS, storage=StorageType.FILE,
-            discard=DiscardPolicy.NEW, duplicate_window=120, allow_direct=True,
+            name=STREAM,
+            subjects=["alveary.>"],
+            retention=RetentionPolicy.LIMITS,
+            storage=StorageType.FILE,
+            discard=DiscardPolicy.NEW,
+            duplicate_window=120,
+            allow_direct=True,
+            metadata={_FORMAT_KEY: str(LOG_FORMAT)},
             description="Every fact of Alveary. Nothing else is a source of truth.",
         ),
         StreamConfig(
-            name=LOGS, subjects=["alveary-logs.>"], storage=StorageType.FILE, duplicate_window=120,
-            discard=DiscardPolicy.NEW, max_bytes=20 * 2**30, allow_direct=True,
+            name=LOGS,
+            subjects=["alveary-logs.>"],
+            storage=StorageType.FILE,
+            duplicate_window=120,
+            discard=DiscardPolicy.NEW,
+            max_bytes=20 * 2**30,
+            allow_direct=True,
             description="Log lines of runs that are not archived yet.",
         ),
         StreamConfig(
-            name=METRICS, subjects=["alveary-metrics.>"], storage=StorageType.FILE, duplicate_window=120,
-            max_age=3650 * day, allow_direct=True, description="Metric points of runs.",
+            name=METRICS,
+            subjects=["alveary-metrics.>"],
+            storage=StorageType.FILE,
+            duplicate_window=120,
+            max_age=3650 * day,
+            allow_direct=True,
+            description="Metric points of runs.",
         ),
         deadletters.STREAM_CONFIG,
-    ]  # fmt: skip
+    ]
+
+
+def _check_format(config: StreamConfig) -> None:
+    """Refuse an event log of another format.
+
+    Raises:
+        FailedPrecondition: an earlier or a later version of Alveary wrote it.
+    """
+    found = (config.metadata or {}).get(_FORMAT_KEY, "0")
+    if config.name != STREAM or found == str(LOG_FORMAT):
+        return
+    later = found.isdecimal() and int(found) > LOG_FORMAT
+    raise FailedPrecondition(
+        f"the event log has format {found}, and this version of Alveary reads format {LOG_FORMAT}: "
+        + (
+            "install the later version that wrote it"
+            if later
+            else "an earlier version wrote it; run that version, or begin with an empty log"
+        ),
+        STREAM,
+    )
+
+
+async def ensure_streams(connection: Client, patience: float = 30.0) -> None:
+    """Create the streams where they are missing. Idempotent and safe to race.
+
+    Raises:
+        FailedPrecondition: the event log has another format.
+    """
+    js = connection.jetstream(timeout=5)
     async for attempt in stamina.retry_context(on=_TRANSIENT, attempts=None, timeout=patience, wait_max=1.0):
         with attempt:
-            for config in wanted:
+            for config in stream_configs():
                 try:
-                    await js.stream_info(str(config.name))
+                    _check_format((await js.stream_info(str(config.name))).config)
                 except NotFoundError:
                     with contextlib.suppress(BadRequestError):  # another service was faster
                         await js.add_stream(config)

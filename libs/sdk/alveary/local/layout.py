@@ -14,6 +14,8 @@ from alveary_core.access import WRITES, nats_users
 
 DEFAULT_PORT = 7460
 SERVICES = ("runs", "images", "scheduler", "logs", "registry", "archiver")
+# Of the files below a state directory. Raise it with any change that an earlier or later version would misread.
+STATE_FORMAT = 1
 _WEED = ("master", "volume", "filer", "s3")
 
 
@@ -94,7 +96,7 @@ class Layout:
         """Read or make the directory; ports, secrets and (unless given) runtime and `bind` stay what they were.
 
         Raises:
-            AlvearyError: what is there cannot be read.
+            AlvearyError: what is there cannot be read, or an earlier or later version of Alveary wrote it.
         """
         state_dir = state_dir.resolve()
         state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -103,6 +105,8 @@ class Layout:
             known = json.loads(file.read_text()) if file.exists() else {}
         except ValueError as error:
             raise AlvearyError(f"{file} cannot be read ({error}): is {state_dir} a stack's directory?", "DATA_LOSS") from error
+        if file.exists():
+            _check_format(state_dir, known.get("format", 0))
         if port is None and "ports" in known:
             fresh = asdict(Ports.choose(0))
             # A directory of an earlier version may know fewer.
@@ -114,7 +118,8 @@ class Layout:
         hidden = {name: made.get(name) or secrets.token_hex(24) for name in names}
         runtime = runtime or known.get("runtime", "process")
         bind = known.get("bind", "") if bind is None else bind
-        write_private(file, json.dumps({"ports": asdict(ports), "secrets": hidden, "runtime": runtime, "bind": bind}, indent=1))
+        state = {"format": STATE_FORMAT, "ports": asdict(ports), "secrets": hidden, "runtime": runtime, "bind": bind}
+        write_private(file, json.dumps(state, indent=1))
         return cls(state_dir, ports, hidden, lease_seconds, beat_seconds, separate, metrics_port, runtime, bind)
 
     @property
@@ -199,6 +204,23 @@ jetstream {{ store_dir: "{self.state_dir / "nats"}", sync_interval: always
         if self.separate:
             config["endpoints"] = {s: self.endpoint_of(s).replace("127.0.0.1", host) for s in SERVICES}
         return json.dumps(config, indent=1) + "\n"
+
+
+def _check_format(state_dir: Path, found: object) -> None:
+    """Refuse a state directory of another format.
+
+    Raises:
+        AlvearyError: an earlier or a later version of Alveary wrote it.
+    """
+    if found == STATE_FORMAT:
+        return
+    later = isinstance(found, int) and found > STATE_FORMAT
+    do = "install the later version that wrote it" if later else "an earlier version wrote it; run that version"
+    raise AlvearyError(
+        f"the state directory {state_dir} has format {found}, and this version of Alveary reads format {STATE_FORMAT}: "
+        f"{do}, or choose another --state-dir",
+        "FAILED_PRECONDITION",
+    )
 
 
 def write_private(file: Path, text: str) -> None:
