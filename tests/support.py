@@ -221,7 +221,7 @@ def tail(run: Run, after: int = 0, follow: bool = False, streams: tuple[str, ...
     """All TailLines of a run."""
 
     async def collect() -> list[Any]:
-        return [one async for one in run._workspace._client.tail(run.id, after, follow, streams)]
+        return [one async for one in run._workspace._client.logs.tail(run.id, after, follow, streams)]
 
     return run._workspace._call(collect())
 

@@ -18,7 +18,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from support import Embedded, embedded, finished, submit, tail
 
-from alveary.aio import FINAL
+from alveary.client.states import FINAL
 from alveary_contracts.common.v1 import common_pb2 as c
 
 ROWS: list[tuple[str, str, str, str]] = []
@@ -136,10 +136,10 @@ def measure(stack: Embedded, folder: Path, ray: dict[str, float], mlflow: dict[s
 
     async def start_latency() -> float:
         started = time.time()
-        run = await client.submit(spec, None)
-        await client.wait(run.id)
-        (link,) = await client.list_run_files(run.id, "outputs/t", with_urls=True)
-        await client.download(link, folder / "t", overwrite=True)
+        run = await client.runs.submit(spec, None)
+        await client.runs.wait(run.id)
+        (link,) = await client.runs.file_links(run.id, "outputs/t", with_urls=True)
+        await client.transfers.download(link, folder / "t", overwrite=True)
         return float((folder / "t").read_text()) - started
 
     latencies = [workspace._call(start_latency()) for _ in range(15)]
@@ -151,9 +151,9 @@ def measure(stack: Embedded, folder: Path, ray: dict[str, float], mlflow: dict[s
 
     async def many(count: int) -> float:
         started = time.monotonic()
-        runs = [await client.submit(noop, None) for _ in range(count)]
+        runs = [await client.runs.submit(noop, None) for _ in range(count)]
         for run in runs:
-            assert (await client.wait(run.id)).state in FINAL
+            assert (await client.runs.wait(run.id)).state in FINAL
         return count / (time.monotonic() - started)
 
     rate = workspace._call(many(100))
@@ -179,7 +179,7 @@ def measure(stack: Embedded, folder: Path, ray: dict[str, float], mlflow: dict[s
     delays = []
 
     async def follow() -> None:
-        async for one in client.tail(run.id, streams=("stdout",)):
+        async for one in client.logs.tail(run.id, streams=("stdout",)):
             delays.append(time.time() - float(one.line.data))
 
     workspace._call(follow())

@@ -97,7 +97,7 @@ def second_node(folder: Path, source: Path, packages: list[str]) -> float:
 
 async def _first(run: object) -> str:
     client = run._workspace._client  # type: ignore[attr-defined]
-    page = await client.read_logs(run.id, limit=1, streams=["stdout"])  # type: ignore[attr-defined]
+    page = await client.logs.read(run.id, limit=1, streams=["stdout"])  # type: ignore[attr-defined]
     line: bytes = page.lines[0].line.data
     return line.decode()
 

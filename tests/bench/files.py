@@ -131,7 +131,7 @@ def run(folder: Path, outputs: int) -> None:
         seconds = timed(lambda: submitted.register_model("many", "outputs"))
         row(f"{outputs} outputs registered as a model", f"{outputs / seconds:.0f} files/s", f"{seconds:.1f} s")
         client = workspace._client
-        seconds = timed(lambda: workspace._call(client.list_run_files(submitted.id, with_urls=True)))
+        seconds = timed(lambda: workspace._call(client.runs.file_links(submitted.id, with_urls=True)))
         row(f"{outputs} files listed with links", f"{outputs / seconds:.0f} files/s", f"{seconds:.2f} s")
         seconds = timed(lambda: submitted.download_files("", str(folder / "down")))
         row(f"{outputs} files downloaded", f"{outputs / seconds:.0f} files/s", f"{seconds:.1f} s")

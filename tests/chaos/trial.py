@@ -224,7 +224,7 @@ def _final_ids(workspace: Workspace) -> set[str]:
     client = workspace._client
     found: set[str] = set()
     for state in FINAL:
-        found |= {run.id for run in workspace._call(client.list_runs(f"state = {state}", limit=500))}
+        found |= {run.id for run in workspace._call(client.runs.list(f"state = {state}", limit=500))}
     return found
 
 

@@ -132,7 +132,7 @@ def _digests(seed: int, size: int) -> dict[str, str]:
 
 def _files(submitted: Submitted) -> list[str]:
     client, call = submitted.run._workspace._client, submitted.run._workspace._call
-    links = call(client.list_run_files(submitted.run.id, "outputs/", with_urls=True))
+    links = call(client.runs.file_links(submitted.run.id, "outputs/", with_urls=True))
     expected = _digests(submitted.seed, submitted.size)
     said = {link.file.path: link.file.sha256 for link in links}
     if said != expected:
@@ -216,9 +216,9 @@ def _submit(workspace: Workspace, config: ScriptRunConfig, key: str) -> str:
     spec.experiment = EXPERIMENT
 
     async def work() -> str:
-        spec.snapshot = await client.upload_snapshot(Path(config.source_directory))
+        spec.snapshot = await client.runs.upload_snapshot(Path(config.source_directory))
         request = runs_pb2.SubmitRunRequest(spec=spec, idempotency_key=key)
-        return str((await client.call(client.runs.SubmitRun, request)).run.id)
+        return str((await client.call(client.stubs.runs.SubmitRun, request)).run.id)
 
     return workspace._call(work())
 

@@ -25,7 +25,7 @@ BASE = "python:3.11-slim-bookworm"
 
 def image_of(workspace: Workspace, environment: Environment) -> pb.Image:
     client = workspace._client
-    image: pb.Image = workspace._call(client.call(client.images.GetImage, pb.GetImageRequest(digest=environment.digest))).image
+    image: pb.Image = workspace._call(client.call(client.stubs.images.GetImage, pb.GetImageRequest(digest=environment.digest))).image
     return image
 
 

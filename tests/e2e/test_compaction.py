@@ -68,7 +68,7 @@ def test_compacted_runs_are_what_they_were(tmp_path: Path, source: Path, monkeyp
         assert lines(same) == ["hello"] and "outputs/model.txt" in same.get_file_names()
         model = same.register_model("compacted", "outputs/model.txt")
         assert model.run_id == run.id
-        listed = again._call(again._client.list_runs('tags.a = "b" AND metrics.loss < 1'))
+        listed = again._call(again._client.runs.list('tags.a = "b" AND metrics.loss < 1'))
         assert [r.id for r in listed] == [run.id]
         same.tag("later", "yes")
         assert again.get_run(run.id).get_tags() == {"a": "b", "k": "v", "later": "yes"}

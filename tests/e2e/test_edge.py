@@ -76,7 +76,7 @@ def test_a_log_that_is_poisoned_already_stops_nobody(edge: Embedded) -> None:
     async def seen() -> None:
         from alveary_contracts.scheduler.v1 import scheduler_pb2
 
-        await client.compute.GetTarget(scheduler_pb2.GetTargetRequest(name="local", min_sequence=last), metadata=client.metadata)
+        await client.stubs.compute.GetTarget(scheduler_pb2.GetTargetRequest(name="local", min_sequence=last), metadata=client.metadata)
 
     workspace._call(seen())
     assert edge.pids()["control"] == before
@@ -85,10 +85,10 @@ def test_a_log_that_is_poisoned_already_stops_nobody(edge: Embedded) -> None:
     assert {x["type"] for x in letters} == {"run.prepared", "run.retrying"}, letters
     assert {x["consumer"] for x in letters} == {"SchedulerProjection"}, letters
     # Whoever asks sees the run, and can end it.
-    shown = workspace._call(client.get_run(run))
+    shown = workspace._call(client.runs.get(run))
     assert shown.spec.launcher == 99
     edge.cli("run", "cancel", run)
-    until(lambda: workspace._call(client.get_run(run)).state == c.RUN_STATE_CANCELED, "the poisoned run is canceled")
+    until(lambda: workspace._call(client.runs.get(run)).state == c.RUN_STATE_CANCELED, "the poisoned run is canceled")
     assert blocked(edge.state_dir, "control") == []
 
 
@@ -152,7 +152,7 @@ def known(edge: Embedded, tmp_path_factory: pytest.TempPathFactory) -> tuple[str
     run.register_model("known", "outputs/m.pt")
     (folder / "data").mkdir()
     Path(folder, "data/a.txt").write_text("a")
-    workspace._call(workspace._client.upload_dataset(folder / "data", "data"))
+    workspace._call(workspace._client.datasets.upload(folder / "data", "data"))
     assert Model(workspace, "known").version == 1
     return (run.id, details["spec"]["snapshot"], details["image_digest"], "known", "data", "tests", "known:1", "local-0", "outputs")
 

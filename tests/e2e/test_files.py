@@ -96,7 +96,7 @@ def test_a_model_of_many_files_is_no_large_event(failed: Run, workspace: Workspa
 
     def page(**more: object) -> reg.ListModelFilesResponse:
         request = reg.ListModelFilesRequest(name=name, **more)  # type: ignore[arg-type]
-        return workspace._call(client.call(client.models.ListModelFiles, request))
+        return workspace._call(client.call(client.stubs.models.ListModelFiles, request))
 
     first = page(page_size=200, without_urls=True)
     assert len(first.files) == 200 and not first.files[0].url

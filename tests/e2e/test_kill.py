@@ -82,7 +82,7 @@ def test_killed_while_outputs_are_being_stored(separate: Embedded, source: Path,
     until(lambda: run.get_status() in ("Finalizing", "Completed"), "the run is storing its outputs")
     kill(separate, victim)
     whole(run)
-    sizes = {x.file.path: x.file.size for x in workspace._call(workspace._client.list_run_files(run.id))}
+    sizes = {x.file.path: x.file.size for x in workspace._call(workspace._client.runs.file_links(run.id))}
     assert sizes["outputs/big.bin"] == 150 << 20
 
 
@@ -147,7 +147,7 @@ def test_a_trainer_killed_while_it_stores_outputs_leads_to_the_next_attempt(sepa
     finally:
         os.kill(objects, signal.SIGCONT)
     whole(run, attempts=2)
-    sizes = {x.file.path: x.file.size for x in workspace._call(workspace._client.list_run_files(run.id))}
+    sizes = {x.file.path: x.file.size for x in workspace._call(workspace._client.runs.file_links(run.id))}
     assert sizes["outputs/big.bin"] == 30 << 20
 
 

@@ -47,7 +47,7 @@ def test_a_follower_whose_connection_is_cut_misses_nothing_and_sees_nothing_twic
     seen: list[int] = []
 
     async def follow() -> None:
-        async for one in far._client.tail(run.id, streams=("stdout",)):
+        async for one in far._client.logs.tail(run.id, streams=("stdout",)):
             seen.append(int(one.line.data))
             if len(seen) in (5, 30):
                 proxy.cut()

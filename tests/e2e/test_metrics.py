@@ -23,7 +23,7 @@ async def log(workspace: Workspace, run_id: str, points: list[pb.MetricPoint], s
         for begin in range(0, len(points), size):
             yield pb.LogMetricsRequest(run_id=run_id, points=points[begin : begin + size])
 
-    reply = await client.runs.LogMetrics(requests(), metadata=client.metadata, timeout=120)
+    reply = await client.stubs.runs.LogMetrics(requests(), metadata=client.metadata, timeout=120)
     assert reply.accepted == len(points)
 
 
@@ -33,14 +33,14 @@ def test_110_000_points_with_long_descriptions_are_read_while_lists_answer(works
     points = [pb.MetricPoint(name="loss", scalar=float(i), step=i, description="what this is " * 50) for i in range(110_000)]
     workspace._call(log(workspace, run.id, points))
     assert run.get_metrics()["loss"] == [float(i) for i in range(110_000)]
-    series = workspace._call(workspace._client.metric_series(run.id, "loss", max_points=500))
+    series = workspace._call(workspace._client.metrics.series(run.id, "loss", max_points=500))
     assert len(series) == 1 and len(series[0].points) <= 500 and series[0].points[-1].scalar == 109_999 and series[0].point_count == 110_000
-    found = workspace._call(workspace._client.get_run(run.id))
+    found = workspace._call(workspace._client.runs.get(run.id))
     assert dict(found.metrics) == {"loss": 109_999.0} and found.metric_count == 1
     with pytest.raises(AlvearyError, match="256"):
-        workspace._call(workspace._client.log_metric(run.id, "n" * 300, 1.0, None))
+        workspace._call(workspace._client.metrics.log(run.id, "n" * 300, 1.0, None))
     with pytest.raises(AlvearyError, match="max_points"):
-        workspace._call(workspace._client.metric_series(run.id, "loss", max_points=1))
+        workspace._call(workspace._client.metrics.series(run.id, "loss", max_points=1))
 
 
 def test_points_of_an_attempt_that_was_lost_do_not_mix_with_those_of_the_next(stack: Embedded, workspace: Workspace, source: Path) -> None:
@@ -66,6 +66,6 @@ def test_points_of_an_attempt_that_was_lost_do_not_mix_with_those_of_the_next(st
         os.kill(pid, signal.SIGKILL)
     assert finished(run)["attempt"] == 2
     assert run.get_metrics() == {"loss": [203.0, 204.0, 205.0, 206.0, 207.0], "note": 2.0}
-    (first,) = workspace._call(workspace._client.metric_series(run.id, "loss", attempt=1))
+    (first,) = workspace._call(workspace._client.metrics.series(run.id, "loss", attempt=1))
     assert [p.scalar for p in first.points] == [105.0, 106.0, 107.0, 108.0, 109.0] and first.attempt == 1
-    assert not math.isnan(workspace._call(workspace._client.get_run(run.id)).metrics["loss"])
+    assert not math.isnan(workspace._call(workspace._client.runs.get(run.id)).metrics["loss"])

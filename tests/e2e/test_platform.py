@@ -340,15 +340,15 @@ def test_two_hundred_runs_at_once_all_finish(workspace: Workspace, source: Path)
     async def all_of_them() -> list[str]:
         import asyncio
 
-        return [r.id for r in await asyncio.gather(*(client.submit(spec, None) for _ in range(200)))]
+        return [r.id for r in await asyncio.gather(*(client.runs.submit(spec, None) for _ in range(200)))]
 
     ids = workspace._call(all_of_them())
     assert len(set(ids)) == 200
     workspace.get_run(ids[-1]).cancel()
-    assert len(workspace._call(client.list_runs(f'experiment = "{name}"'))) == 201
+    assert len(workspace._call(client.runs.list(f'experiment = "{name}"'))) == 201
 
     def left() -> int:
-        runs = workspace._call(client.list_runs(f'experiment = "{name}"'))
+        runs = workspace._call(client.runs.list(f'experiment = "{name}"'))
         return sum(r.state not in (c.RUN_STATE_COMPLETED, c.RUN_STATE_CANCELED) for r in runs)
 
     until(lambda: left() == 0, "all have finished", 900)

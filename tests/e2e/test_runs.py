@@ -51,7 +51,7 @@ def test_metrics_files_logs_and_tags_of_a_run(workspace: Workspace, source: Path
     assert metrics["loss"] == [1.0, 0.5, pytest.approx(1 / 3)]
     assert metrics["sizes"] == [1, 2, 3]
     assert metrics["diverged"][0] == 1.0 and math.isnan(metrics["diverged"][1]) and metrics["limit"] == -math.inf
-    assert [r.id for r in workspace._call(workspace._client.list_runs(f'id = "{run.id}" AND metrics.diverged = nan'))] == [run.id]
+    assert [r.id for r in workspace._call(workspace._client.runs.list(f'id = "{run.id}" AND metrics.diverged = nan'))] == [run.id]
     assert metrics["confusion"] == {"a": 1, "b": 2}
     assert metrics["table"] == {"x": [1, 2], "y": [3, 4]}
     assert metrics["plot"] == "outputs/images/plot.png"
@@ -241,7 +241,7 @@ def test_identical_sources_upload_nothing_and_ignore_files_are_honoured(workspac
     finished(run)
     assert "keep.py" in lines(run)[0] and "drop.bin" not in lines(run)[0]
     uploads: list[object] = []
-    again = workspace._call(workspace._client.upload_snapshot(source, lambda *a: uploads.append(a)))
+    again = workspace._call(workspace._client.runs.upload_snapshot(source, lambda *a: uploads.append(a)))
     assert again == run.get_snapshot_id()
     assert uploads == []
     assert Path(run.restore_snapshot(path=str(source / "restored")), "keep.py").exists()
@@ -277,7 +277,7 @@ def test_bad_input_is_refused_with_a_sentence(workspace: Workspace, source: Path
 async def _raw_submit(workspace: Workspace, source: Path, script: str) -> object:
     from alveary_contracts.common.v1 import common_pb2 as c
 
-    return await workspace._client.submit(c.RunSpec(entry_script=script, compute_target="local"), source)
+    return await workspace._client.runs.submit(c.RunSpec(entry_script=script, compute_target="local"), source)
 
 
 def test_datasets_are_versioned_shared_and_read_only(workspace: Workspace, source: Path, tmp_path: Path) -> None:
@@ -323,7 +323,7 @@ def test_runs_are_found_by_what_is_known_of_them(workspace: Workspace, source: P
     client = workspace._client
 
     def find(condition: str, order: str = "") -> list[str]:
-        return [r.id for r in workspace._call(client.list_runs(f'experiment = "{experiment}" AND {condition}', order))]
+        return [r.id for r in workspace._call(client.runs.list(f'experiment = "{experiment}" AND {condition}', order))]
 
     until(lambda: len(find("metrics.loss >= 0")) == 3, "the metrics are there")
     assert find("state = Completed") == made[::-1]
@@ -336,7 +336,7 @@ def test_runs_are_found_by_what_is_known_of_them(workspace: Workspace, source: P
     pages, token = [], ""
     while True:
         request = pb.ListRunsRequest(filter=f'experiment = "{experiment}"', page_size=2, page_token=token)
-        reply = workspace._call(client.call(client.runs.ListRuns, request))
+        reply = workspace._call(client.call(client.stubs.runs.ListRuns, request))
         pages += [r.id for r in reply.runs]
         token = reply.next_page_token
         if not token:
@@ -357,9 +357,9 @@ def test_a_target_starts_nodes_for_a_run_and_lets_them_go(workspace: Workspace, 
     seen = []
 
     async def watch() -> None:
-        from alveary.aio import state_name
+        from alveary.client.states import state_name
 
-        async for one in workspace._client.watch(run.id):
+        async for one in workspace._client.runs.watch(run.id):
             seen.append((state_name(one.state), one.reason))
 
     workspace._call(watch())
@@ -402,7 +402,7 @@ def test_logs_are_read_by_page_and_searched_alive_and_archived(stack: Embedded, 
     def pages(limit: int) -> list[str]:
         found, after = [], 0
         while True:
-            reply = workspace._call(client.read_logs(run.id, after=after, limit=limit, streams=["stdout"]))
+            reply = workspace._call(client.logs.read(run.id, after=after, limit=limit, streams=["stdout"]))
             found += [one.line.data.decode() for one in reply.lines]
             assert len(reply.lines) <= limit
             if not reply.next:
@@ -412,35 +412,35 @@ def test_logs_are_read_by_page_and_searched_alive_and_archived(stack: Embedded, 
     until(lambda: "café" in pages(1000), "all is printed")
     for alive in (True, False):  # then archived: the same answers
         assert pages(700) == [*(f"line {i} " + ("Loss" if i % 1000 == 7 else "") for i in range(2500)), "café"]
-        newest = workspace._call(client.read_logs(run.id, limit=2, newest=True, streams=["stdout"])).lines
+        newest = workspace._call(client.logs.read(run.id, limit=2, newest=True, streams=["stdout"])).lines
         assert [one.line.data.decode() for one in newest] == ["line 2499 ", "café"]
-        earlier = workspace._call(client.read_logs(run.id, limit=2, newest=True, streams=["stdout"], before=newest[0].cursor)).lines
+        earlier = workspace._call(client.logs.read(run.id, limit=2, newest=True, streams=["stdout"], before=newest[0].cursor)).lines
         assert [one.line.data.decode() for one in earlier] == ["line 2497 ", "line 2498 "]
         begun = earlier[0].line.time.ToMicroseconds() / 1e6
-        since = workspace._call(client.read_logs(run.id, limit=10_000, streams=["stdout"], since=begun)).lines
+        since = workspace._call(client.logs.read(run.id, limit=10_000, streams=["stdout"], since=begun)).lines
         assert since[-1] == newest[-1] and since[0].line.time == earlier[0].line.time
         number = next(n for n, one in enumerate(tail(run), 1) if one.cursor == newest[0].cursor)
-        assert workspace._call(client.read_logs(run.id, limit=1, line=number)).lines == newest[:1]
+        assert workspace._call(client.logs.read(run.id, limit=1, line=number)).lines == newest[:1]
         shown = stack.cli("run", "logs", run.id, "--stream", "stdout", "--since", "1h").stdout
         assert shown.splitlines() == pages(1000)
         assert stack.cli("run", "logs", run.id, "--newest", "1", *(() if alive else ("--follow",)), "--stream", "stdout").stdout == "café\n"
-        hits = workspace._call(client.search_logs(run.id, "loss", ignore_case=True))
+        hits = workspace._call(client.logs.search(run.id, "loss", ignore_case=True))
         assert [one.line.data.decode().split()[1] for one in hits.lines] == ["7", "1007", "2007"] and not hits.next
-        assert not workspace._call(client.search_logs(run.id, "loss")).lines
-        assert workspace._call(client.search_logs(run.id, "é")).lines
-        first = workspace._call(client.search_logs(run.id, "Loss", limit=2))
-        rest = workspace._call(client.search_logs(run.id, "Loss", after=first.next))
+        assert not workspace._call(client.logs.search(run.id, "loss")).lines
+        assert workspace._call(client.logs.search(run.id, "é")).lines
+        first = workspace._call(client.logs.search(run.id, "Loss", limit=2))
+        rest = workspace._call(client.logs.search(run.id, "Loss", after=first.next))
         assert [one.cursor for one in first.lines] + [one.cursor for one in rest.lines] == [one.cursor for one in hits.lines]
         if alive:
             let_go(stack, run)
         finished(run)
-    for bad in (lambda: client.read_logs(run.id, limit=10**6), lambda: client.search_logs(run.id, "")):
+    for bad in (lambda: client.logs.read(run.id, limit=10**6), lambda: client.logs.search(run.id, "")):
         with pytest.raises(AlvearyError, match="1 to"):
             workspace._call(bad())
     with pytest.raises(AlvearyError, match="has 25[0-9]+ lines now"):
-        workspace._call(client.read_logs(run.id, line=9999))
+        workspace._call(client.logs.read(run.id, line=9999))
     with pytest.raises(AlvearyError, match="not together"):
-        workspace._call(client.read_logs(run.id, line=1, since=0.0))
+        workspace._call(client.logs.read(run.id, line=1, since=0.0))
     for bad_time, why in (("2222-11-11", "in the future"), ("yesterday", "is no time")):
         refused = stack.cli("run", "logs", run.id, "--since", bad_time, check=False)
         assert refused.returncode == 2 and why in refused.stderr

@@ -138,7 +138,7 @@ def test_a_drained_node_takes_nothing_more(own: Embedded, workspace: Workspace, 
     finished(running)
     with pytest.raises(AlvearyError) as refused:
         client = workspace._client
-        workspace._call(client.call(client.nodes.DrainNode, pb.DrainNodeRequest(node="nobody")))
+        workspace._call(client.call(client.stubs.nodes.DrainNode, pb.DrainNodeRequest(node="nobody")))
     assert refused.value.code == grpc.StatusCode.NOT_FOUND.name
     wait_for_state(running, "Completed")
 

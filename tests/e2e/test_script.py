@@ -37,7 +37,7 @@ SCRIPT = r"""
 
 def shown(run: Run) -> list[Any]:
     client = run._workspace._client
-    return list(run._workspace._call(client.read_logs(run.id, limit=100, streams=["stdout", "stderr"])).lines)
+    return list(run._workspace._call(client.logs.read(run.id, limit=100, streams=["stdout", "stderr"])).lines)
 
 
 def test_what_is_seen_of_a_script(stack: Embedded, workspace: Workspace, source: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -29,7 +29,7 @@ for name in alveary.__all__:
 assert before == surroundings()
 
 from alveary import Environment, ScriptRunConfig, Workspace
-from alveary.aio import run_details
+from alveary.client.states import run_details
 from alveary.config import Config
 from alveary_contracts.common.v1 import common_pb2
 from alveary_contracts.runs.v1 import runs_pb2

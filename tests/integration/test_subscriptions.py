@@ -67,7 +67,7 @@ def text_of(event: pb.Event) -> str:
 
 @contextlib.asynccontextmanager
 async def subscribed(client: Client, handler: object, durable: str) -> AsyncIterator[asyncio.Task[None]]:
-    task = asyncio.create_task(client.subscribe("run.*", handler, durable=durable, from_sequence=1))  # type: ignore[arg-type]
+    task = asyncio.create_task(client.events.subscribe("run.*", handler, durable=durable, from_sequence=1))  # type: ignore[arg-type]
     try:
         yield task
     finally:
@@ -235,4 +235,4 @@ async def test_a_subscription_to_nothing_is_refused_through_the_client(client: C
         raise AssertionError("nothing can match")
 
     with pytest.raises(AlvearyError, match="Did you mean 'run.completed'?"):
-        await client.subscribe("run.complete", handler)
+        await client.events.subscribe("run.complete", handler)

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import threading
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
+from alveary._fork import claim_grpc
 from alveary.errors import AlvearyError
 
 T = TypeVar("T")
 _lock = threading.Lock()
 _loop: asyncio.AbstractEventLoop | None = None
-# Of the process that the loop was started in.
-_pid = 0
 _THREAD = "alveary-loop"
 
 
@@ -22,20 +20,13 @@ def loop() -> asyncio.AbstractEventLoop:
     """The loop, started when first asked for.
 
     Raises:
-        AlvearyError: this process was forked from one that had started it. A fork has none of its parent's threads: neither the
-            loop's nor those of gRPC, which cannot be started again in it.
+        AlvearyError: this process was forked from one that uses the platform (`alveary._fork`).
     """
-    global _loop, _pid
-    if _pid not in (0, os.getpid()):  # before the lock, which may have been held at the fork
-        raise AlvearyError(
-            "this process was forked from one that talks to the platform, and gRPC does not survive a fork: start the process with the "
-            "method 'spawn' or 'forkserver' (multiprocessing.get_context('spawn'), DataLoader(multiprocessing_context='spawn')), or "
-            "use the workspace in the parent alone",
-            "FAILED_PRECONDITION",
-        )
+    global _loop
+    claim_grpc()  # before the lock, which may have been held at the fork
     with _lock:
         if _loop is None:
-            _loop, _pid = asyncio.new_event_loop(), os.getpid()
+            _loop = asyncio.new_event_loop()
             threading.Thread(target=_loop.run_forever, name=_THREAD, daemon=True).start()
         return _loop
 

@@ -38,8 +38,7 @@ class ComputeTarget:
 
     def refresh_state(self) -> None:
         """Look again."""
-        client = self.workspace._client
-        self._found: pb.Target = self.workspace._call(client.call(client.compute.GetTarget, pb.GetTargetRequest(name=self.name))).target
+        self._found = self.workspace._call(self.workspace._client.compute.get(self.name))
 
     @property
     def node_resources(self) -> c.Resources:
@@ -61,19 +60,15 @@ class ComputeTarget:
         Raises:
             ComputeTargetException: the name is taken by another one, or the specification cannot be met.
         """
-        client = workspace._client
-        request = pb.CreateTargetRequest(name=name, spec=provisioning_configuration)
         try:
-            return cls._of(workspace, workspace._call(client.call(client.compute.CreateTarget, request)).target)
+            return cls._of(workspace, workspace._call(workspace._client.compute.create(name, provisioning_configuration)))
         except AlvearyError as error:
             raise ComputeTargetException(str(error), error.code) from error
 
     @staticmethod
     def list(workspace: Workspace) -> builtins.list[ComputeTarget]:
         """All targets of a workspace."""
-        client = workspace._client
-        reply = workspace._call(client.call(client.compute.ListTargets, pb.ListTargetsRequest()))
-        return [ComputeTarget._of(workspace, t) for t in reply.targets]
+        return [ComputeTarget._of(workspace, target) for target in workspace._call(workspace._client.compute.list())]
 
     def wait_for_completion(
         self,
@@ -113,8 +108,7 @@ class ComputeTarget:
         Raises:
             AlvearyError: runs use it or wait for it.
         """
-        client = self.workspace._client
-        self.workspace._call(client.call(client.compute.DeleteTarget, pb.DeleteTargetRequest(name=self.name)))
+        self.workspace._call(self.workspace._client.compute.delete(self.name))
 
     def update(
         self, min_nodes: int | None = None, max_nodes: int | None = None, idle_seconds_before_scaledown: float | None = None, *,
@@ -138,17 +132,14 @@ class ComputeTarget:
         if quotas is not None:
             del spec.quotas[:]
             spec.quotas.extend(q._proto() for q in quotas)
-        client = self.workspace._client
-        request = pb.UpdateTargetRequest(name=self.name, spec=spec)
         try:
-            self._found = self.workspace._call(client.call(client.compute.UpdateTarget, request)).target
+            self._found = self.workspace._call(self.workspace._client.compute.update(self.name, spec))
         except AlvearyError as error:
             raise ComputeTargetException(str(error), error.code) from error
 
     def list_nodes(self) -> builtins.list[pb.Node]:
         """Its nodes."""
-        client = self.workspace._client
-        return list(self.workspace._call(client.call(client.nodes.ListNodes, pb.ListNodesRequest(target=self.name))).nodes)
+        return self.workspace._call(self.workspace._client.compute.nodes(self.name))
 
     def create_join_token(self, valid_seconds: float = 86400.0) -> tuple[str, str]:
         """(endpoint, token) for `alveary node join`, with which machines become nodes of this target; of kind "nodes".
@@ -156,9 +147,7 @@ class ComputeTarget:
         Raises:
             AlvearyError: it starts its nodes itself, or the platform can be reached from its own machine alone.
         """
-        client = self.workspace._client
-        request = pb.CreateJoinTokenRequest(target=self.name, valid_seconds=valid_seconds)
-        made = self.workspace._call(client.call(client.nodes.CreateJoinToken, request))
+        made = self.workspace._call(self.workspace._client.compute.create_join_token(self.name, valid_seconds))
         return made.endpoint, made.token
 
 

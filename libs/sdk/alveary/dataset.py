@@ -49,25 +49,20 @@ class Dataset:
 
         with upload_progress(name) as progress:
             found = workspace._call(
-                workspace._client.upload_dataset(Path(path), name, description, tags, progress, verify=verify, follow_links=follow_links)
+                workspace._client.datasets.upload(Path(path), name, description, tags, progress, verify=verify, follow_links=follow_links)
             )
         return cls(workspace, found)
 
     @classmethod
     def get_by_name(cls, workspace: Workspace, name: str, version: int | str = "latest") -> Dataset:
         """A version; the latest where none is said."""
-        from alveary_contracts.registry.v1 import registry_pb2 as reg
-
-        request = reg.GetDatasetRequest(name=name, version=0 if version == "latest" else int(version))
-        return cls(workspace, workspace._call(workspace._client.call(workspace._client.datasets.GetDataset, request)).dataset)
+        number = 0 if version == "latest" else int(version)
+        return cls(workspace, workspace._call(workspace._client.datasets.get(name, number)))
 
     @classmethod
     def list(cls, workspace: Workspace, name: str = "") -> list[Dataset]:
         """All versions, the latest of a name first."""
-        from alveary_contracts.registry.v1 import registry_pb2 as reg
-
-        reply = workspace._call(workspace._client.call(workspace._client.datasets.ListDatasets, reg.ListDatasetsRequest(name=name)))
-        return [cls(workspace, d) for d in reply.datasets]
+        return [cls(workspace, found) for found in workspace._call(workspace._client.datasets.list(name))]
 
     def as_mount(self, name: str | None = None) -> Input:
         """As an input of a run, under `name` (default: the dataset's)."""
@@ -86,6 +81,6 @@ class Dataset:
         from alveary.progress import download
 
         client = self._workspace._client
-        files = self._workspace._call(client.dataset_files(self.name, self.version))
+        files = self._workspace._call(client.datasets.files(self.name, self.version))
         download(self._workspace, files, Path(target_path), overwrite=overwrite)
         return target_path

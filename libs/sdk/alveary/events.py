@@ -64,7 +64,7 @@ class Events:
 
         async def work() -> None:
             try:
-                await self._workspace._client.subscribe(pattern, handle, durable=durable, from_sequence=from_sequence, from_time=from_time)
+                await self._workspace._client.events.subscribe(pattern, handle, durable=durable, from_sequence=from_sequence, from_time=from_time)
             except Exception as error:
                 await asyncio.to_thread(waiting.put, error)
 

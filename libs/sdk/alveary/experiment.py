@@ -49,7 +49,7 @@ class Experiment:
                 )
                 spec.use_gpu = False
         with upload_progress("source") as progress:
-            run = self.workspace._call(client.submit(spec, Path(config.source_directory), progress))
+            run = self.workspace._call(client.runs.submit(spec, Path(config.source_directory), progress))
         return Run(self, run.id)
 
     def start_logging(self, *args: Any, **kwargs: Any) -> None:
@@ -74,7 +74,7 @@ class Experiment:
         """All experiments of a workspace."""
         from alveary_contracts.runs.v1 import runs_pb2
 
-        reply = workspace._call(workspace._client.call(workspace._client.experiments.ListExperiments, runs_pb2.ListExperimentsRequest()))
+        reply = workspace._call(workspace._client.call(workspace._client.stubs.experiments.ListExperiments, runs_pb2.ListExperimentsRequest()))
         return [Experiment(workspace, e.name) for e in reply.experiments if experiment_name in (None, e.name)]
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def _state(state: int) -> str:
-    from alveary.aio import state_name
+    from alveary.client.states import state_name
 
     return state_name(state) if state else ""
 
@@ -36,7 +36,7 @@ class Model:
             version = int(number) if number else version
         if name is None:
             raise AlvearyError("a model has a name or an id 'name:version'", "INVALID_ARGUMENT")
-        self._fill(workspace, workspace._call(workspace._client.get_model(name, version or 0)))
+        self._fill(workspace, workspace._call(workspace._client.models.get(name, version or 0)))
 
     @classmethod
     def _of(cls, workspace: Workspace, found: reg.ModelVersion) -> Model:
@@ -84,7 +84,7 @@ class Model:
 
     def refresh(self) -> Model:
         """Look again."""
-        self._fill(self._workspace, self._workspace._call(self._workspace._client.get_model(self.name, self.version)))
+        self._fill(self._workspace, self._workspace._call(self._workspace._client.models.get(self.name, self.version)))
         return self
 
     @classmethod
@@ -95,13 +95,16 @@ class Model:
         environment: Environment | None = None, *, verify: bool = False, follow_links: bool = False, **_: Any,
     ) -> Model:  # fmt: skip
         """Register a file or folder of this machine as the next version. `verify` and `follow_links` as in Dataset.upload."""
+        from alveary.client.models import ModelInfo
         from alveary.progress import upload_progress
 
+        info = ModelInfo(
+            model_name, tags or {}, properties or {}, description or "", model_framework or "", model_framework_version or ""
+        )
         with upload_progress(model_name) as progress:
-            work = workspace._client.register_local(
-                Path(model_path), model_name, tags or {}, properties or {}, description or "", model_framework or "",
-                environment._proto() if environment else None, progress, verify=verify, follow_links=follow_links,
-            )  # fmt: skip
+            work = workspace._client.models.register_local(
+                Path(model_path), info, environment._proto() if environment else None, progress, verify=verify, follow_links=follow_links
+            )
             return cls._of(workspace, workspace._call(work))
 
     @classmethod
@@ -110,22 +113,14 @@ class Model:
         latest: bool = False, **_: Any,
     ) -> builtins.list[Model]:  # fmt: skip
         """Versions, the newest of a name first."""
-        found: list[Model] = []
-        run_id = workspace._call(workspace._client.full_id(run_id)) if run_id else ""
-        token = ""
-        while True:
-            request = reg.ListModelsRequest(name=name or "", run_id=run_id, latest_only=latest, page_token=token, page_size=1000)
-            request.tags.update(dict(tags or {}))
-            reply = workspace._call(workspace._client.call(workspace._client.models.ListModels, request))
-            found += [cls._of(workspace, m) for m in reply.models]
-            token = reply.next_page_token
-            if not token:
-                return found
+        client = workspace._client
+        whole_id = workspace._call(client.runs.full_id(run_id)) if run_id else ""
+        found = workspace._call(client.models.list(name or "", whole_id, tags, latest))
+        return [cls._of(workspace, one) for one in found]
 
     def _tag(self, **change: Any) -> None:
-        request = reg.TagModelRequest(name=self.name, version=self.version, **change)
-        client = self._workspace._client
-        self._fill(self._workspace, self._workspace._call(client.call(client.models.TagModel, request)).model)
+        work = self._workspace._client.models.tag(self.name, self.version, **change)
+        self._fill(self._workspace, self._workspace._call(work))
 
     def add_tags(self, tags: Mapping[str, str]) -> None:
         """Set tags."""
@@ -145,21 +140,19 @@ class Model:
 
     def set_alias(self, alias: str) -> None:
         """Point an alias at this version."""
-        client = self._workspace._client
-        self._workspace._call(client.call(client.models.SetAlias, reg.SetAliasRequest(name=self.name, alias=alias, version=self.version)))
+        self._workspace._call(self._workspace._client.models.set_alias(self.name, self.version, alias))
         self.refresh()
 
     def delete(self) -> None:
         """Hide this version from lists. Nothing is ever removed: what it was stays known."""
-        client = self._workspace._client
-        self._workspace._call(client.call(client.models.ArchiveModel, reg.ArchiveModelRequest(name=self.name, version=self.version)))
+        self._workspace._call(self._workspace._client.models.archive(self.name, self.version))
 
     def get_file_names(self) -> builtins.list[str]:
         """Its files, the ONNX export among them."""
         return [file.path for file in self._files().files]
 
     def _files(self) -> Listing:
-        return self._workspace._call(self._workspace._client.model_files(self.name, self.version))
+        return self._workspace._call(self._workspace._client.models.files(self.name, self.version))
 
     def download(self, target_dir: str = ".", exist_ok: bool = False, exists_ok: bool | None = None, *, overwrite: bool = False) -> str:
         """Store its files here, verified, all of them or none; returns the folder, or the file where it is only one.
@@ -199,8 +192,8 @@ class Model:
             compute_target=compute_target,
         )  # fmt: skip
         client = self._workspace._client
-        started = self._workspace._call(client.export_model(self.name, self.version, spec))
-        found = self._workspace._call(client.wait_for_export(self.name, self.version, started.export_id))
+        started = self._workspace._call(client.models.export(self.name, self.version, spec))
+        found = self._workspace._call(client.models.wait_for_export(self.name, self.version, started.export_id))
         self._fill(self._workspace, found)
         if found.export_error:
             raise AlvearyError(f"model {self.id} cannot be exported: {found.export_error}", "FAILED_PRECONDITION")

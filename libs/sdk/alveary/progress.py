@@ -39,7 +39,7 @@ def download(workspace: Workspace, listing: Listing, folder: Path, *, overwrite:
             done += size
             progress(done, total)
 
-        workspace._call(workspace._client.download_all(listing, folder, update, overwrite=overwrite))
+        workspace._call(workspace._client.transfers.download_all(listing, folder, update, overwrite=overwrite))
 
 
 @contextmanager

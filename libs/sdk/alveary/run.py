@@ -40,7 +40,7 @@ class Run:
         """
         self.experiment = experiment
         self._workspace = experiment.workspace
-        self.id: str = self._call(self._workspace._client.full_id(run_id))
+        self.id: str = self._call(self._workspace._client.runs.full_id(run_id))
 
     @staticmethod
     def get_context(allow_offline: bool = True, used_for_context_manager: bool = False) -> Any:
@@ -63,7 +63,7 @@ class Run:
         """Find a run by its id, or by first characters of it that no other run has."""
         from alveary.experiment import Experiment
 
-        found = workspace._call(workspace._client.get_run(run_id))
+        found = workspace._call(workspace._client.runs.get(run_id))
         return cls(Experiment(workspace, found.spec.experiment), found.id)
 
     @classmethod
@@ -75,7 +75,7 @@ class Run:
         return experiment.get_runs(tags=tags, properties=properties, status=status, include_children=include_children)
 
     def _get(self) -> pb.Run:
-        return self._workspace._call(self._workspace._client.get_run(self.id))
+        return self._workspace._call(self._workspace._client.runs.get(self.id))
 
     def _call(self, work: Any) -> Any:
         return self._workspace._call(work)
@@ -87,7 +87,7 @@ class Run:
 
     def get_status(self) -> str:
         """Its state, for example "Running"."""
-        from alveary.aio import state_name
+        from alveary.client.states import state_name
 
         return state_name(self._get().state)
 
@@ -98,7 +98,7 @@ class Run:
 
     def get_details(self) -> dict[str, Any]:
         """Everything about it, as plain data."""
-        from alveary.aio import run_details
+        from alveary.client.states import run_details
 
         return run_details(self._get())
 
@@ -155,15 +155,15 @@ class Run:
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Set tags."""
-        self._call(self._workspace._client.tag_run(self.id, set={k: str(v) for k, v in tags.items()}))
+        self._call(self._workspace._client.runs.tag(self.id, set={k: str(v) for k, v in tags.items()}))
 
     def remove_tags(self, tags: Sequence[str]) -> None:
         """Remove tags."""
-        self._call(self._workspace._client.tag_run(self.id, remove=list(tags)))
+        self._call(self._workspace._client.runs.tag(self.id, remove=list(tags)))
 
     def add_properties(self, properties: Mapping[str, str]) -> None:
         """Add properties; existing ones cannot change."""
-        self._call(self._workspace._client.tag_run(self.id, properties={k: str(v) for k, v in properties.items()}))
+        self._call(self._workspace._client.runs.tag(self.id, properties={k: str(v) for k, v in properties.items()}))
 
     # ---- waiting, ending ------------------------------------------------------------------------------------------
 
@@ -181,8 +181,8 @@ class Run:
             except KeyboardInterrupt:
                 print(f"\nrun {self.id} goes on: wait_for_completion(show_output=True) follows it again, cancel() ends it", file=sys.stderr)
                 raise
-        details = self._call(self._workspace._client.wait(self.id))
-        from alveary.aio import run_details
+        details = self._call(self._workspace._client.runs.wait(self.id))
+        from alveary.client.states import run_details
 
         plain = run_details(details)
         if raise_on_error and plain["status"] == "Failed":
@@ -203,13 +203,13 @@ class Run:
             screen.say(f"[{name}]{' ' + printable(reason, keep=chr(10)) if reason else ''}")
 
         try:
-            self._call(self._workspace._client.show(self.id, line, state, streams))
+            self._call(self._workspace._client.follow_run(self.id, line, state, streams))
         finally:
             screen.close()
 
     def cancel(self) -> None:
         """Ask for its end."""
-        self._call(self._workspace._client.cancel_run(self.id))
+        self._call(self._workspace._client.runs.cancel(self.id))
 
     def delete(self) -> None:
         """Erase it, once it is final: its files, checkpoints, log and metrics. Models that were registered from it stay.
@@ -217,7 +217,7 @@ class Run:
         Raises:
             AlvearyError: it is not final.
         """
-        self._call(self._workspace._client.delete_run(self.id))
+        self._call(self._workspace._client.runs.delete(self.id))
 
     def why_queued(self) -> dict[str, Any]:
         """Position in its target's queue (from 1), what it waits for, what would help, and when it begins at the latest.
@@ -227,10 +227,7 @@ class Run:
         Raises:
             AlvearyError: NOT_FOUND when it does not wait for a place.
         """
-        from alveary_contracts.scheduler.v1 import scheduler_pb2
-
-        client = self._workspace._client
-        found = self._call(client.call(client.queue.ExplainRun, scheduler_pb2.ExplainRunRequest(run_id=self.id)))
+        found = self._call(self._workspace._client.compute.explain_run(self.id))
         expected = found.expected_start.ToNanoseconds() / 1e9 if found.HasField("expected_start") else None
         return {
             "position": found.waiting.position, "priority": found.waiting.priority, "waits_for": found.waits_for,
@@ -241,15 +238,15 @@ class Run:
 
     def get_metrics(self, name: str | None = None, recursive: bool = False, run_type: Any = None, populate: bool = False) -> dict[str, Any]:
         """Metrics by name: a value for one logged once, a list for one logged repeatedly."""
-        return dict(self._call(self._workspace._client.get_metrics(self.id, name or "", recursive)))
+        return dict(self._call(self._workspace._client.metrics.values(self.id, name or "", recursive)))
 
     def log(self, name: str, value: float, description: str = "", step: int | None = None) -> None:
         """Log a number from outside the run."""
-        self._call(self._workspace._client.log_metric(self.id, name, float(value), step))
+        self._call(self._workspace._client.metrics.log(self.id, name, float(value), step, description))
 
     def get_file_names(self) -> builtins.list[str]:
         """Names of the files it stored."""
-        return [file.path for file in self._call(self._workspace._client.run_files(self.id)).files]
+        return [file.path for file in self._call(self._workspace._client.runs.files(self.id)).files]
 
     def download_file(self, name: str, output_file_path: str | None = None, *, overwrite: bool = False) -> str:
         """Store one of its files here (default: its last name, in this folder); returns the path.
@@ -260,7 +257,7 @@ class Run:
         from alveary_contracts.names import normal_path
 
         wanted = normal_path(name)
-        links = self._call(self._workspace._client.list_run_files(self.id, wanted, with_urls=True))
+        links = self._call(self._workspace._client.runs.file_links(self.id, wanted, with_urls=True))
         found = [link for link in links if link.file.path == wanted]
         if not found:
             raise AlvearyError(f"run {self.id} stored no {name!r}; get_file_names() shows what it did", "NOT_FOUND")
@@ -268,7 +265,7 @@ class Run:
         path = Path(output_file_path or last)
         if path.is_dir():
             path = path / last
-        self._call(self._workspace._client.download(found[0], path, overwrite=overwrite))
+        self._call(self._workspace._client.transfers.download(found[0], path, overwrite=overwrite))
         return str(path)
 
     def download_files(self, prefix: str = "", output_directory: str | None = None, *, overwrite: bool = False, **_: Any) -> None:
@@ -279,7 +276,7 @@ class Run:
         """
         from alveary.progress import download
 
-        files = self._call(self._workspace._client.run_files(self.id, prefix))
+        files = self._call(self._workspace._client.runs.files(self.id, prefix))
         if not files.files:
             raise AlvearyError(f"run {self.id} stored nothing under {prefix!r}; get_file_names() shows what it did", "NOT_FOUND")
         download(self._workspace, files, Path(output_directory or "."), overwrite=overwrite)
@@ -287,13 +284,13 @@ class Run:
     def get_all_logs(self, destination: str | None = None) -> builtins.list[str]:
         """Write each stream of its log to a file; returns the paths."""
         folder = Path(destination or f"logs-{self.id}")
-        return [str(p) for p in self._call(self._workspace._client.write_logs(self.id, folder))]
+        return [str(p) for p in self._call(self._workspace._client.logs.write_files(self.id, folder))]
 
     def restore_snapshot(self, snapshot_id: str | None = None, path: str | None = None, *, overwrite: bool = False) -> str:
         """Store its source here; returns the folder."""
         folder = Path(path or f"snapshot-{self.id}")
-        files = self._call(self._workspace._client.snapshot_files(snapshot_id or self.get_snapshot_id()))
-        self._call(self._workspace._client.download_all(files, folder, overwrite=overwrite))
+        files = self._call(self._workspace._client.runs.snapshot_files(snapshot_id or self.get_snapshot_id()))
+        self._call(self._workspace._client.transfers.download_all(files, folder, overwrite=overwrite))
         return str(folder)
 
     # ---- models ---------------------------------------------------------------------------------------------------
@@ -304,14 +301,14 @@ class Run:
         model_framework_version: str | None = None, description: str | None = None, datasets: Any = None, **_: Any,
     ) -> Model:  # fmt: skip
         """Register a file or folder that it stored (default: outputs) as the next version of a model."""
+        from alveary.client.models import ModelInfo
         from alveary.model import Model
         from alveary.progress import file_progress
 
+        info = ModelInfo(
+            model_name, tags or {}, properties or {}, description or "", model_framework or "", model_framework_version or ""
+        )
         with file_progress(f"copying files of run {self.id}") as progress:
-            registered = self._call(
-                self._workspace._client.register_from_run(
-                    self.id, model_name, model_path or "outputs", tags or {}, properties or {}, description or "",
-                    model_framework or "", model_framework_version or "", progress,
-                )
-            )  # fmt: skip
+            work = self._workspace._client.models.register_from_run(self.id, model_path or "outputs", info, progress)
+            registered = self._call(work)
         return Model._of(self._workspace, registered)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import random
 import ssl
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
@@ -19,6 +18,7 @@ from typing import Any, TypeVar
 
 import urllib3
 
+from alveary.backoff import Backoff, retry
 from alveary.errors import AlvearyError
 from alveary.landing import Landing, Wanted
 from alveary_contracts.common.v1 import common_pb2 as c
@@ -32,7 +32,8 @@ BATCH = 1000
 _WHOLE = 8 << 20
 # How often one transfer is tried while nothing of it passes, and its pauses, seconds.
 _TRIES = 7
-_PAUSE, _LONGEST_PAUSE = 0.2, 5.0
+_PAUSE_SECONDS = 0.2
+_LONGEST_PAUSE_SECONDS = 5.0
 # How often a file may be asked for again after all of it was sent.
 _ROUNDS = 4
 # Verification in the object store, bytes a second at worst.
@@ -71,6 +72,9 @@ class _Expired(Exception):
     """The link is not valid any more."""
 
 
+_TRANSIENT = (_Again, urllib3.exceptions.HTTPError)
+
+
 class Transfers:
     """At most sixteen transfers at once."""
 
@@ -103,8 +107,8 @@ class Transfers:
     async def _upload_batch(self, prepare: Prepare, files: dict[str, c.FileEntry], paths: Mapping[str, Path], count: _Count) -> None:
         before = count.done
         rounds: dict[str, int] = {}
-        patience = time.monotonic() + 300 + sum(f.size for f in files.values()) / _VERIFIED
-        pause = _PAUSE
+        deadline = time.monotonic() + 300 + sum(f.size for f in files.values()) / _VERIFIED
+        backoff = Backoff(_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS)
         while True:
             slots, pending = await prepare(list(files.values()))
             if not slots and not pending:
@@ -119,12 +123,11 @@ class Transfers:
                 again = await self._upload_slots(slots, files, paths, count)
                 if not again and not pending and not any(s.parts for s in slots):
                     break
-                pause = _PAUSE
-            elif time.monotonic() > patience:
+                backoff.reset()
+            elif time.monotonic() > deadline:
                 raise AlvearyError(f"the platform is still verifying {pending} files: try again later", "DEADLINE_EXCEEDED")
             else:
-                await asyncio.sleep(pause)
-                pause = min(pause * 2, _LONGEST_PAUSE)
+                await backoff.pause()
         count.set(before + sum(f.size for f in files.values()), quiet=not rounds)
 
     async def _upload_slots(
@@ -149,14 +152,11 @@ class Transfers:
 
     async def _patiently(self, work: Callable[[], T], what: str) -> T:
         """`work` in a thread, again with growing pauses while it fails by what passes."""
-        for attempt in range(_TRIES):
-            try:
-                return await self._run(work)
-            except (_Again, urllib3.exceptions.HTTPError) as error:
-                if attempt == _TRIES - 1:
-                    raise AlvearyError(f"{what} failed {_TRIES} times: {error}", "UNAVAILABLE") from error
-            await asyncio.sleep(_pause(attempt))
-        raise AssertionError("unreachable")
+        backoff = Backoff(_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS, jitter=0.5)
+        try:
+            return await retry(lambda: self._run(work), lambda error: isinstance(error, _TRANSIENT), tries=_TRIES, backoff=backoff)
+        except _TRANSIENT as error:
+            raise AlvearyError(f"{what} failed {_TRIES} times: {error}", "UNAVAILABLE") from error
 
     def _put(self, slot: c.UploadSlot, part: c.UploadPart, path: Path, file: c.FileEntry) -> None:
         headers = {**slot.headers, "content-length": str(part.size)}
@@ -223,6 +223,7 @@ class Transfers:
     async def _fetch(self, link: c.FileLink, links: _Links, landing: Landing, progress: Callable[[int], None] | None) -> None:
         piece, url = landing.piece(link.file), link.url
         renewed = damaged = tries = 0
+        backoff = Backoff(2 * _PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS, jitter=0.5)
         while True:
             before = piece.size
             try:
@@ -241,11 +242,14 @@ class Transfers:
                     raise AlvearyError(f"download of {link.file.path} failed: {error}", "UNAVAILABLE") from error
                 renewed = renewed + 1 if piece.size == before else 1
                 url = await links.renew(link.file.path, url)
-            except (_Again, urllib3.exceptions.HTTPError) as error:
-                tries = tries + 1 if piece.size == before else 1
+            except _TRANSIENT as error:
+                if piece.size != before:
+                    tries = 0
+                    backoff.reset()
+                tries += 1
                 if tries >= _TRIES:
                     raise AlvearyError(f"download of {link.file.path} was cut {_TRIES} times: {error}", "UNAVAILABLE") from error
-                await asyncio.sleep(_pause(tries))
+                await backoff.pause()
 
     def _fetch_once(self, url: str, file: c.FileEntry, piece: Any, progress: Callable[[int], None] | None) -> None:
         """Read on from where `piece` ends."""
@@ -357,10 +361,6 @@ def _check(path: Path, file: c.FileEntry) -> None:
     with _opened(path) as opened:
         if hashlib.file_digest(opened, "sha256").hexdigest() != file.sha256:
             raise _changed(path)
-
-
-def _pause(attempt: int) -> float:
-    return float(min(_PAUSE * 2**attempt, _LONGEST_PAUSE)) * random.uniform(0.5, 1.0)
 
 
 async def gather(work: Iterable[Awaitable[None]]) -> None:

@@ -49,7 +49,7 @@ class Workspace:
         from alveary.run import Run
 
         parts = [condition] + ([f"state = {status}"] if status else []) + ([] if include_children else ['parent = ""'])
-        runs = self._call(self._client.list_runs(" AND ".join(p for p in parts if p)))
+        runs = self._call(self._client.runs.list(" AND ".join(p for p in parts if p)))
         return [Run(Experiment(self, r.spec.experiment), r.id) for r in runs]
 
     @property
@@ -61,7 +61,7 @@ class Workspace:
         """Name, version of the platform, and who the caller is."""
         from alveary_contracts.runs.v1 import runs_pb2
 
-        found = self._call(self._client.call(self._client.workspaces.GetWorkspace, runs_pb2.GetWorkspaceRequest()))
+        found = self._call(self._client.call(self._client.stubs.workspaces.GetWorkspace, runs_pb2.GetWorkspaceRequest()))
         return {"name": found.name, "version": found.version, "subject": found.subject, "role": found.role}
 
     def write_config(self, path: str | None = None, file_name: str = "config.json") -> str:

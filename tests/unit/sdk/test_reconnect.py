@@ -41,7 +41,7 @@ async def watched(servicer: Breaks) -> list[int]:
     await server.start()
     client = Client(Config(endpoint=f"127.0.0.1:{port}", token="t", workspace="w"))
     try:
-        return [run.sequence async for run in client.watch("r")]
+        return [run.sequence async for run in client.runs.watch("r")]
     finally:
         await client.close()
         await server.stop(0)
@@ -51,7 +51,7 @@ async def watched(servicer: Breaks) -> list[int]:
 async def test_a_fault_that_comes_each_time_is_the_callers_error(code: grpc.StatusCode, monkeypatch: pytest.MonkeyPatch) -> None:
     slept = []
     real = asyncio.sleep
-    monkeypatch.setattr("alveary.aio.asyncio.sleep", lambda seconds: (slept.append(seconds), real(0))[1])
+    monkeypatch.setattr("asyncio.sleep", lambda seconds: (slept.append(seconds), real(0))[1])
     servicer = Breaks(code)
     with pytest.raises(AlvearyError, match="it broke"):
         await watched(servicer)
@@ -60,7 +60,7 @@ async def test_a_fault_that_comes_each_time_is_the_callers_error(code: grpc.Stat
 
 async def test_replies_in_between_start_the_count_again(monkeypatch: pytest.MonkeyPatch) -> None:
     real = asyncio.sleep
-    monkeypatch.setattr("alveary.aio.asyncio.sleep", lambda seconds: real(0))
+    monkeypatch.setattr("asyncio.sleep", lambda seconds: real(0))
     servicer = Breaks(grpc.StatusCode.INTERNAL, replies=12)
     with pytest.raises(AlvearyError, match="it broke"):
         await watched(servicer)
@@ -72,6 +72,6 @@ async def test_a_stream_that_a_proxy_tears_is_opened_again_until_the_service_is_
     code: grpc.StatusCode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = asyncio.sleep
-    monkeypatch.setattr("alveary.aio.asyncio.sleep", lambda seconds: real(0))
+    monkeypatch.setattr("asyncio.sleep", lambda seconds: real(0))
     servicer = Breaks(code, text="Stream removed (Data frame with END_STREAM flag received)", most=20)
     assert await watched(servicer) == [20]

@@ -358,7 +358,7 @@ def clock(_: Patient) -> Iterator[Finding]:
         workspace = Workspace.from_config()
         client = workspace._client
         began = time.time()
-        said = workspace._call(client.call(client.nodes.GetStatus, pb.GetStatusRequest(), timeout=5))
+        said = workspace._call(client.call(client.stubs.nodes.GetStatus, pb.GetStatusRequest(), timeout=5))
         ahead = said.time.ToNanoseconds() / 1e9 - (began + time.time()) / 2
     except AlvearyError as error:
         yield Finding("platform", WARNING, f"it does not answer: {error}", f"{known.source} says that it is at {known.endpoint}")

@@ -88,11 +88,8 @@ def delete(name: str) -> None:
 @json_option
 def nodes(target: str, as_json: bool) -> None:
     """Nodes that have joined, and what is free on them."""
-    from alveary_contracts.scheduler.v1 import scheduler_pb2 as pb
-
     workspace = open_workspace()
-    client = workspace._client
-    found = workspace._call(client.call(client.nodes.ListNodes, pb.ListNodesRequest(target=target))).nodes
+    found = workspace._call(workspace._client.compute.nodes(target))
     rows = [
         {
             "node": n.id, "target": n.target, "state": n.state, "runs": str(len(n.run_ids)),
@@ -109,9 +106,6 @@ def nodes(target: str, as_json: bool) -> None:
 @click.option("--reason", default="", help="What others are told.")
 def drain(node: str, reason: str) -> None:
     """Place nothing more on a node; what runs there runs to its end."""
-    from alveary_contracts.scheduler.v1 import scheduler_pb2 as pb
-
     workspace = open_workspace()
-    client = workspace._client
-    workspace._call(client.call(client.nodes.DrainNode, pb.DrainNodeRequest(node=node, reason=reason)))
+    workspace._call(workspace._client.compute.drain_node(node, reason))
     click.echo("draining")

@@ -50,7 +50,7 @@ def retry(ids: tuple[str, ...], every: bool, as_json: bool) -> None:
     wanted = _wanted(workspace, ids, every)
     outcomes: list[Any] = []
     for begin in range(0, len(wanted), _AT_ONCE):
-        outcomes += workspace._call(workspace._client.retry_dead_letters(wanted[begin : begin + _AT_ONCE]))
+        outcomes += workspace._call(workspace._client.dead_letters.retry(wanted[begin : begin + _AT_ONCE]))
     if as_json:
         print_json([plain(x) for x in outcomes])
     else:
@@ -68,12 +68,12 @@ def drop(ids: tuple[str, ...], every: bool) -> None:
     workspace = open_workspace()
     wanted = _wanted(workspace, ids, every)
     for begin in range(0, len(wanted), _AT_ONCE):
-        workspace._call(workspace._client.drop_dead_letters(wanted[begin : begin + _AT_ONCE]))
+        workspace._call(workspace._client.dead_letters.drop(wanted[begin : begin + _AT_ONCE]))
     say(f"{len(wanted)} dropped")
 
 
 def _all(workspace: Workspace) -> list[c.DeadLetter]:
-    return workspace._call(workspace._client.dead_letters())
+    return workspace._call(workspace._client.dead_letters.list())
 
 
 def _wanted(workspace: Workspace, ids: tuple[str, ...], every: bool) -> list[str]:

@@ -22,6 +22,6 @@ def list_experiments(as_json: bool) -> None:
 
     workspace = open_workspace()
     client = workspace._client
-    found = workspace._call(client.call(client.experiments.ListExperiments, pb.ListExperimentsRequest())).experiments
+    found = workspace._call(client.call(client.stubs.experiments.ListExperiments, pb.ListExperimentsRequest())).experiments
     rows = [{"experiment": e.name, "runs": e.run_count, "last run": moment(e.last_submitted_at)} for e in found]
     show(rows, ("experiment", "runs", "last run"), as_json, [plain(e) for e in found] if as_json else None, elastic=("experiment",))

@@ -33,7 +33,7 @@ def list_images(as_json: bool) -> None:
 
     workspace = open_workspace()
     client = workspace._client
-    images = workspace._call(client.call(client.images.ListImages, pb.ListImagesRequest())).images
+    images = workspace._call(client.call(client.stubs.images.ListImages, pb.ListImagesRequest())).images
     rows = [
         {
             "digest": i.digest[:12], "state": _state(i), "environment": i.environment.name, "python": i.python_version,
@@ -54,7 +54,7 @@ def show_image(digest: str, as_json: bool) -> None:
 
     workspace = open_workspace()
     client = workspace._client
-    found = workspace._call(client.call(client.images.GetImage, pb.GetImageRequest(digest=digest))).image
+    found = workspace._call(client.call(client.stubs.images.GetImage, pb.GetImageRequest(digest=digest))).image
     if as_json:
         print_json(plain(found))
         return
@@ -85,7 +85,7 @@ def login(registry: str, username: str, password_stdin: bool) -> None:
     workspace = open_workspace()
     client = workspace._client
     request = pb.SetRegistryCredentialsRequest(registry=registry, username=username, password=password)
-    workspace._call(client.call(client.images.SetRegistryCredentials, request))
+    workspace._call(client.call(client.stubs.images.SetRegistryCredentials, request))
     click.echo(f"the platform can pull from {registry}")
 
 
@@ -97,7 +97,7 @@ def logout(registry: str) -> None:
 
     workspace = open_workspace()
     client = workspace._client
-    workspace._call(client.call(client.images.SetRegistryCredentials, pb.SetRegistryCredentialsRequest(registry=registry)))
+    workspace._call(client.call(client.stubs.images.SetRegistryCredentials, pb.SetRegistryCredentialsRequest(registry=registry)))
     click.echo("forgotten")
 
 
@@ -109,5 +109,5 @@ def logins(as_json: bool) -> None:
 
     workspace = open_workspace()
     client = workspace._client
-    found = workspace._call(client.call(client.images.ListRegistryCredentials, pb.ListRegistryCredentialsRequest())).credentials
+    found = workspace._call(client.call(client.stubs.images.ListRegistryCredentials, pb.ListRegistryCredentialsRequest())).credentials
     show([{"registry": one.registry, "username": one.username} for one in found], ("registry", "username"), as_json)

@@ -88,7 +88,7 @@ def join(
     async def ask() -> pb.JoinNodeResponse:
         client = Client(Config(endpoint, token, tls=tls, ca=trusted))
         try:
-            reply: pb.JoinNodeResponse = await client.call(client.nodes.JoinNode, pb.JoinNodeRequest(hostname=socket.gethostname()))
+            reply: pb.JoinNodeResponse = await client.call(client.stubs.nodes.JoinNode, pb.JoinNodeRequest(hostname=socket.gethostname()))
             return reply
         finally:
             await client.close()

@@ -27,7 +27,7 @@ def compare(run_ids: tuple[str, ...], chosen: tuple[str, ...], every: bool, wide
     if len(run_ids) < 2:
         raise click.UsageError("runs to compare: two at least")
     workspace = open_workspace()
-    runs = [workspace._call(workspace._client.get_run(run_id, chosen)) for run_id in run_ids]
+    runs = [workspace._call(workspace._client.runs.get(run_id, chosen)) for run_id in run_ids]
     aspects = [_aspects(run, chosen) for run in runs]
     names = list(dict.fromkeys(name for one in aspects for name in one))
     ids = short_ids([run.id for run in runs])
@@ -45,7 +45,7 @@ def compare(run_ids: tuple[str, ...], chosen: tuple[str, ...], every: bool, wide
 
 
 def _aspects(run: pb.Run, chosen: tuple[str, ...]) -> dict[str, Cell]:
-    from alveary.aio import state_name
+    from alveary.client.states import state_name
 
     spec = run.spec
     found: dict[str, str] = {

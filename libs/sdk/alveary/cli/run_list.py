@@ -32,7 +32,7 @@ def list_runs(
     as_json: bool,
 ) -> None:  # fmt: skip
     """Runs, newest first; ids are short here, and every command takes them so."""
-    from alveary.aio import run_details, state_name
+    from alveary.client.states import run_details, state_name
 
     conditions = [f"state = {quoted(state)}"] if state else []
     conditions += [f"experiment = {quoted(experiment)}"] if experiment else []
@@ -40,7 +40,7 @@ def list_runs(
     conditions += [filter_text] if filter_text.strip() else []
     workspace = open_workspace()
     asked = limit + 1 if limit else 0  # one more says whether there are more
-    runs = workspace._call(workspace._client.list_runs(" AND ".join(conditions), order_by, asked, metrics))
+    runs = workspace._call(workspace._client.runs.list(" AND ".join(conditions), order_by, asked, metrics))
     more = bool(limit) and len(runs) > limit
     runs = runs[:limit] if limit else runs
     ids = {} if wide else short_ids([r.id for r in runs])
@@ -75,7 +75,7 @@ def metrics(run_id: str, name: str, as_json: bool) -> None:
     workspace = open_workspace()
     client = workspace._client
     # Thinned, a metric keeps its extremes and its ends: what a line of the table shows.
-    series = workspace._call(client.metric_series(workspace._call(client.full_id(run_id)), name, max_points=0 if name else _THINNED))
+    series = workspace._call(client.metrics.series(workspace._call(client.runs.full_id(run_id)), name, max_points=0 if name else _THINNED))
     if name and not series:
         raise AlvearyError(f"run {run_id} logged no {name!r}: `alveary run metrics {run_id}` shows what it logged", "NOT_FOUND")
     if name:

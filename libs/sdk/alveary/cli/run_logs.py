@@ -81,7 +81,7 @@ def logs(
         raise click.UsageError("--grep goes neither with --follow nor with --newest, and --newest not with --since")
     workspace = open_workspace()
     only = None if all_ranks else rank
-    run_id = workspace._call(workspace._client.full_id(run_id))
+    run_id = workspace._call(workspace._client.runs.full_id(run_id))
     lines = _lines(workspace._client, run_id, after, keep_on, stream or SHOWN, only, grep, ignore_case, newest, since, not as_json)
     if as_json:
         workspace._call(_print_json(lines))
@@ -98,24 +98,24 @@ async def _lines(
     newest: int, since: float | None, unfinished: bool,
 ) -> AsyncIterator[Any]:  # fmt: skip
     if newest:
-        for one in (await client.read_logs(run_id, after, newest, True, streams, rank)).lines:
+        for one in (await client.logs.read(run_id, after, newest, True, streams, rank)).lines:
             yield one
             after = one.cursor
         if not keep_on:
             return
     if since is not None:
-        first = (await client.read_logs(run_id, after, 1, False, streams, rank, since=since)).lines
+        first = (await client.logs.read(run_id, after, 1, False, streams, rank, since=since)).lines
         # Where nothing is that new yet, what comes from now on is.
-        last = first or (await client.read_logs(run_id, after, 1, True)).lines
+        last = first or (await client.logs.read(run_id, after, 1, True)).lines
         if not first and not keep_on:
             return
         after = first[0].cursor - 1 if first else last[0].cursor if last else after
     if not grep:
-        async for one in client.tail(run_id, after, keep_on, streams, rank, provisional=unfinished):
+        async for one in client.logs.tail(run_id, after, keep_on, streams, rank, provisional=unfinished):
             yield one
         return
     while True:
-        page = await client.search_logs(run_id, grep, ignore_case=ignore_case, after=after, streams=streams, rank=rank)
+        page = await client.logs.search(run_id, grep, ignore_case=ignore_case, after=after, streams=streams, rank=rank)
         for one in page.lines:
             yield one
         if not page.next:

@@ -38,10 +38,10 @@ def why(run_id: str, as_json: bool) -> None:
 @json_option
 def show_run(run_id: str, as_json: bool) -> None:
     """One run: what it is, how it went, what it left, and where its log is."""
-    from alveary.aio import run_details, state_name
+    from alveary.client.states import run_details, state_name
 
     workspace = open_workspace()
-    run = workspace._call(workspace._client.get_run(run_id))
+    run = workspace._call(workspace._client.runs.get(run_id))
     if as_json:
         print_json(run_details(run))
         return
@@ -137,7 +137,7 @@ def _some(lines: list[str], more: str, count: int = 0) -> list[str]:
 
 def _outputs(workspace: Workspace, run: pb.Run) -> list[str]:
     def find() -> list[str]:
-        links = workspace._call(workspace._client.list_run_files(run.id, "outputs/"))
+        links = workspace._call(workspace._client.runs.file_links(run.id, "outputs/"))
         if not links:
             return []
         total = size(sum(x.file.size for x in links))

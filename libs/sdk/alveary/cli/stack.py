@@ -223,9 +223,9 @@ def _ask(workspace: Workspace) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     from alveary_contracts.scheduler.v1 import scheduler_pb2 as pb
 
     client = workspace._client
-    letters = workspace._call(client.call(client.letters.CountDeadLetters, runs_pb2.CountDeadLettersRequest()))
-    said = workspace._call(client.call(client.nodes.GetStatus, pb.GetStatusRequest()))
-    nodes = workspace._call(client.call(client.nodes.ListNodes, pb.ListNodesRequest())).nodes
+    letters = workspace._call(client.call(client.stubs.dead_letters.CountDeadLetters, runs_pb2.CountDeadLettersRequest()))
+    said = workspace._call(client.call(client.stubs.nodes.GetStatus, pb.GetStatusRequest()))
+    nodes = workspace._call(client.call(client.stubs.nodes.ListNodes, pb.ListNodesRequest())).nodes
     platform = {
         "version": said.version, "hostname": said.hostname, "clock_ahead_seconds": round(said.time.ToNanoseconds() / 1e9 - time.time(), 1),
         "disk_free_bytes": said.disk_free_bytes, "disk_total_bytes": said.disk_total_bytes, "disk_reserve_bytes": said.disk_reserve_bytes,
