@@ -24,12 +24,11 @@ import pytest
 
 from alveary.environment import Environment
 from alveary.estimator import ScriptRunConfig
-from alveary.events import Event
-from alveary.experiment import Experiment
+from alveary.events import Event, Events
 from alveary.local.layout import Layout
 from alveary.local.stack import servers as bare
 from alveary.local.stack import status, trainers
-from alveary.run import Run
+from alveary.run import Experiment, Run
 from alveary.workspace import Workspace
 
 # The suite is the same for both runtimes; tests/docker.sh runs it again in containers.
@@ -243,7 +242,7 @@ def recorded(*runs: Run, more: float = 1.0) -> list[Event]:
 
     An end by silence alone would end too early on a machine that is busy.
     """
-    events, missing = runs[0]._workspace.events, {run.id for run in runs}
+    events, missing = Events(runs[0]._workspace), {run.id for run in runs}
     found: list[Event] = []
     stream = events.subscribe("*.*", from_sequence=1, timeout=300)
     for event in stream:

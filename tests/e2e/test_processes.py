@@ -16,8 +16,7 @@ from support import TORCH, Embedded, embedded, finished, lines, processes_of, sa
 from alveary import Dataset
 from alveary.environment import Environment
 from alveary.estimator import MpiConfiguration, PyTorchConfiguration, ScriptRunConfig
-from alveary.experiment import Experiment
-from alveary.run import Run
+from alveary.run import Experiment, Run
 from alveary.workspace import Workspace
 
 # Nobody listens there, and nobody may ask it.

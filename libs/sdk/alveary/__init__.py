@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from alveary.estimator import PyTorchConfiguration as PyTorchConfiguration
     from alveary.estimator import RetryPolicy as RetryPolicy
     from alveary.estimator import ScriptRunConfig as ScriptRunConfig
-    from alveary.experiment import Experiment as Experiment
     from alveary.model import Model as Model
+    from alveary.run import Experiment as Experiment
     from alveary.run import Run as Run
     from alveary.workspace import Workspace as Workspace
 
@@ -45,7 +45,7 @@ _HOME = {
     "DockerConfiguration": "estimator",
     "Environment": "environment",
     "Estimator": "estimator",
-    "Experiment": "experiment",
+    "Experiment": "run",
     "Model": "model",
     "MpiConfiguration": "estimator",
     "PyTorch": "estimator",

@@ -36,9 +36,7 @@ class Backoff:
         await asyncio.sleep(self.next_seconds())
 
 
-async def retry(
-    attempt: Callable[[], Awaitable[T]], is_transient: Callable[[Exception], bool], *, tries: int, backoff: Backoff
-) -> T:
+async def retry(attempt: Callable[[], Awaitable[T]], is_transient: Callable[[Exception], bool], *, tries: int, backoff: Backoff) -> T:
     """The result of `attempt`, which is called up to `tries` times while it fails with transient errors.
 
     Raises:

@@ -15,13 +15,13 @@ from alveary_contracts.events.v1 import events_pb2 as ev
 from alveary_contracts.scheduler.v1 import scheduler_pb2 as pb
 
 if TYPE_CHECKING:
-    from alveary.workspace import Workspace
+    from alveary.session import Session
 
 
 class ComputeTarget:
     """Where runs run. `ComputeTarget(workspace, name)` finds one."""
 
-    def __init__(self, workspace: Workspace, name: str) -> None:
+    def __init__(self, workspace: Session, name: str) -> None:
         self.workspace, self.name = workspace, name
         try:
             self.refresh_state()
@@ -31,7 +31,7 @@ class ComputeTarget:
             raise
 
     @classmethod
-    def _of(cls, workspace: Workspace, found: pb.Target) -> ComputeTarget:
+    def _of(cls, workspace: Session, found: pb.Target) -> ComputeTarget:
         target = AmlCompute.__new__(AmlCompute)
         target.workspace, target.name, target._found = workspace, found.name, found
         return target
@@ -54,7 +54,7 @@ class ComputeTarget:
         return f"ComputeTarget({self.name}, {self._found.current_nodes} of {self._found.spec.max_nodes} nodes)"
 
     @classmethod
-    def create(cls, workspace: Workspace, name: str, provisioning_configuration: ev.ComputeSpec) -> ComputeTarget:
+    def create(cls, workspace: Session, name: str, provisioning_configuration: ev.ComputeSpec) -> ComputeTarget:
         """Create a target; one of the same name and specification is taken as it is.
 
         Raises:
@@ -66,7 +66,7 @@ class ComputeTarget:
             raise ComputeTargetException(str(error), error.code) from error
 
     @staticmethod
-    def list(workspace: Workspace) -> builtins.list[ComputeTarget]:
+    def list(workspace: Session) -> builtins.list[ComputeTarget]:
         """All targets of a workspace."""
         return [ComputeTarget._of(workspace, target) for target in workspace._call(workspace._client.compute.list())]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from alveary.workspace import Workspace
+    from alveary.session import Session
     from alveary_contracts.registry.v1 import registry_pb2 as reg
 
 
@@ -23,7 +23,7 @@ class Input:
 class Dataset:
     """One version of a dataset."""
 
-    def __init__(self, workspace: Workspace, found: reg.DatasetVersion) -> None:
+    def __init__(self, workspace: Session, found: reg.DatasetVersion) -> None:
         self._workspace = workspace
         self.name, self.version, self.description = found.name, found.version, found.description
         self.tags, self.id = dict(found.tags), found.manifest_digest
@@ -34,7 +34,7 @@ class Dataset:
 
     @classmethod
     def upload(
-        cls, workspace: Workspace, path: str, name: str, description: str = "", tags: Mapping[str, str] | None = None, *,
+        cls, workspace: Session, path: str, name: str, description: str = "", tags: Mapping[str, str] | None = None, *,
         verify: bool = False, follow_links: bool = False,
     ) -> Dataset:  # fmt: skip
         """Register a folder. Only what is new is uploaded; identical content is the version that has it.
@@ -54,13 +54,13 @@ class Dataset:
         return cls(workspace, found)
 
     @classmethod
-    def get_by_name(cls, workspace: Workspace, name: str, version: int | str = "latest") -> Dataset:
+    def get_by_name(cls, workspace: Session, name: str, version: int | str = "latest") -> Dataset:
         """A version; the latest where none is said."""
         number = 0 if version == "latest" else int(version)
         return cls(workspace, workspace._call(workspace._client.datasets.get(name, number)))
 
     @classmethod
-    def list(cls, workspace: Workspace, name: str = "") -> list[Dataset]:
+    def list(cls, workspace: Session, name: str = "") -> list[Dataset]:
         """All versions, the latest of a name first."""
         return [cls(workspace, found) for found in workspace._call(workspace._client.datasets.list(name))]
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from alveary import _loop
 
 if TYPE_CHECKING:
-    from alveary.workspace import Workspace
+    from alveary.session import Session
     from alveary_contracts.runs.v1 import runs_pb2 as pb
 
 
@@ -38,7 +38,7 @@ class Event:
 class Events:
     """`workspace.events`."""
 
-    def __init__(self, workspace: Workspace) -> None:
+    def __init__(self, workspace: Session) -> None:
         self._workspace = workspace
 
     def subscribe(
@@ -64,7 +64,9 @@ class Events:
 
         async def work() -> None:
             try:
-                await self._workspace._client.events.subscribe(pattern, handle, durable=durable, from_sequence=from_sequence, from_time=from_time)
+                await self._workspace._client.events.subscribe(
+                    pattern, handle, durable=durable, from_sequence=from_sequence, from_time=from_time
+                )
             except Exception as error:
                 await asyncio.to_thread(waiting.put, error)
 

@@ -13,9 +13,9 @@ from alveary_contracts.registry.v1 import registry_pb2 as reg
 
 if TYPE_CHECKING:
     from alveary.environment import Environment
-    from alveary.run import Run
+    from alveary.session import Session
+    from alveary.submitted_run import SubmittedRun
     from alveary.transfer import Listing
-    from alveary.workspace import Workspace
 
 
 def _state(state: int) -> str:
@@ -28,7 +28,7 @@ class Model:
     """One version of a model; the latest where none is said."""
 
     def __init__(
-        self, workspace: Workspace, name: str | None = None, id: str | None = None, tags: Any = None, properties: Any = None,
+        self, workspace: Session, name: str | None = None, id: str | None = None, tags: Any = None, properties: Any = None,
         version: int | None = None, run_id: str | None = None, model_framework: str | None = None, **_: Any,
     ) -> None:  # fmt: skip
         if id is not None:
@@ -39,12 +39,12 @@ class Model:
         self._fill(workspace, workspace._call(workspace._client.models.get(name, version or 0)))
 
     @classmethod
-    def _of(cls, workspace: Workspace, found: reg.ModelVersion) -> Model:
+    def _of(cls, workspace: Session, found: reg.ModelVersion) -> Model:
         model = cls.__new__(cls)
         model._fill(workspace, found)
         return model
 
-    def _fill(self, workspace: Workspace, found: reg.ModelVersion) -> None:
+    def _fill(self, workspace: Session, found: reg.ModelVersion) -> None:
         self._workspace, self._found = workspace, found
         self.workspace = workspace
         self.name, self.version, self.id = found.name, found.version, f"{found.name}:{found.version}"
@@ -66,7 +66,7 @@ class Model:
         }  # fmt: skip
 
     @property
-    def run(self) -> Run | None:
+    def run(self) -> SubmittedRun | None:
         """The run that made it."""
         return self._workspace.get_run(self.run_id) if self.run_id else None
 
@@ -89,7 +89,7 @@ class Model:
 
     @classmethod
     def register(
-        cls, workspace: Workspace, model_path: str, model_name: str, tags: Mapping[str, str] | None = None,
+        cls, workspace: Session, model_path: str, model_name: str, tags: Mapping[str, str] | None = None,
         properties: Mapping[str, str] | None = None, description: str | None = None, datasets: Any = None,
         model_framework: str | None = None, model_framework_version: str | None = None,
         environment: Environment | None = None, *, verify: bool = False, follow_links: bool = False, **_: Any,
@@ -98,9 +98,7 @@ class Model:
         from alveary.client.models import ModelInfo
         from alveary.progress import upload_progress
 
-        info = ModelInfo(
-            model_name, tags or {}, properties or {}, description or "", model_framework or "", model_framework_version or ""
-        )
+        info = ModelInfo(model_name, tags or {}, properties or {}, description or "", model_framework or "", model_framework_version or "")
         with upload_progress(model_name) as progress:
             work = workspace._client.models.register_local(
                 Path(model_path), info, environment._proto() if environment else None, progress, verify=verify, follow_links=follow_links
@@ -109,7 +107,7 @@ class Model:
 
     @classmethod
     def list(
-        cls, workspace: Workspace, name: str | None = None, tags: Any = None, properties: Any = None, run_id: str | None = None,
+        cls, workspace: Session, name: str | None = None, tags: Any = None, properties: Any = None, run_id: str | None = None,
         latest: bool = False, **_: Any,
     ) -> builtins.list[Model]:  # fmt: skip
         """Versions, the newest of a name first."""

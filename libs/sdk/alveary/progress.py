@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TransferSpeedColumn
 
 if TYPE_CHECKING:
+    from alveary.session import Session
     from alveary.transfer import Listing
-    from alveary.workspace import Workspace
 
 
 @contextmanager
@@ -29,7 +29,7 @@ def file_progress(what: str) -> Iterator[Callable[[int, int], None]]:
         yield update
 
 
-def download(workspace: Workspace, listing: Listing, folder: Path, *, overwrite: bool) -> None:
+def download(workspace: Session, listing: Listing, folder: Path, *, overwrite: bool) -> None:
     """Store files in a folder, with a bar."""
     total, done = sum(f.size for f in listing.files), 0
     with upload_progress(f"{len(listing.files)} files", "downloading") as progress:

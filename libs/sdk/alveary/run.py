@@ -1,4 +1,4 @@
-"""A run: from outside, as what a Workspace knows of it; from inside, as `Run.get_context()`.
+"""Experiments and their runs: from outside, as what a Workspace knows of them; from inside, as `Run.get_context()`.
 
 This module needs the standard library alone until a run is looked at from outside.
 """
@@ -6,41 +6,38 @@ This module needs the standard library alone until a run is looked at from outsi
 from __future__ import annotations
 
 import builtins
+import difflib
 import os
-import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alveary import context
-from alveary.errors import AlvearyError, RunFailedException
-from alveary.live import LivePrinter
+from alveary.errors import AlvearyError
 from alveary.script_run import ContextRun, OfflineRun
-from alveary.text import printable
+from alveary.submitted_run import SubmittedRun
+from alveary.text import quoted
+from alveary.unsupported import refuse_run_type
 
 if TYPE_CHECKING:
-    from alveary.experiment import Experiment
+    from alveary.estimator import Estimator, ScriptRunConfig
     from alveary.model import Model
-    from alveary.workspace import Workspace
-    from alveary_contracts.runs.v1 import runs_pb2 as pb
-
-FINAL = ("Completed", "Failed", "Canceled")
-# Streams that are shown while a run is followed: what its program prints, and what is printed before and around it.
-SHOWN = ("stdout", "stderr", "prepare", "launcher-stdout", "launcher-stderr")
+    from alveary.session import Session
 
 
-class Run:
+class Run(SubmittedRun):
     """A run that was submitted. `experiment.submit(...)` makes one; `Run(experiment, run_id)` finds one."""
 
     def __init__(self, experiment: Experiment, run_id: str, outputs: Any = None) -> None:
-        """`run_id` may be the first characters of an id that no other run of the workspace has.
+        """`run_id` may be a unique prefix of an id.
 
         Raises:
             AlvearyError: it is not a whole id, and no run's begins so, or several do.
         """
+        session = experiment.workspace
+        super().__init__(session, session._call(session._client.runs.full_id(run_id)))
         self.experiment = experiment
-        self._workspace = experiment.workspace
-        self.id: str = self._call(self._workspace._client.runs.full_id(run_id))
 
     @staticmethod
     def get_context(allow_offline: bool = True, used_for_context_manager: bool = False) -> Any:
@@ -59,76 +56,30 @@ class Run:
         return OfflineRun()
 
     @classmethod
-    def get(cls, workspace: Workspace, run_id: str) -> Run:
-        """Find a run by its id, or by first characters of it that no other run has."""
-        from alveary.experiment import Experiment
+    def get(cls, workspace: Session, run_id: str) -> Run:
+        """A run by its id, or by a unique prefix of it.
 
+        Raises:
+            AlvearyError: no run's id begins so, or several do (the text names them).
+        """
         found = workspace._call(workspace._client.runs.get(run_id))
         return cls(Experiment(workspace, found.spec.experiment), found.id)
 
     @classmethod
     def list(
-        cls, experiment: Experiment, type: str | None = None, tags: Any = None, properties: Mapping[str, str] | None = None,
-        status: str | None = None, include_children: bool = False,
-    ) -> builtins.list[Run]:  # fmt: skip
-        """Runs of an experiment, newest first."""
-        return experiment.get_runs(tags=tags, properties=properties, status=status, include_children=include_children)
-
-    def _get(self) -> pb.Run:
-        return self._workspace._call(self._workspace._client.runs.get(self.id))
-
-    def _call(self, work: Any) -> Any:
-        return self._workspace._call(work)
+        cls,
+        experiment: Experiment,
+        type: str | None = None,
+        tags: str | Mapping[str, str | None] | None = None,
+        properties: str | Mapping[str, str | None] | None = None,
+        status: str | None = None,
+        include_children: bool = False,
+    ) -> builtins.list[Run]:
+        """Runs of an experiment, newest first; see `Experiment.get_runs`."""
+        return experiment.get_runs(type, tags, properties, include_children, status)
 
     def __repr__(self) -> str:
         return f"Run(experiment: {self.experiment.name}, id: {self.id}, status: {self.get_status()})"
-
-    # ---- what it is -----------------------------------------------------------------------------------------------
-
-    def get_status(self) -> str:
-        """Its state, for example "Running"."""
-        from alveary.client.states import state_name
-
-        return state_name(self._get().state)
-
-    @property
-    def status(self) -> str:
-        """Its state."""
-        return self.get_status()
-
-    def get_details(self) -> dict[str, Any]:
-        """Everything about it, as plain data."""
-        from alveary.client.states import run_details
-
-        return run_details(self._get())
-
-    @property
-    def number(self) -> int:
-        """Its place among the experiment's runs, from 1."""
-        return self._get().number
-
-    @property
-    def display_name(self) -> str:
-        """What users call it."""
-        return self._get().display_name
-
-    @property
-    def tags(self) -> dict[str, str]:
-        """Its tags."""
-        return dict(self._get().tags)
-
-    def get_tags(self) -> dict[str, str]:
-        """Its tags."""
-        return self.tags
-
-    @property
-    def properties(self) -> dict[str, str]:
-        """Its properties."""
-        return dict(self._get().properties)
-
-    def get_properties(self) -> dict[str, str]:
-        """Its properties."""
-        return self.properties
 
     @property
     def parent(self) -> Run | None:
@@ -137,163 +88,27 @@ class Run:
         return Run.get(self._workspace, found) if found else None
 
     def get_children(
-        self, recursive: bool = False, tags: Any = None, properties: Any = None, type: Any = None, status: str | None = None
+        self,
+        recursive: bool = False,
+        tags: str | Mapping[str, str | None] | None = None,
+        properties: str | Mapping[str, str | None] | None = None,
+        type: str | None = None,
+        status: str | None = None,
     ) -> builtins.list[Run]:
-        """Its child runs."""
-        runs = self._workspace._list(f'parent = "{self.id}"', status)
+        """Its child runs that have these tags, properties and state, newest first.
+
+        Args:
+            recursive: also the children of its children, whatever those have.
+            tags, properties: keys with the values wanted; None, or a key alone: any value.
+        """
+        refuse_run_type(type)
+        wanted = _conditions(tags, properties, status)
+        children = find_runs(self._workspace, [f"parent = {quoted(self.id)}"])
+        found = find_runs(self._workspace, [f"parent = {quoted(self.id)}", *wanted]) if wanted else children
         if recursive:
-            runs += [grandchild for child in runs for grandchild in child.get_children(True)]
-        return runs
-
-    def get_snapshot_id(self) -> str:
-        """Digest of its source."""
-        return self._get().spec.snapshot
-
-    def tag(self, key: str, value: str = "") -> None:
-        """Set a tag."""
-        self.set_tags({key: value})
-
-    def set_tags(self, tags: Mapping[str, str]) -> None:
-        """Set tags."""
-        self._call(self._workspace._client.runs.tag(self.id, set={k: str(v) for k, v in tags.items()}))
-
-    def remove_tags(self, tags: Sequence[str]) -> None:
-        """Remove tags."""
-        self._call(self._workspace._client.runs.tag(self.id, remove=list(tags)))
-
-    def add_properties(self, properties: Mapping[str, str]) -> None:
-        """Add properties; existing ones cannot change."""
-        self._call(self._workspace._client.runs.tag(self.id, properties={k: str(v) for k, v in properties.items()}))
-
-    # ---- waiting, ending ------------------------------------------------------------------------------------------
-
-    def wait_for_completion(
-        self, show_output: bool = False, wait_post_processing: bool = False, raise_on_error: bool = True
-    ) -> dict[str, Any]:
-        """Wait for its final state; with show_output, print states, stdout and stderr as they come.
-
-        Raises:
-            RunFailedException: it Failed, unless raise_on_error is False.
-        """
-        if show_output:
-            try:
-                self._show()
-            except KeyboardInterrupt:
-                print(f"\nrun {self.id} goes on: wait_for_completion(show_output=True) follows it again, cancel() ends it", file=sys.stderr)
-                raise
-        details = self._call(self._workspace._client.runs.wait(self.id))
-        from alveary.client.states import run_details
-
-        plain = run_details(details)
-        if raise_on_error and plain["status"] == "Failed":
-            exit_status = plain["exit"]
-            last = "\n".join(exit_status.get("last_lines", []))
-            raise RunFailedException(f"run {self.id} failed: {plain['reason'] or exit_status.get('reason')}\n{last}".rstrip())
-        return plain
-
-    def _show(self, streams: Sequence[str] = SHOWN) -> None:
-        """Print its states and log lines as they come, until it is final."""
-        screen = LivePrinter()
-
-        def line(one: Any) -> None:
-            mark = f"[{printable(one.stream)}] " if one.stream not in SHOWN else ""
-            screen.add(one, mark, to_err=one.stream == "stderr")
-
-        def state(name: str, reason: str) -> None:
-            screen.say(f"[{name}]{' ' + printable(reason, keep=chr(10)) if reason else ''}")
-
-        try:
-            self._call(self._workspace._client.follow_run(self.id, line, state, streams))
-        finally:
-            screen.close()
-
-    def cancel(self) -> None:
-        """Ask for its end."""
-        self._call(self._workspace._client.runs.cancel(self.id))
-
-    def delete(self) -> None:
-        """Erase it, once it is final: its files, checkpoints, log and metrics. Models that were registered from it stay.
-
-        Raises:
-            AlvearyError: it is not final.
-        """
-        self._call(self._workspace._client.runs.delete(self.id))
-
-    def why_queued(self) -> dict[str, Any]:
-        """Position in its target's queue (from 1), what it waits for, what would help, and when it begins at the latest.
-
-        `expected_start` is seconds since 1970, None where it cannot be foreseen (what runs has no max_run_duration).
-
-        Raises:
-            AlvearyError: NOT_FOUND when it does not wait for a place.
-        """
-        found = self._call(self._workspace._client.compute.explain_run(self.id))
-        expected = found.expected_start.ToNanoseconds() / 1e9 if found.HasField("expected_start") else None
-        return {
-            "position": found.waiting.position, "priority": found.waiting.priority, "waits_for": found.waits_for,
-            "would_help": found.would_help, "expected_start": expected,
-        }  # fmt: skip
-
-    # ---- metrics, files, logs -------------------------------------------------------------------------------------
-
-    def get_metrics(self, name: str | None = None, recursive: bool = False, run_type: Any = None, populate: bool = False) -> dict[str, Any]:
-        """Metrics by name: a value for one logged once, a list for one logged repeatedly."""
-        return dict(self._call(self._workspace._client.metrics.values(self.id, name or "", recursive)))
-
-    def log(self, name: str, value: float, description: str = "", step: int | None = None) -> None:
-        """Log a number from outside the run."""
-        self._call(self._workspace._client.metrics.log(self.id, name, float(value), step, description))
-
-    def get_file_names(self) -> builtins.list[str]:
-        """Names of the files it stored."""
-        return [file.path for file in self._call(self._workspace._client.runs.files(self.id)).files]
-
-    def download_file(self, name: str, output_file_path: str | None = None, *, overwrite: bool = False) -> str:
-        """Store one of its files here (default: its last name, in this folder); returns the path.
-
-        Raises:
-            AlvearyError: it stored no such file, or another file is there and `overwrite` is False.
-        """
-        from alveary_contracts.names import normal_path
-
-        wanted = normal_path(name)
-        links = self._call(self._workspace._client.runs.file_links(self.id, wanted, with_urls=True))
-        found = [link for link in links if link.file.path == wanted]
-        if not found:
-            raise AlvearyError(f"run {self.id} stored no {name!r}; get_file_names() shows what it did", "NOT_FOUND")
-        last = wanted.rpartition("/")[2]
-        path = Path(output_file_path or last)
-        if path.is_dir():
-            path = path / last
-        self._call(self._workspace._client.transfers.download(found[0], path, overwrite=overwrite))
-        return str(path)
-
-    def download_files(self, prefix: str = "", output_directory: str | None = None, *, overwrite: bool = False, **_: Any) -> None:
-        """Store its files here, with their folders, all of them or none.
-
-        Raises:
-            AlvearyError: it stored none that begin with `prefix`; or other files are there and `overwrite` is False.
-        """
-        from alveary.progress import download
-
-        files = self._call(self._workspace._client.runs.files(self.id, prefix))
-        if not files.files:
-            raise AlvearyError(f"run {self.id} stored nothing under {prefix!r}; get_file_names() shows what it did", "NOT_FOUND")
-        download(self._workspace, files, Path(output_directory or "."), overwrite=overwrite)
-
-    def get_all_logs(self, destination: str | None = None) -> builtins.list[str]:
-        """Write each stream of its log to a file; returns the paths."""
-        folder = Path(destination or f"logs-{self.id}")
-        return [str(p) for p in self._call(self._workspace._client.logs.write_files(self.id, folder))]
-
-    def restore_snapshot(self, snapshot_id: str | None = None, path: str | None = None, *, overwrite: bool = False) -> str:
-        """Store its source here; returns the folder."""
-        folder = Path(path or f"snapshot-{self.id}")
-        files = self._call(self._workspace._client.runs.snapshot_files(snapshot_id or self.get_snapshot_id()))
-        self._call(self._workspace._client.transfers.download_all(files, folder, overwrite=overwrite))
-        return str(folder)
-
-    # ---- models ---------------------------------------------------------------------------------------------------
+            for child in children:
+                found = found + child.get_children(True, tags, properties, type, status)
+        return found
 
     def register_model(
         self, model_name: str, model_path: str | None = None, tags: Mapping[str, str] | None = None,
@@ -305,10 +120,109 @@ class Run:
         from alveary.model import Model
         from alveary.progress import file_progress
 
-        info = ModelInfo(
-            model_name, tags or {}, properties or {}, description or "", model_framework or "", model_framework_version or ""
-        )
+        info = ModelInfo(model_name, tags or {}, properties or {}, description or "", model_framework or "", model_framework_version or "")
         with file_progress(f"copying files of run {self.id}") as progress:
             work = self._workspace._client.models.register_from_run(self.id, model_path or "outputs", info, progress)
             registered = self._call(work)
         return Model._of(self._workspace, registered)
+
+
+class Experiment:
+    """Runs under one name; made by the first run."""
+
+    def __init__(self, workspace: Session, name: str) -> None:
+        self.workspace, self.name = workspace, name
+
+    def __repr__(self) -> str:
+        return f"Experiment(name: {self.name}, workspace: {self.workspace.name})"
+
+    def submit(self, config: Estimator | ScriptRunConfig, tags: Mapping[str, str] | None = None, **kwargs: Any) -> Run:
+        """Submit a run. What is wrong with it is said here, before anything is queued.
+
+        Raises:
+            AlvearyError: it is refused; the text names each fault.
+        """
+        from alveary.progress import upload_progress
+
+        spec = config._spec()
+        _find_script(config)
+        spec.experiment = self.name
+        spec.tags.update(tags or {})
+        client = self.workspace._client
+        if spec.use_gpu and self.workspace._config.allow_cpu_fallback:
+            from alveary.compute import ComputeTarget
+
+            if not ComputeTarget(self.workspace, spec.compute_target).node_resources.gpus:
+                warnings.warn(
+                    f"compute target {spec.compute_target!r} has no GPU: the run uses CPUs (allow_cpu_fallback in config.json)",
+                    stacklevel=2,
+                )
+                spec.use_gpu = False
+        with upload_progress("source") as progress:
+            run = self.workspace._call(client.runs.submit(spec, Path(config.source_directory), progress))
+        return Run(self, run.id)
+
+    def start_logging(self, *args: Any, **kwargs: Any) -> None:
+        """Not offered: outside a submitted run, `Run.get_context()` gives a run that prints."""
+        raise AlvearyError(
+            "interactive runs are not offered: submit a script, or use Run.get_context(), which prints when it is offline", "UNIMPLEMENTED"
+        )
+
+    def get_runs(
+        self,
+        type: str | None = None,
+        tags: str | Mapping[str, str | None] | None = None,
+        properties: str | Mapping[str, str | None] | None = None,
+        include_children: bool = False,
+        status: str | None = None,
+    ) -> builtins.list[Run]:
+        """Its runs that have these tags, properties and state, newest first.
+
+        Args:
+            tags, properties: keys with the values wanted; None, or a key alone: any value.
+            include_children: also runs that are children of others.
+        """
+        refuse_run_type(type)
+        top = [] if include_children else ['parent = ""']
+        return find_runs(self.workspace, [f"experiment = {quoted(self.name)}", *_conditions(tags, properties, status), *top])
+
+    @staticmethod
+    def list(workspace: Session, experiment_name: str | None = None, **_: Any) -> list[Experiment]:
+        """All experiments of a workspace."""
+        from alveary_contracts.runs.v1 import runs_pb2
+
+        reply = workspace._call(
+            workspace._client.call(workspace._client.stubs.experiments.ListExperiments, runs_pb2.ListExperimentsRequest())
+        )
+        return [Experiment(workspace, e.name) for e in reply.experiments if experiment_name in (None, e.name)]
+
+
+def find_runs(workspace: Session, conditions: Sequence[str]) -> list[Run]:
+    """Runs of a workspace that meet all conditions, in the filter language, newest first."""
+    found = workspace._call(workspace._client.runs.list(" AND ".join(conditions)))
+    return [Run(Experiment(workspace, run.spec.experiment), run.id) for run in found]
+
+
+def _conditions(
+    tags: str | Mapping[str, str | None] | None, properties: str | Mapping[str, str | None] | None, status: str | None
+) -> list[str]:
+    conditions = [f"state = {quoted(status)}"] if status else []
+    for field, wanted in (("tags", tags), ("properties", properties)):
+        for key, value in ({wanted: None} if isinstance(wanted, str) else wanted or {}).items():
+            conditions.append(f"{field}.{quoted(key)} " + ('>= ""' if value is None else f"= {quoted(value)}"))
+    return conditions
+
+
+def _find_script(config: Estimator | ScriptRunConfig) -> None:
+    """Look for the script before anything is uploaded.
+
+    Raises:
+        AlvearyError: it is not in the source directory; names what is like it.
+    """
+    source = Path(config.source_directory)
+    if not config.script or config.command or Path(config.script).is_absolute() or (source / config.script).is_file():
+        return  # the platform says what is wrong with the rest
+    files = [str(f.relative_to(source)) for f in source.glob("*.py")] + [str(f.relative_to(source)) for f in source.glob("*/*.py")]
+    like = difflib.get_close_matches(config.script, files, 3) or sorted(files)[:3]
+    known = f": it has {', '.join(like)}" if like else ", nor any other script"
+    raise AlvearyError(f"the source directory {source.absolute()} has no {config.script!r}{known}", "INVALID_ARGUMENT")

@@ -3,34 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Coroutine
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from alveary import _loop, config
-from alveary.aio import Client
+from alveary import config
+from alveary.session import Session
 
+# Each is imported when it is first used: a command that lists runs needs none of the others.
 if TYPE_CHECKING:
     from alveary.compute import ComputeTarget
     from alveary.dataset import Dataset
     from alveary.events import Events
-    from alveary.experiment import Experiment
     from alveary.model import Model
-    from alveary.run import Run
-
-T = TypeVar("T")
+    from alveary.run import Experiment, Run
 
 
-class Workspace:
+class Workspace(Session):
     """A connection to a platform, in one workspace. `Workspace.from_config()` is the usual way to one."""
-
-    def __init__(self, settings: config.Config) -> None:
-        self._config = settings
-
-        async def make() -> Client:
-            return Client(settings)
-
-        self._client = _loop.run(make())
 
     @classmethod
     def from_config(cls, path: str | os.PathLike[str] | None = None, auth: Any = None) -> Workspace:
@@ -40,40 +28,6 @@ class Workspace:
             AlvearyError: there is none.
         """
         return cls(config.load(path))
-
-    def _call(self, work: Coroutine[Any, Any, T]) -> T:
-        return _loop.run(work)
-
-    def _list(self, condition: str, status: str | None = None, include_children: bool = True) -> list[Run]:
-        from alveary.experiment import Experiment
-        from alveary.run import Run
-
-        parts = [condition] + ([f"state = {status}"] if status else []) + ([] if include_children else ['parent = ""'])
-        runs = self._call(self._client.runs.list(" AND ".join(p for p in parts if p)))
-        return [Run(Experiment(self, r.spec.experiment), r.id) for r in runs]
-
-    @property
-    def name(self) -> str:
-        """Its name."""
-        return self._config.workspace
-
-    def get_details(self) -> dict[str, str]:
-        """Name, version of the platform, and who the caller is."""
-        from alveary_contracts.runs.v1 import runs_pb2
-
-        found = self._call(self._client.call(self._client.stubs.workspaces.GetWorkspace, runs_pb2.GetWorkspaceRequest()))
-        return {"name": found.name, "version": found.version, "subject": found.subject, "role": found.role}
-
-    def write_config(self, path: str | None = None, file_name: str = "config.json") -> str:
-        """Write .alveary/config.json below `path` (mode 0600: it holds a token); returns the file."""
-        folder = Path(path or ".") / ".alveary"
-        folder.mkdir(parents=True, exist_ok=True)
-        file = folder / file_name
-        text = config.find(self._config.source).read_text()
-        file.touch(mode=0o600)
-        file.chmod(0o600)
-        file.write_text(text)
-        return str(file)
 
     @property
     def compute_targets(self) -> dict[str, ComputeTarget]:
@@ -85,7 +39,7 @@ class Workspace:
     @property
     def experiments(self) -> dict[str, Experiment]:
         """Experiments by name."""
-        from alveary.experiment import Experiment
+        from alveary.run import Experiment
 
         return {e.name: e for e in Experiment.list(self)}
 
@@ -104,7 +58,11 @@ class Workspace:
         return {d.name: d for d in reversed(Dataset.list(self))}
 
     def get_run(self, run_id: str) -> Run:
-        """A run by its id, or by first characters of it that no other run has."""
+        """A run by its id, or by a unique prefix of it.
+
+        Raises:
+            AlvearyError: no run's id begins so, or several do (the text names them).
+        """
         from alveary.run import Run
 
         return Run.get(self, run_id)

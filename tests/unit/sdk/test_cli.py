@@ -49,9 +49,13 @@ class Runs(runs_pb2_grpc.RunServiceServicer):
         self.series: list[pb.MetricSeries] = []
         self.asked: list[Any] = []
         self.stopped = threading.Event()
+        # How far the read model is behind, as the platform words it.
+        self.behind = ""
 
     def ListRuns(self, request: pb.ListRunsRequest, context: Any) -> pb.ListRunsResponse:
         self.asked.append(request)
+        if self.behind:
+            context.set_trailing_metadata((("alveary-behind", self.behind),))
         return pb.ListRunsResponse(runs=self.runs[: request.page_size])
 
     def GetRun(self, request: pb.GetRunRequest, context: Any) -> pb.GetRunResponse:
@@ -375,3 +379,25 @@ def test_a_script_that_is_not_there_is_said_before_anything_is_uploaded(platform
     command = [sys.executable, "-m", "alveary.cli", "run", "submit", "-s", str(tmp_path / "source"), "trian.py"]
     done = subprocess.run(command, env=platform.environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and f"{tmp_path / 'source'} has no 'trian.py': it has train.py" in done.stderr
+
+
+def test_a_list_from_a_read_model_that_is_behind_says_so_once(platform: Platform) -> None:
+    platform.service.runs = [run_named(1, "first")]
+    platform.service.behind = "RunsProjection at 12000 of 130000"
+    for words in (["run", "list"], ["run", "list", "--json"]):
+        command = [sys.executable, "-m", "alveary.cli", *words]
+        done = subprocess.run(command, env=platform.environment, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0 and platform.service.runs[0].id in done.stdout
+        (line,) = done.stderr.splitlines()
+        assert line.startswith("note: ") and "out of date" in line and platform.service.behind in line
+
+
+def test_a_client_warns_once_that_what_it_is_told_may_be_out_of_date(platform: Platform) -> None:
+    platform.service.behind = "RunsProjection at 1 of 2"
+    done = platform.python("""
+from alveary import Workspace
+workspace = Workspace.from_config()
+for _ in range(3):
+    workspace._call(workspace._client.runs.list())
+""")
+    assert done.stderr.count("RunsProjection at 1 of 2") == 1 and "AlvearyWarning" in done.stderr

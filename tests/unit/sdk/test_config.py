@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from alveary import Workspace, aio
+from alveary import Workspace
+from alveary.client import connection
 from alveary.config import find, load
 from alveary.errors import AlvearyError, NoPlatform
 
@@ -73,7 +74,7 @@ def test_errors_of_the_command_line_are_sentences(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "no-such-host.invalid"])
 def test_a_platform_that_does_not_answer_is_said_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, host: str) -> None:
-    monkeypatch.setattr(aio, "_TRIES", 1)
+    monkeypatch.setattr(connection, "CALL_TRIES", 1)
     with socket.socket() as taken:  # bound, and nobody listens
         taken.bind(("127.0.0.1", 0))
         (tmp_path / "config.json").write_text(GOOD.replace("127.0.0.1:7460", f"{host}:{taken.getsockname()[1]}"))

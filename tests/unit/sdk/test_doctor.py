@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 from alveary.cli import checks, doctor
-from alveary.cli.doctor import BROKEN, NOTE, OK, WARNING, Finding, Patient, examined
+from alveary.cli.doctor import examined
+from alveary.cli.findings import BROKEN, NOTE, OK, WARNING, Finding, Patient
 
 
 def run(*words: str, umask: int = 0o022, **variables: str | None) -> tuple[int, dict[str, tuple[str, str]], str]:

@@ -148,7 +148,7 @@ async def test_a_link_that_is_never_good_is_given_up(store: Store, tmp_path: Pat
 
 async def test_what_came_before_a_failure_is_gone_on_with(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("alveary.transfer._TRIES", 2)
-    monkeypatch.setattr("alveary.transfer._PAUSE", 0.0)
+    monkeypatch.setattr("alveary.transfer._PAUSE_SECONDS", 0.0)
     data = os.urandom(3 << 20)
     listing = store.listing(store.add("big", data))
     store.cuts = [1 << 20, 0, 0]

@@ -21,8 +21,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from alveary.cli.doctor import _GIB, BROKEN, NOTE, OK, WARNING, Check, Finding, Patient
+from alveary.cli.findings import BROKEN, NOTE, OK, WARNING, Check, Finding, Patient
 
+_GIB = 2**30
 _NETWORK = ("nfs", "nfs4", "cifs", "smb3", "smbfs", "fuse.sshfs", "9p", "lustre", "glusterfs", "ceph")
 # The standard library's own parts that a Python built without their headers lacks, and who needs them.
 _NEEDED = {"ssl": "downloads and TLS", "sqlite3": "the platform's read models", "ctypes": "torch and the supervisor"}

@@ -15,6 +15,7 @@ from alveary.text import printable
 if TYPE_CHECKING:
     from google.protobuf.message import Message
 
+    from alveary.session import Session
     from alveary.transfer import Listing
     from alveary.workspace import Workspace
 
@@ -82,7 +83,7 @@ def overwrite_option(command: F) -> F:
     return click.option("--overwrite", is_flag=True, help="Replace files of the same names.")(command)
 
 
-def download(workspace: Workspace, listing: Listing, to: Path, overwrite: bool) -> None:
+def download(workspace: Session, listing: Listing, to: Path, overwrite: bool) -> None:
     """Store files here, with a bar, and say how many they are."""
     from alveary import progress
 

@@ -4,41 +4,19 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as TooLate
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import click
 
 from alveary.cli.common import json_option, print_json, state_dir_option, state_folder
+from alveary.cli.findings import BROKEN, NOTE, OK, WARNING, Check, Finding, Patient
 from alveary.errors import AlvearyError
 
-OK, NOTE, WARNING, BROKEN = "ok", "note", "warning", "broken"
 # Longest time of one check, seconds: a name server or a mount may not answer at all.
 _PATIENCE = 10.0
-_GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing about this machine. `advice` says what to do, where there is something to do."""
-
-    check: str
-    state: str
-    text: str
-    advice: str = ""
-
-
-@dataclass(frozen=True)
-class Patient:
-    """What is looked at."""
-
-    state_dir: Path
-
-
-Check = Callable[[Patient], Iterator[Finding]]
 
 
 @click.command()

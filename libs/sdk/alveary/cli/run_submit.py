@@ -56,8 +56,8 @@ def submit(
     """
     from alveary.environment import Environment
     from alveary.estimator import PYTORCH_PACKAGES, ScriptRunConfig
-    from alveary.experiment import Experiment
     from alveary.requirements import requirements_of
+    from alveary.run import Experiment
 
     _say_whose(command)
     workspace = open_workspace()

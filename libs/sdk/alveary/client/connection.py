@@ -125,9 +125,12 @@ class Connection:
         is_platforms = any(key == "grpc-status-details-bin" for key, _ in error.trailing_metadata() or ())
         if code == grpc.StatusCode.UNAVAILABLE and not is_platforms:
             # Which address failed how is not told where a name has several.
-            stranger = ", or what answers has a certificate of another name, or of an authority other than `ca`'s" if self.config.tls else ""
+            stranger = (
+                ", or what answers has a certificate of another name, or of an authority other than `ca`'s" if self.config.tls else ""
+            )
             return NoPlatform(
-                f"no platform answers at {self.config.endpoint} (from {self.config.source}): start it with `alveary up`{stranger}", code.name
+                f"no platform answers at {self.config.endpoint} (from {self.config.source}): start it with `alveary up`{stranger}",
+                code.name,
             )
         return AlvearyError(error.details() or code.name, code.name)
 

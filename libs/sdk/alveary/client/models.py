@@ -109,9 +109,7 @@ class Models:
         return await self._register(request)
 
     async def _register(self, request: reg.RegisterModelRequest) -> reg.ModelVersion:
-        reply: reg.RegisterModelResponse = await self._connection.call(
-            self._stub.RegisterModel, request, timeout=REGISTER_TIMEOUT_SECONDS
-        )
+        reply: reg.RegisterModelResponse = await self._connection.call(self._stub.RegisterModel, request, timeout=REGISTER_TIMEOUT_SECONDS)
         for text in reply.warnings:
             sources.warn(text)
         return reply.model
@@ -145,9 +143,7 @@ class Models:
         description: str | None = None,
     ) -> reg.ModelVersion:
         """The version, after its tags, properties and description were changed; properties that are there cannot change."""
-        request = reg.TagModelRequest(
-            name=name, version=version, set=set, remove=remove, properties=properties, description=description
-        )
+        request = reg.TagModelRequest(name=name, version=version, set=set, remove=remove, properties=properties, description=description)
         reply: reg.TagModelResponse = await self._connection.call(self._stub.TagModel, request)
         return reply.model
 

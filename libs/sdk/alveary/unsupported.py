@@ -1,0 +1,25 @@
+"""Parameters that Azure has and this platform does not offer: refused, with what to use. Standard library alone."""
+
+from __future__ import annotations
+
+from alveary.errors import AlvearyError
+
+
+def refuse_given(**given: tuple[object, str]) -> None:
+    """Refuse parameters that were given: by name the value, and the sentence that says what to use. None is not given.
+
+    Raises:
+        AlvearyError: a value is not None; names the parameter.
+    """
+    for name, (value, instead) in given.items():
+        if value is not None:
+            raise AlvearyError(f"{name} is not offered: {instead}", "UNIMPLEMENTED")
+
+
+def refuse_run_type(type: str | None) -> None:
+    """Refuse a filter by the type of runs.
+
+    Raises:
+        AlvearyError: it is not None.
+    """
+    refuse_given(type=(type, "runs have no types here; filter by tags or properties"))
