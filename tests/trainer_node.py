@@ -58,7 +58,7 @@ class Node:
         run = run or new_id()
         spec.setdefault("grace_seconds", 1.0)
         made = ev.PlacementMade(
-            attempt=attempt, nodes=[ev.NodeShare(node=self.context.settings.node, incarnation=self.context.incarnation)],
+            attempt=attempt, nodes=[ev.AllocatedNode(node=self.context.settings.node, incarnation=self.context.incarnation)],
             spec=c.RunSpec(
                 command=[sys.executable, "-u", "-c", textwrap.dedent(code)], environment=c.Environment(user_managed=True), experiment="e", **spec
             ),

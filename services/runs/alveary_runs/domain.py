@@ -1,7 +1,7 @@
 """A run's whole life, on one page. Pure: no IO, no clock, no random.
 
-Each command is a function (state, ...) -> events; `evolve` folds events. A command that comes too late, twice, or for
-an attempt that is not the current one decides nothing.
+Each command is a function (state, ...) -> events; `evolve` folds events. A command that comes too late or twice decides
+nothing, nor does one for an attempt that is older than the newest or was revoked. Later attempts are accepted.
 """
 
 from __future__ import annotations

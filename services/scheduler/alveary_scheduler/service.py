@@ -261,7 +261,7 @@ class Scheduler:
         target = self.state.targets[waiting.workspace, waiting.target]
         each = 1 if asked.spec.launcher == c.LAUNCHER_PLAIN else asked.spec.process_count_per_node
         shares = [
-            ev.NodeShare(node=node.id, incarnation=node.incarnation, gpu_indexes=share.gpus, first_rank=i * each, rank_count=each)
+            ev.AllocatedNode(node=node.id, incarnation=node.incarnation, gpu_indexes=share.gpus, first_rank=i * each, rank_count=each)
             for i, (node, share) in enumerate(zip(nodes, decision.shares, strict=True)) if node is not None
         ]  # fmt: skip
         made = ev.PlacementMade(

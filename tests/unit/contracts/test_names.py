@@ -72,3 +72,10 @@ def test_a_ready_image_by_tag_is_pinned_at_each_occasion() -> None:
     assert image_digest(tag, "a") == image_digest(tag, "a") != image_digest(tag, "b") != environment_digest(tag)
     assert image_digest(pinned, "a") == image_digest(pinned, "b") == environment_digest(pinned)
     assert image_digest(c.Environment(pip_packages=["a"]), "a") == environment_digest(c.Environment(pip_packages=["a"]))
+
+
+def test_what_events_are_made_of_is_not_taken_for_an_event() -> None:
+    messages = events_pb2.DESCRIPTOR.message_types_by_name.values()
+    parts = {f.message_type.name for m in messages for f in m.fields if f.message_type and f.message_type.file is events_pb2.DESCRIPTOR}
+    # A compacted run repeats how it was submitted.
+    assert {name for name in parts if event_name(name)} == {"RunSubmitted"}

@@ -49,7 +49,7 @@ TEXTS = (
 FIXED = {
     "ComputeSpec.kind": ("local", "nodes", "ray", ""), "ComputeSpec.max_nodes": (0, 1, 4, -1), "ComputeSpec.min_nodes": (0, 1, -1),
     "RunSpec.compute_target": ("t", ""), "RunSpec.node_count": (0, 1, 2, -1, 1024, 2**31 - 1), "PlacementMade.target": ("t", ""),
-    "NodeJoined.target": ("t", ""), "NodeShare.node": ("n1", "n2", ""), "NodeShare.incarnation": ("", "i"), "NodeJoined.incarnation": ("", "i"),
+    "NodeJoined.target": ("t", ""), "AllocatedNode.node": ("n1", "n2", ""), "AllocatedNode.incarnation": ("", "i"), "NodeJoined.incarnation": ("", "i"),
 }  # fmt: skip
 
 

@@ -52,7 +52,8 @@ class World:
             if isinstance(decision, Place):
                 waiting = self.state.queue[decision.run]
                 shares = [
-                    ev.NodeShare(node=s.node, incarnation=self.state.nodes[s.node].incarnation, gpu_indexes=s.gpus) for s in decision.shares
+                    ev.AllocatedNode(node=s.node, incarnation=self.state.nodes[s.node].incarnation, gpu_indexes=s.gpus)
+                    for s in decision.shares
                 ]
                 spec = c.RunSpec(resources=domain.resources_of(waiting.request.shape), node_count=waiting.request.count)
                 self.say("placement", decision.run, ev.PlacementMade(attempt=waiting.attempt, target="t", nodes=shares, spec=spec))
@@ -271,7 +272,7 @@ def test_quotas_shares_of_gpus_and_labels_come_from_specifications() -> None:
     world.say("run", "three", ev.RunPrepared(spec=other, submitted_by="you"))
     decisions = domain.plan(world.state, {}, {}, 0.0)
     assert [d.run for d in decisions if isinstance(d, Place)] == ["one"]
-    share = ev.NodeShare(node="n", incarnation="1", gpu_indexes=[0])
+    share = ev.AllocatedNode(node="n", incarnation="1", gpu_indexes=[0])
     world.say("placement", "one", ev.PlacementMade(attempt=1, target="shared", nodes=[share], spec=run))
     told = {d.run: d.reason for d in domain.plan(world.state, {}, {}, 0.0) if isinstance(d, domain.Wait)}
     assert "quota of 1.5 CPU" in told["two"] and "zone=elsewhere" in told["three"]

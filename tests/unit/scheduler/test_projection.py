@@ -25,7 +25,7 @@ async def test_a_batch_that_the_disk_refused_is_folded_once_and_written_later(tm
     view.db.execute("INSERT INTO position VALUES (1, 0, 'log')")
     spec = c.RunSpec(compute_target="t", resources=c.Resources(cpus=1, memory_bytes=1))
     node = ev.NodeJoined(target="t", incarnation="i", resources=c.Resources(cpus=4, memory_bytes=8))
-    made = ev.PlacementMade(attempt=1, target="t", nodes=[ev.NodeShare(node="n", incarnation="i")], spec=spec)
+    made = ev.PlacementMade(attempt=1, target="t", nodes=[ev.AllocatedNode(node="n", incarnation="i")], spec=spec)
     batch = [
         raw(1, "target", "t", ev.TargetCreated(spec=ev.ComputeSpec(kind="local", max_nodes=1))),
         raw(2, "node", "n", node), raw(3, "run", "r", ev.RunPrepared(spec=spec)), raw(4, "placement", "r", made),

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     "--metrics-port",
     type=click.IntRange(0, 65535 - 5),
     default=0,
-    help="Serve Prometheus metrics here; with --separate five ports from here. 0: none.",
+    help="Serve Prometheus metrics here; with --separate six ports from here. 0: none.",
 )
 @click.option("--runtime", default="", help="process: virtual environments; docker: containers. Default: as before, at first process.")
 @click.option(

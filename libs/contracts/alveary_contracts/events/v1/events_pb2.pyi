@@ -21,11 +21,13 @@ A run's life
   NotResponding    RunNotResponding: the node of its attempt is lost, its placement revoked. Followed by
                    RunRetrying (back to Queued with the next attempt) or RunFailed when no attempt is left, or
                    RunCanceled when a cancel was asked for.
-RunCompacted follows some time after the end and says it all again in one event: earlier events of the run are purged.
-RunDeleted follows where somebody asked for it, from a final state alone: everything else that is known of the run is
-erased, and this is all that stays.
-States advance in that order; only NotResponding leads back. Attempts are numbered from 1 and fenced: events of an
-attempt other than the current one, and of one whose placement was revoked, change nothing.
+Some time after the end, RunCompacted replaces the run's earlier events with one snapshot event; they are purged.
+RunDeleted follows a request to delete a final run: everything else that is known of the run is erased, and only this
+event remains.
+States advance in this order, with three ways back to Queued: from Provisioning; with RunRetrying after a lost node or
+a failure that the retry policy names; and with RunRetrying (preempted) after a preemption. Attempts are numbered from
+1 and fenced: events of an attempt that is older than the newest one, or whose placement was revoked, change nothing.
+Events of a later attempt are accepted, because the scheduler may be ahead of this aggregate.
 
 Envelope
 ========
@@ -947,13 +949,13 @@ class PlacementMade(_message.Message):
     attempt: _builtins.int
     target: _builtins.str
     lease_seconds: _builtins.float
-    """How long a trainer may go on without an answer to its beats."""
+    """How long a trainer may go on without an answer to its heartbeats."""
     image_digest: _builtins.str
     submitted_by: _builtins.str
     network: _builtins.str
     """Network of the run's containers: "none", "bridge" or a network's name."""
     @_builtins.property
-    def nodes(self) -> _containers.RepeatedCompositeFieldContainer[Global___NodeShare]: ...
+    def nodes(self) -> _containers.RepeatedCompositeFieldContainer[Global___AllocatedNode]: ...
     @_builtins.property
     def spec(self) -> _common_pb2.RunSpec:
         """What to run, so that a trainer needs to ask nobody."""
@@ -963,7 +965,7 @@ class PlacementMade(_message.Message):
         *,
         attempt: _builtins.int = ...,
         target: _builtins.str = ...,
-        nodes: _abc.Iterable[Global___NodeShare] | None = ...,
+        nodes: _abc.Iterable[Global___AllocatedNode] | None = ...,
         lease_seconds: _builtins.float = ...,
         spec: _common_pb2.RunSpec | None = ...,
         image_digest: _builtins.str = ...,
@@ -979,7 +981,9 @@ class PlacementMade(_message.Message):
 Global___PlacementMade: _TypeAlias = PlacementMade  # noqa: Y015
 
 @_typing.final
-class NodeShare(_message.Message):
+class AllocatedNode(_message.Message):
+    """One node of a placement, and what the attempt may use of it."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     NODE_FIELD_NUMBER: _builtins.int
@@ -989,7 +993,7 @@ class NodeShare(_message.Message):
     RANK_COUNT_FIELD_NUMBER: _builtins.int
     node: _builtins.str
     incarnation: _builtins.str
-    """The life of the node that it was placed on; a restarted trainer has another one."""
+    """Of the trainer that the attempt was placed on; a restarted trainer has another one."""
     first_rank: _builtins.int
     rank_count: _builtins.int
     @_builtins.property
@@ -1009,7 +1013,7 @@ class NodeShare(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___NodeShare: _TypeAlias = NodeShare  # noqa: Y015
+Global___AllocatedNode: _TypeAlias = AllocatedNode  # noqa: Y015
 
 @_typing.final
 class PlacementRevoked(_message.Message):

@@ -21,11 +21,13 @@ A run's life
   NotResponding    RunNotResponding: the node of its attempt is lost, its placement revoked. Followed by
                    RunRetrying (back to Queued with the next attempt) or RunFailed when no attempt is left, or
                    RunCanceled when a cancel was asked for.
-RunCompacted follows some time after the end and says it all again in one event: earlier events of the run are purged.
-RunDeleted follows where somebody asked for it, from a final state alone: everything else that is known of the run is
-erased, and this is all that stays.
-States advance in that order; only NotResponding leads back. Attempts are numbered from 1 and fenced: events of an
-attempt other than the current one, and of one whose placement was revoked, change nothing.
+Some time after the end, RunCompacted replaces the run's earlier events with one snapshot event; they are purged.
+RunDeleted follows a request to delete a final run: everything else that is known of the run is erased, and only this
+event remains.
+States advance in this order, with three ways back to Queued: from Provisioning; with RunRetrying after a lost node or
+a failure that the retry policy names; and with RunRetrying (preempted) after a preemption. Attempts are numbered from
+1 and fenced: events of an attempt that is older than the newest one, or whose placement was revoked, change nothing.
+Events of a later attempt are accepted, because the scheduler may be ahead of this aggregate.
 
 Envelope
 ========

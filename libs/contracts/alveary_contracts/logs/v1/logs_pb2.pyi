@@ -53,7 +53,9 @@ class LogLine(_message.Message):
     PARTIAL_FIELD_NUMBER: _builtins.int
     PROVISIONAL_FIELD_NUMBER: _builtins.int
     stream: _builtins.str
-    """"stdout", "stderr", "prepare" (image build), "system" (what the platform has to say), or "logs/<path>"."""
+    """"stdout", "stderr"; "launcher-stdout", "launcher-stderr" (torchrun and mpirun themselves); "prepare" (image build); "system"
+    (the platform, about the run); or "logs/<path>".
+    """
     rank: _builtins.int
     attempt: _builtins.int
     data: _builtins.bytes
