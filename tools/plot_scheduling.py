@@ -8,7 +8,7 @@ from statistics import mean
 
 from plot import write
 
-from alveary_scheduler.packing import POLICIES
+from alveary_scheduler.core.packing import POLICIES
 from alveary_scheduler.sim import read_nodes, read_pods, saturate
 
 

@@ -9,8 +9,9 @@ import sys
 import time
 from pathlib import Path
 
-from alveary_scheduler.packing import WHOLE, Machine, Shape
-from alveary_scheduler.pool import Place, Pool, Request
+from alveary_scheduler.core.pool import Pool
+from alveary_scheduler.core.requests import Request
+from alveary_scheduler.core.resources import WHOLE, Machine, Shape
 
 NODES, SECONDS = 10_000, 8.0
 GPUS = ((0, WHOLE), (1, 250), (1, 500), (1, WHOLE), (2, WHOLE), (4, WHOLE), (8, WHOLE))
@@ -45,10 +46,11 @@ class Load:
             )  # fmt: skip
 
     def round(self) -> tuple[float, int]:
-        """Seconds and placements of one decision round."""
+        """Seconds and placements of one round: it is proposed and recorded."""
         began = time.perf_counter()
-        decisions = self.pool.decide(self.now)
-        return time.perf_counter() - began, sum(isinstance(d, Place) for d in decisions)
+        proposal = self.pool.propose(self.now)
+        self.pool.apply(proposal, self.now)
+        return time.perf_counter() - began, len(proposal.placements)
 
     def turn(self) -> None:
         """Forty runs end, as many arrive."""

@@ -20,8 +20,9 @@ from alveary_core.errors import InvalidArgument, NotFound, Unavailable
 from alveary_core.eventlog import EventLog, connect, ensure_streams
 from alveary_core.events import Event, Key
 from alveary_core.projection import Projection
-from alveary_scheduler import domain
 from alveary_scheduler.projection import SchedulerProjection
+from alveary_scheduler.state import State as SchedulerState
+from alveary_scheduler.state import evolve as evolve_scheduler
 
 HEADERS = {"ce-id": "x", "ce-time": "2026-01-01T00:00:00Z"}
 
@@ -282,16 +283,16 @@ async def test_an_event_that_is_too_large_is_refused_by_its_size(log: EventLog, 
 async def test_the_schedulers_state_is_what_it_was_before_an_event_that_it_cannot_fold(
     bare_servers: Layout, key: Key, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = domain.evolve
+    real = evolve_scheduler
 
-    def half_way(state: domain.State, event: Event) -> None:
+    def half_way(state: SchedulerState, event: Event) -> None:
         real(state, event)
         if isinstance(event.message, ev.TargetCreated) and event.message.spec.description == "bad":
             raise ArithmeticError("half way")
 
     view = SchedulerProjection(str(tmp_path / "scheduler.sqlite"))
     view.subjects = (f"alveary.{key.workspace}.>",)
-    monkeypatch.setattr(domain, "evolve", half_way)
+    monkeypatch.setattr("alveary_scheduler.projection.evolve", half_way)
     connection = await connect(f"nats://127.0.0.1:{bare_servers.ports.nats}", "scheduler", bare_servers.secrets["scheduler"], "scheduler")
     log = EventLog(connection, "scheduler")
     for name, text in (("a", "good"), ("b", "bad"), ("c", "good")):

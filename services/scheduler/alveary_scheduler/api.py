@@ -16,12 +16,13 @@ from alveary_contracts.scheduler.v1 import scheduler_pb2_grpc as rpc
 from alveary_core import auth, telemetry
 from alveary_core.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
 from alveary_core.events import Key
-from alveary_scheduler import domain
 from alveary_scheduler.adapters.local import machine
 from alveary_scheduler.adapters.ray_nodes import installed
+from alveary_scheduler.core.packing import POLICIES
+from alveary_scheduler.core.resources import WHOLE
 from alveary_scheduler.joining import DAY, YEAR, Joining
-from alveary_scheduler.packing import POLICIES, WHOLE
 from alveary_scheduler.service import Scheduler
+from alveary_scheduler.state import Node, Placed, Target, TargetKey, Waiting
 
 MAX_LOCAL_NODES, MAX_NODES = 64, 10_000
 # What may change while runs use a target.
@@ -96,7 +97,7 @@ class ComputeService(rpc.ComputeServiceServicer):
         sequence = await self._scheduler.append(Key(who.workspace, "target", request.name), ev.TargetDeleted())
         return pb.DeleteTargetResponse(sequence=sequence)
 
-    def _target(self, target: domain.Target) -> pb.Target:
+    def _target(self, target: Target) -> pb.Target:
         state = self._scheduler.state
         nodes = {n.id for n in state.nodes.values() if (n.workspace, n.target) == (target.workspace, target.name)}
         desired = self._scheduler.desired((target.workspace, target.name))
@@ -215,11 +216,11 @@ class NodeService(rpc.NodeServiceServicer):
             found.append(one)
         return pb.ListNodesResponse(nodes=found)
 
-    def _state(self, node: domain.Node) -> str:
+    def _state(self, node: Node) -> str:
         pool = self._scheduler.state.pools.get((node.workspace, node.target))
         if node.draining:
             return "draining"
-        return "quarantined" if pool is not None and node.id in pool.quarantined else "ready"
+        return "quarantined" if pool is not None and node.id in pool.quarantine.active(time.time()) else "ready"
 
     async def GetStatus(self, request: pb.GetStatusRequest, context: Any) -> pb.GetStatusResponse:
         auth.require("reader")
@@ -284,7 +285,7 @@ class QueueService(rpc.QueueServiceServicer):
         for (workspace, name), pool in sorted(state.pools.items()):
             if workspace == who.workspace and request.target in ("", name):
                 found += [_waiting(state.queue[r.run], i) for i, r in enumerate(pool.order(time.time()), 1) if r.run in state.queue]
-        orphans = [w for w in state.queue.values() if w.workspace == who.workspace and (workspace_of(w) not in state.pools)]
+        orphans = [w for w in state.queue.values() if w.workspace == who.workspace and (target_key(w) not in state.pools)]
         found += [_waiting(w, i) for i, w in enumerate(orphans, 1) if request.target in ("", w.target)]
         return pb.ListQueueResponse(waiting=found)
 
@@ -293,34 +294,32 @@ class QueueService(rpc.QueueServiceServicer):
         waiting = self._scheduler.state.queue.get(request.run_id)
         if waiting is None or waiting.workspace != who.workspace:
             raise NotFound("waiting run", request.run_id, "it does not wait for a place: `alveary run show` says what it does")
-        pool = self._scheduler.state.pools.get(workspace_of(waiting))
+        pool = self._scheduler.state.pools.get(target_key(waiting))
         if pool is None:
             return pb.ExplainRunResponse(waiting=_waiting(waiting, 0), would_help=waiting.reason)
         now = time.time()
-        if (until := self._scheduler.state.held.get(request.run_id)) is not None:
-            text = f"its next attempt may begin in {max(until - now, 0):.0f} s, as its retry policy says"
+        if (until := waiting.request.not_before) > now:
+            text = f"its next attempt may begin in {until - now:.0f} s, as its retry policy says"
             answer = pb.ExplainRunResponse(waiting=_waiting(waiting, 0), waits_for=str(waiting.request), would_help=text)
             answer.expected_start.FromNanoseconds(int(until * 1e9))
             return answer
-        standing = pool.standing(request.run_id, now)
-        answer = pb.ExplainRunResponse(
-            waiting=_waiting(waiting, standing.position), waits_for=str(waiting.request), would_help=waiting.reason or standing.would_help
-        )
-        if standing.expected is not None:
-            answer.expected_start.FromNanoseconds(int(standing.expected * 1e9))
+        found = pool.explain(request.run_id, now)
+        answer = pb.ExplainRunResponse(waiting=_waiting(waiting, found.position), waits_for=str(waiting.request), would_help=waiting.reason)
+        if found.expected is not None:
+            answer.expected_start.FromNanoseconds(int(found.expected * 1e9))
         return answer
 
 
-def workspace_of(waiting: domain.Waiting) -> tuple[str, str]:
-    """Key of its target."""
+def target_key(waiting: Waiting) -> TargetKey:
+    """The key of a waiting run's target."""
     return (waiting.workspace, waiting.target)
 
 
-def _waiting(waiting: domain.Waiting, position: int) -> pb.Waiting:
+def _waiting(waiting: Waiting, position: int) -> pb.Waiting:
     return pb.Waiting(run_id=waiting.run, position=position, reason=waiting.reason, priority=waiting.request.tier, target=waiting.target)
 
 
-def _used(held: list[domain.Placed], node: str) -> c.Resources:
+def _used(held: list[Placed], node: str) -> c.Resources:
     shapes = [p.request.shape for p in held for _ in range(p.on(node))]
     milli = sum(s.gpu_total for s in shapes)
     return c.Resources(

@@ -9,7 +9,7 @@ from alveary_contracts import rules
 from alveary_contracts.events.v1 import events_pb2 as ev
 from alveary_core.events import Event, Key
 from alveary_core.projection import Projection
-from alveary_scheduler import domain
+from alveary_scheduler.state import State, evolve
 
 
 class SchedulerProjection(Projection):
@@ -30,13 +30,13 @@ class SchedulerProjection(Projection):
 
     def __init__(self, path: str) -> None:
         super().__init__(path)
-        self.state = domain.State()
+        self.state = State()
         self.specs: dict[str, Event] = {}
         self._load()
 
     def _load(self) -> None:
         """Fold the state from the rows of what is live."""
-        self.state, self.specs = domain.State(), {}
+        self.state, self.specs = State(), {}
         for row in self.db.execute("SELECT * FROM live ORDER BY sequence").fetchall():
             key = Key(row["workspace"], row["aggregate"], row["id"])
             try:
@@ -55,10 +55,10 @@ class SchedulerProjection(Projection):
 
     def _wipe(self, db: sqlite3.Connection) -> None:
         super()._wipe(db)
-        self.state, self.specs = domain.State(), {}
+        self.state, self.specs = State(), {}
 
     def _fold(self, event: Event) -> None:
-        domain.evolve(self.state, event)
+        evolve(self.state, event)
         if isinstance(event.message, (ev.RunPrepared, ev.RunRetrying)):
             self.specs[event.key.id] = event
         elif event.key.aggregate == "run" and event.name in ("completed", "failed", "canceled"):
@@ -86,6 +86,8 @@ class SchedulerProjection(Projection):
             return
         if key.aggregate == "run" and event.name not in ("prepared", "retrying", "cancel_requested"):
             return
+        if event.name == "reserved":  # only the newest reservation counts
+            self.db.execute("DELETE FROM live WHERE id=? AND name='reserved'", (key.id,))
         if event.name in ("waiting", "provisioning"):  # only the newest reason counts
             self.db.execute("DELETE FROM live WHERE id=? AND name IN ('waiting', 'provisioning')", (key.id,))
         self.db.execute(

@@ -24,12 +24,13 @@ from alveary_core.errors import Aborted, FailedPrecondition, Unavailable
 from alveary_core.eventlog import Conflict
 from alveary_core.events import Event, Key
 from alveary_core.service import Service
-from alveary_scheduler import domain
 from alveary_scheduler.adapters.local import LocalNodes
 from alveary_scheduler.adapters.ray_nodes import RayNodes
+from alveary_scheduler.core.requests import Placement, Preemption
 from alveary_scheduler.joining import Joining
-from alveary_scheduler.pool import Place, Preempt
+from alveary_scheduler.plan import Decision, ProvisionGroup, ReleaseGroup, Reserve, Scale, Wait, plan
 from alveary_scheduler.projection import SchedulerProjection
+from alveary_scheduler.state import State, lost_nodes
 
 _TRIES = 5
 # Another scheduler is at work: this one must stop.
@@ -75,7 +76,7 @@ class Scheduler:
         projection.on_event(self._on_event)
 
     @property
-    def state(self) -> domain.State:
+    def state(self) -> State:
         """The live state."""
         return self.view.state
 
@@ -179,10 +180,10 @@ class Scheduler:
         clusters = {key: t.spec.address for key, t in self.state.targets.items() if t.spec.kind == "ray"}
         self._ray.tend(clusters)
         troubles = {key: trouble for key in clusters if (trouble := self._ray.trouble(key))}
-        for decision in domain.plan(self.state, self._starting(), self._idle(), time.time(), self._coming(), troubles, cordoned):
+        for decision in plan(self.state, self._starting(), self._idle(), time.time(), self._coming(), troubles, cordoned):
             await self._try(decision)
 
-    async def _try(self, decision: domain.Decision) -> None:
+    async def _try(self, decision: Decision) -> None:
         """Carry a decision out. One that cannot be is put off, later and later, and holds up no other run and no other target."""
         subject = getattr(decision, "run", "") or f"{getattr(decision, 'workspace', '')}/{getattr(decision, 'target', '')}"
         due, pause = self._put_off.get(subject, (0.0, 0.0))
@@ -225,16 +226,19 @@ class Scheduler:
         for workspace in {w for w, _ in state.targets}:
             telemetry.PLACED.labels(workspace).set(sum(p.workspace == workspace for p in state.placed.values()))
 
-    async def _do(self, decision: domain.Decision) -> None:
+    async def _do(self, decision: Decision) -> None:
         match decision:
-            case Place():
+            case Placement():
                 await self._place(decision)
-            case Preempt(run=run, attempt=attempt, beneficiary=beneficiary, reason=reason):
+            case Preemption(run=run, attempt=attempt, beneficiary=beneficiary, reason=reason):
                 held = self.state.placed.get(run)
                 if held is not None and held.attempt == attempt:
                     message = ev.PlacementPreempting(attempt=attempt, beneficiary=beneficiary, reason=reason)
                     await self.append(Key(held.workspace, "placement", run), message)
-            case domain.Wait(run=run, reason=reason, provisioning=provisioning):
+            case Reserve(workspace=workspace, run=run, nodes=names):
+                if run in self.state.queue:
+                    await self.append(Key(workspace, "placement", run), ev.PlacementReserved(nodes=names))
+            case Wait(run=run, reason=reason, provisioning=provisioning):
                 waiting = self.state.queue.get(run)
                 if waiting is None:
                     return
@@ -242,18 +246,18 @@ class Scheduler:
                 if provisioning:
                     told = ev.PlacementProvisioning(reason=reason, target=waiting.target)
                 await self.append(Key(waiting.workspace, "placement", run), told)
-            case domain.Scale():
+            case Scale():
                 await self._scale(decision)
-            case domain.Gather(workspace=workspace, target=name, run=run):
+            case ProvisionGroup(workspace=workspace, target=name, run=run):
                 self._ray.make((workspace, name), run, decision.shape, decision.count, decision.spread)
                 self._resized[workspace, name] = time.monotonic()
                 self._wake.set()
-            case domain.Dismiss(workspace=workspace, target=name, run=run):
+            case ReleaseGroup(workspace=workspace, target=name, run=run):
                 self._ray.drop((workspace, name), run)
 
-    async def _place(self, decision: Place) -> None:
+    async def _place(self, decision: Placement) -> None:
         waiting = self.state.queue.get(decision.run)
-        nodes = [self.state.nodes.get(share.node) for share in decision.shares]
+        nodes = [self.state.nodes.get(share.node) for share in decision.allocation]
         if waiting is None or any(n is None or n.id in self._leaving for n in nodes):
             return
         asked = self.view.specs[decision.run].message
@@ -262,7 +266,7 @@ class Scheduler:
         each = 1 if asked.spec.launcher == c.LAUNCHER_PLAIN else asked.spec.process_count_per_node
         shares = [
             ev.AllocatedNode(node=node.id, incarnation=node.incarnation, gpu_indexes=share.gpus, first_rank=i * each, rank_count=each)
-            for i, (node, share) in enumerate(zip(nodes, decision.shares, strict=True)) if node is not None
+            for i, (node, share) in enumerate(zip(nodes, decision.allocation, strict=True)) if node is not None
         ]  # fmt: skip
         made = ev.PlacementMade(
             attempt=waiting.attempt, target=waiting.target, nodes=shares, spec=asked.spec, image_digest=asked.image_digest,
@@ -275,12 +279,12 @@ class Scheduler:
             await self.append(Key(waiting.workspace, "placement", waiting.run), made)
         finally:
             self._placing.discard((waiting.run, waiting.attempt))
-        for share in decision.shares:
+        for share in decision.allocation:
             self.pulses.setdefault(share.node, Pulse(time.monotonic())).idle_since = 0.0
 
     async def _revoke_stale(self) -> int:
         """Take back placements of which a node is gone, or lives another life than then; returns how many."""
-        stale = [(placed, lost) for placed in self.state.placed.values() if (lost := domain.lost_nodes(self.state, placed))]
+        stale = [(placed, lost) for placed in self.state.placed.values() if (lost := lost_nodes(self.state, placed))]
         for placed, lost in stale:
             why = "its trainer was restarted" if lost[0] in self.state.nodes else "its node stopped beating"
             reason = f"node {lost[0]} is lost: {why}"
@@ -326,7 +330,7 @@ class Scheduler:
         found = self.state.nodes[node]
         return (found.workspace, found.target)
 
-    async def _scale(self, decision: domain.Scale) -> None:
+    async def _scale(self, decision: Scale) -> None:
         key = (decision.workspace, decision.target)
         target = self.state.targets[key]
         present = self._local.nodes(key) if target.spec.kind == "local" else [n for n in self.state.nodes if self._of(n) == key]
@@ -392,7 +396,7 @@ class Scheduler:
                 stop.append(f"{attempt.run_id}-{attempt.attempt}")
             elif attempt.seconds_since_checkpoint and (pool := self.state.pools.get((workspace, beat.target))) is not None:
                 # So that whoever has to make room is who loses least.
-                pool.saved(attempt.run_id, time.time() - attempt.seconds_since_checkpoint)
+                pool.record_checkpoint(attempt.run_id, time.time() - attempt.seconds_since_checkpoint)
         await self._revoke_missing(beat)
         return tr.BeatAnswer(known=True, stop=stop, leave=beat.node in self._leaving)
 

@@ -16,8 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from alveary_scheduler.packing import POLICIES, WHOLE, Cluster, Fgd, Machine, Shape, typical
-from alveary_scheduler.pool import Place, Pool, Preempt, Quota, Request
+from alveary_scheduler.core.cluster import Cluster
+from alveary_scheduler.core.fairness import Quota
+from alveary_scheduler.core.mix import typical
+from alveary_scheduler.core.packing import POLICIES, Fgd
+from alveary_scheduler.core.pool import Pool
+from alveary_scheduler.core.requests import Request
+from alveary_scheduler.core.resources import WHOLE, Machine, Shape
 
 # Slowdown is bounded: runs shorter than this, seconds, count as this long (Feitelson et al. 1997).
 _SHORT = 10.0
@@ -251,22 +256,23 @@ def run(machines: Sequence[Machine], jobs: Sequence[tuple[Request, float]], poli
                 else:
                     job.left, job.ended = 0.0, now
         while True:
-            decisions = pool.decide(now)
-            for decision in decisions:
-                job = known[decision.run]
-                if isinstance(decision, Place):
-                    job.began = now
-                    if job.waited < 0:
-                        job.waited = now - job.request.arrived
-                    number += 1
-                    heapq.heappush(agenda, (now + job.left, 0, number, decision.run, job.attempt))
-                elif isinstance(decision, Preempt):
-                    preemptions += 1
-                    number += 1
-                    heapq.heappush(agenda, (now + min(_GRACE, job.left), 1, number, decision.run, job.attempt))
-            if not any(isinstance(d, Place) for d in decisions):
+            proposal = pool.propose(now)
+            for placement in proposal.placements:
+                job = known[placement.run]
+                job.began = now
+                if job.waited < 0:
+                    job.waited = now - job.request.arrived
+                number += 1
+                heapq.heappush(agenda, (now + job.left, 0, number, placement.run, job.attempt))
+            for preemption in proposal.preemptions:
+                job = known[preemption.run]
+                preemptions += 1
+                number += 1
+                heapq.heappush(agenda, (now + min(_GRACE, job.left), 1, number, preemption.run, job.attempt))
+            pool.apply(proposal, now)
+            if not proposal.placements:
                 break
-        cluster = pool.cluster
+        cluster = pool.nodes.cluster
         rows = np.array(list(cluster.rows.values()))
         meter.level = (
             100 - 100 * float(cluster.gpu[rows].sum()) / total_gpu if total_gpu else 0.0,

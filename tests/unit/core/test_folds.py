@@ -25,7 +25,9 @@ from alveary_contracts.events.v1 import events_pb2
 from alveary_contracts.names import AGGREGATES, event_name
 from alveary_core.events import Event, Key, MalformedEvent, UnknownEvent, body, decode, envelope
 from alveary_core.projection import Projection, Raw
-from alveary_scheduler import domain as scheduler
+from alveary_scheduler.plan import plan
+from alveary_scheduler.state import State as SchedulerState
+from alveary_scheduler.state import evolve as evolve_scheduler
 
 EVENTS = [d for d in events_pb2.DESCRIPTOR.message_types_by_name.values() if event_name(d.name)]
 IDS = ("a", "b", "a-1", "b-2", "n1", "n2", "t")
@@ -88,10 +90,10 @@ def test_states_of_aggregates_survive_any_history(history: list[Event]) -> None:
 @few(150)
 @given(histories())
 def test_the_schedulers_state_survives_any_history_and_can_be_planned_with(history: list[Event]) -> None:
-    state = scheduler.State()
+    state = SchedulerState()
     for event in history:
-        scheduler.evolve(state, event)
-        scheduler.plan(state, {}, {}, event.time)
+        evolve_scheduler(state, event)
+        plan(state, {}, {}, event.time)
 
 
 def projections() -> list[type[Projection]]:

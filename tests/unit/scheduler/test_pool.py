@@ -10,15 +10,18 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from alveary_scheduler.packing import WHOLE, Machine, Shape
-from alveary_scheduler.pool import Amount, Place, Pool, Preempt, Quota, Request, Share, Wait
+from alveary_scheduler.core.fairness import Quota
+from alveary_scheduler.core.planner import Obstacle, Proposal
+from alveary_scheduler.core.pool import Pool
+from alveary_scheduler.core.requests import AllocatedNode, Request
+from alveary_scheduler.core.resources import WHOLE, Machine, ResourceVector, Shape
 
 GIB = 1 << 30
 QUOTAS = {
     ("a", ""): Quota(weight=2.0),
-    ("b", ""): Quota(maximum=Amount(16_000, None, 4000)),
-    ("c", ""): Quota(guaranteed=Amount(4000, 8 * GIB, 2000)),
-    ("a", "u2"): Quota(maximum=Amount(None, None, 3000)),
+    ("b", ""): Quota(maximum=ResourceVector(16_000, None, 4000)),
+    ("c", ""): Quota(guaranteed=ResourceVector(4000, 8 * GIB, 2000)),
+    ("a", "u2"): Quota(maximum=ResourceVector(None, None, 3000)),
 }
 
 
@@ -39,13 +42,13 @@ class PoolMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.pools = [Pool(policy, quotas=QUOTAS, patience=500.0, most=8) for policy in ("fgd", "fgd", "best-fit")]
+        self.pools = [Pool(policy, quotas=QUOTAS, aging_seconds=500.0, max_placements=8) for policy in ("fgd", "fgd", "best-fit")]
         self.pool, self.twin, self.other = self.pools
         self.now, self.names, self.sequence = 0.0, count(1), count(1)
 
     @rule(cpus=st.integers(2, 8), gpus=st.integers(0, 4), model=st.sampled_from(["", "A", "B"]), zone=st.booleans())
     def join(self, cpus: int, gpus: int, model: str, zone: bool) -> None:
-        if len(self.pool.cluster.rows) < 6:
+        if len(self.pool.nodes.cluster.rows) < 6:
             labels = frozenset([("zone", "z")]) if zone else frozenset[tuple[str, str]]()
             name = f"n{next(self.names)}"
             for pool in self.pools:
@@ -79,7 +82,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     @rule(index=st.integers(0, 50))
     def lose(self, index: int) -> None:
-        if nodes := sorted(self.pool.cluster.rows):
+        if nodes := sorted(self.pool.nodes.cluster.rows):
             for pool in self.pools:
                 held = {run: pool.running[run].request for run in pool.running}
                 for run in pool.remove(nodes[index % len(nodes)]):
@@ -93,40 +96,41 @@ class PoolMachine(RuleBasedStateMachine):
                 pool.finish(run, self.now)
 
     @rule()
-    def decide(self) -> None:
+    def propose(self) -> None:
         for _ in range(200):
-            before = self.pool.reservation
-            decisions = self.pool.decide(self.now)
-            assert decisions == self.twin.decide(self.now), "not deterministic"
-            self.check(decisions, before is None)
-            if not any(isinstance(d, (Place, Preempt)) for d in decisions):
+            proposal = self.pool.propose(self.now)
+            assert proposal == self.pool.propose(self.now), "proposing changed the pool"
+            self.pool.order(self.now + 100.0)
+            assert proposal == self.pool.propose(self.now), "looking ahead changed the pool"
+            assert proposal == self.twin.propose(self.now), "not deterministic"
+            self.check(proposal)
+            for pool in (self.pool, self.twin):
+                pool.apply(proposal, self.now)
+                # An attempt that was asked to make room ends, and its run comes back with a new one.
+                for run in sorted(pool.running.preempting):
+                    self.leave(pool, run)
+            if not (proposal.placements or proposal.preemptions):
                 break
         else:
             raise AssertionError("it places for ever")
         for _ in range(200):
-            decisions = self.other.decide(self.now)
-            for run in [d.run for d in decisions if isinstance(d, Preempt)]:
-                self.leave(self.other, run)
-            if not any(isinstance(d, (Place, Preempt)) for d in decisions):
+            proposal = self.other.propose(self.now)
+            self.other.apply(proposal, self.now)
+            for preemption in proposal.preemptions:
+                self.leave(self.other, preemption.run)
+            if not (proposal.placements or proposal.preemptions):
                 break
         self.conserving(self.pool)
         self.conserving(self.other)
 
-    def check(self, decisions: list[Place | Preempt | Wait], _: bool) -> None:
-        assert sum(isinstance(d, Place) for d in decisions) <= 8
-        for decision in decisions:
-            if isinstance(decision, Preempt):
-                victim = self.pool.running[decision.run].request
-                winner = self.pool.waiting[decision.beneficiary]
-                assert victim.preemptible and victim.tier <= winner.tier
-                if victim.tier == winner.tier:
-                    assert winner.workspace == "c" != victim.workspace, "only for a guarantee, and never from within one"
-            if isinstance(decision, Wait):
-                assert decision.reason
-        # Whoever was asked to go goes, and comes back as a new attempt.
-        for pool in (self.pool, self.twin):
-            for run in sorted(r for r, held in pool.running.items() if held.leaving):
-                self.leave(pool, run)
+    def check(self, proposal: Proposal) -> None:
+        assert len(proposal.placements) <= 8
+        for preemption in proposal.preemptions:
+            victim = self.pool.running[preemption.run].request
+            winner = self.pool.waiting[preemption.beneficiary]
+            assert victim.preemptible and victim.tier <= winner.tier
+            if victim.tier == winner.tier:
+                assert winner.workspace == "c" != victim.workspace, "only for a guarantee, and never from within one"
 
     def leave(self, pool: Pool, run: str) -> None:
         request = replace(pool.running[run].request, arrived=self.now)
@@ -135,21 +139,22 @@ class PoolMachine(RuleBasedStateMachine):
 
     def conserving(self, pool: Pool) -> None:
         """Nobody waits for what is free and kept for nobody."""
+        planner = pool.planner(self.now)
+        proposal = planner.propose()
+        assert not proposal.placements
         for request in pool.waiting.values():
-            if (
-                pool.most_shares(request)
-                and (shares := pool.find(request, self.now, pool.most_shares(request), pool.reservation)) is not None
-            ):
-                raise AssertionError(f"{request} waits for {shares}, which is free")
+            count = planner.shares.allowed_count(request)
+            if count and (found := planner.find(request, count, planner.hold)) is not None:
+                raise AssertionError(f"{request} waits for {found}, which is free")
 
     @invariant()
     def never_overcommitted(self) -> None:
         for pool in self.pools:
-            cluster = pool.cluster
+            cluster = pool.nodes.cluster
             for name, row in cluster.rows.items():
                 whole = cluster.machines[row]
                 assert whole is not None
-                held = [(h.request.shape, s) for h in pool.running.values() for s in h.shares if s.node == name]
+                held = [(h.request.shape, s) for h in pool.running.values() for s in h.allocation if s.node == name]
                 assert sum(s.cpu_milli for s, _ in held) == whole.cpu_milli - cluster.cpu[row] <= whole.cpu_milli
                 assert sum(s.memory for s, _ in held) == whole.memory - cluster.memory[row] <= whole.memory
                 gpus = Counter[int]()
@@ -167,29 +172,30 @@ class PoolMachine(RuleBasedStateMachine):
         for pool in self.pools:
             assert not pool.waiting.keys() & pool.running.keys()
             for held in pool.running.values():
-                least = held.request.least or held.request.count
-                assert least <= len(held.shares) <= held.request.count
-                assert not held.request.spread or len({s.node for s in held.shares}) == len(held.shares)
+                least = held.request.needed
+                assert least <= len(held.allocation) <= held.request.count
+                assert not held.request.spread or len({s.node for s in held.allocation}) == len(held.allocation)
 
     @invariant()
     def never_above_quota(self) -> None:
         for pool in self.pools:
             for (workspace, user), quota in QUOTAS.items():
-                used = Amount()
+                used = ResourceVector()
                 for held in pool.running.values():
                     if held.request.workspace == workspace and user in ("", held.request.user):
-                        used = used.plus(held.request.shape, len(held.shares))
-                assert used == pool.usage(workspace, user) and used.within(quota.maximum)
+                        used = used.plus(held.request.shape, len(held.allocation))
+                assert used == pool.used(workspace, user) and used.within(quota.maximum)
 
     def teardown(self) -> None:
         """No starvation: when what runs ends, everybody that there is room for gets a place, in bounded time."""
         for pool in self.pools:
-            pool.quotas = {}
+            pool.ledger.quotas = {}
             left = len(pool.waiting)
             for _ in range(20 * left + 20):
-                while any(isinstance(d, Place) for d in pool.decide(self.now)):
-                    pass
-                for run in [r for r, held in pool.running.items() if held.leaving]:
+                while (proposal := pool.propose(self.now)).placements:
+                    pool.apply(proposal, self.now)
+                pool.apply(proposal, self.now)
+                for run in sorted(pool.running.preempting):
                     self.leave(pool, run)
                 self.now += 1.0
                 if not [r for r in pool.waiting.values() if pool.possible(r)]:
@@ -217,8 +223,17 @@ class World:
         self.pool.submit(Request(f"r{number}", shape=Shape(1000, 0, gpus, milli), sequence=number + 1, **options))  # type: ignore[arg-type]
         return f"r{number}"
 
+    def propose(self) -> Proposal:
+        """A proposal that is carried out."""
+        proposal = self.pool.propose(self.now)
+        self.pool.apply(proposal, self.now)
+        return proposal
+
     def placed(self) -> list[str]:
-        return [d.run for d in self.pool.decide(self.now) if isinstance(d, Place)]
+        return [placement.run for placement in self.propose().placements]
+
+    def preempted(self) -> list[tuple[str, str]]:
+        return [(preemption.run, preemption.beneficiary) for preemption in self.propose().preemptions]
 
 
 def test_a_gang_gets_all_or_nothing_on_nodes_of_its_own() -> None:
@@ -229,13 +244,13 @@ def test_a_gang_gets_all_or_nothing_on_nodes_of_its_own() -> None:
     assert world.pool.waiting.keys() == {gang}
     world.pool.finish(first, 1.0)
     assert world.placed() == [gang]
-    assert len({s.node for s in world.pool.running[gang].shares}) == 2
+    assert len({s.node for s in world.pool.running[gang].allocation}) == 2
 
 
 def test_an_elastic_gang_takes_what_there_is_from_its_minimum_on() -> None:
     world = World(3)
-    run = world.submit(4, count=5, least=2)
-    assert world.placed() == [run] and len(world.pool.running[run].shares) == 3
+    run = world.submit(4, count=5, min_count=2)
+    assert world.placed() == [run] and len(world.pool.running[run].allocation) == 3
 
 
 def test_small_runs_fill_the_gaps_but_do_not_delay_a_blocked_gang() -> None:
@@ -245,7 +260,9 @@ def test_small_runs_fill_the_gaps_but_do_not_delay_a_blocked_gang() -> None:
     gang = world.submit(4, count=2)
     short, endless, late = world.submit(4, duration=50.0), world.submit(1), world.submit(1, duration=101.0)
     assert world.placed() == [short]
-    assert world.pool.reservation is not None and world.pool.reservation.at == 100.0
+    planner = world.pool.planner(world.now)
+    planner.propose()
+    assert planner.hold is not None and planner.hold.at == 100.0
     assert {gang, endless, late} == set(world.pool.waiting)
     world.now = 50.0
     world.pool.finish(short, 50.0)
@@ -270,7 +287,7 @@ def test_fair_share_follows_weights_and_remembers_usage() -> None:
         world.pool.finish(run, world.now)
     for run in list(world.pool.waiting):
         world.pool.withdraw(run)
-    world.pool.quotas = {}
+    world.pool.ledger.quotas = {}
     for workspace in ("heavy", "light"):
         for _ in range(16):
             world.submit(1, workspace=workspace)
@@ -299,31 +316,34 @@ def test_a_higher_tier_preempts_least_work_lost_first_and_victims_come_back() ->
     world.placed()
     world.now = 600.0
     urgent = world.submit(4, tier=1)
-    preempted = [d for d in world.pool.decide(world.now) if isinstance(d, Preempt)]
-    assert [(d.run, d.beneficiary) for d in preempted] == [(young, urgent)]
-    assert not [d for d in world.pool.decide(world.now) if isinstance(d, Preempt)], "asked twice"
+    assert world.preempted() == [(young, urgent)]
+    assert not world.preempted(), "asked twice"
     request = world.pool.running[young].request
     world.pool.finish(young, 601.0)
     world.pool.submit(request)
     assert world.placed() == [urgent]
     # A checkpoint makes it cheap: now the old one is.
-    world.pool.saved(old, 700.0)
+    world.pool.record_checkpoint(old, 700.0)
     world.now = 701.0
-    world.submit(4, tier=2)
-    assert {d.run for d in world.pool.decide(world.now) if isinstance(d, Preempt)} == {old}
+    last = world.submit(4, tier=2)
+    assert world.preempted() == [(old, last)]
 
 
-def test_whoever_is_owed_a_guarantee_gets_it_back_from_borrowers_alone() -> None:
-    quotas = {("owed", ""): Quota(guaranteed=Amount(None, None, 4000)), ("kept", ""): Quota(guaranteed=Amount(None, None, 4000))}
+def test_a_guarantee_is_taken_back_from_borrowers_alone() -> None:
+    quotas = {
+        ("owed", ""): Quota(guaranteed=ResourceVector(None, None, 4000)),
+        ("kept", ""): Quota(guaranteed=ResourceVector(None, None, 4000)),
+    }
     world = World(2, quotas=quotas)
     kept, borrower = world.submit(4, workspace="kept"), world.submit(4, workspace="other")
     assert set(world.placed()) == {kept, borrower}
     owed = world.submit(4, workspace="owed")
-    assert [(d.run, d.beneficiary) for d in world.pool.decide(1.0) if isinstance(d, Preempt)] == [(borrower, owed)]
+    world.now = 1.0
+    assert world.preempted() == [(borrower, owed)]
 
 
-def test_who_waited_too_long_comes_first_whatever_his_tier() -> None:
-    world = World(1, patience=1000.0)
+def test_a_run_that_waited_too_long_comes_first_whatever_its_tier() -> None:
+    world = World(1, aging_seconds=1000.0)
     running = world.submit(4, tier=5, preemptible=False)
     world.placed()
     patient = world.submit(4, tier=-5)
@@ -341,16 +361,17 @@ def test_fractions_share_a_gpu_and_whole_ones_do_not() -> None:
     assert set(world.placed()) == set(halves)
     whole = world.submit(1)
     assert world.placed() == [] and whole in world.pool.waiting
-    used = Counter(s.gpus[0] for h in world.pool.running.values() for s in h.shares)
+    used = Counter(s.gpus[0] for h in world.pool.running.values() for s in h.allocation)
     assert sorted(used.values()) == [1, 2]
 
 
 def test_quarantine_takes_different_runs_in_a_row_and_ends() -> None:
     world = World(1)
     pool = world.pool
-    assert not pool.blame("n0", "x", 0.0) and not pool.blame("n0", "x", 0.0) and not pool.blame("n0", "y", 0.0)
-    pool.absolve("n0")
-    assert not pool.blame("n0", "x", 0.0) and not pool.blame("n0", "y", 0.0) and pool.blame("n0", "z", 0.0)
+    quarantine = pool.quarantine
+    assert [quarantine.record_node_failure("n0", run, 0.0) for run in ("x", "x", "y")] == [False] * 3
+    quarantine.clear_failures("n0", 0.0)
+    assert [quarantine.record_node_failure("n0", run, 0.0) for run in ("x", "y", "z")] == [False, False, True]
     run = world.submit(1)
     assert world.placed() == []
     world.now = 600.0
@@ -366,21 +387,22 @@ def test_scale_up_is_sized_for_the_whole_queue_and_stays_below_the_maximum() -> 
     world.submit(1, count=4)  # a node each
     for _ in range(100):
         world.submit(8)  # fits no such node: starts none
-    assert pool.nodes_needed(machine("x"), 0, 10) == 5
-    assert pool.nodes_needed(machine("x"), 0, 2) == 2
-    assert pool.nodes_needed(machine("x"), 3, 10) == 5
+    planner = pool.planner(0.0)
+    assert planner.nodes_needed(machine("x"), 0, 10) == 5
+    assert planner.nodes_needed(machine("x"), 0, 2) == 2
+    assert planner.nodes_needed(machine("x"), 3, 10) == 5
 
 
 def test_why_is_it_queued() -> None:
-    world = World(1, quotas={("poor", ""): Quota(maximum=Amount(None, None, 1000))})
+    world = World(1, quotas={("poor", ""): Quota(maximum=ResourceVector(None, None, 1000))})
     running = world.submit(4, duration=100.0)
     world.placed()
     waits, big, poor = world.submit(2), world.submit(8), world.submit(2, workspace="poor")
-    told = {d.run: d.reason for d in world.pool.decide(1.0) if isinstance(d, Wait)}
-    assert "in use by earlier runs" in told[waits] and "even when empty" in told[big] and "quota" in told[poor]
-    standing = world.pool.standing(waits, 1.0)
-    assert (standing.position, standing.ahead, standing.expected) == (2, 1, 100.0) or standing.expected == 100.0
-    assert world.pool.standing(big, 1.0).expected is None
+    found = {run: world.pool.explain(run, 1.0) for run in (waits, big, poor)}
+    assert found[waits].obstacle is Obstacle.IN_USE and found[big].obstacle is Obstacle.NO_SUCH_NODE
+    assert (found[poor].obstacle, str(found[poor].limit)) == (Obstacle.QUOTA, "1 GPU")
+    assert found[waits].position == 2 and found[waits].expected == 100.0
+    assert found[big].expected is None
     assert running in world.pool.running, "asking changes nothing"
 
 
@@ -389,5 +411,8 @@ def test_shares_of_a_node_that_is_lost_go_with_it() -> None:
     run = world.submit(4, count=2)
     world.placed()
     assert world.pool.remove("n0") == [run]
-    assert world.pool.usage("w") == Amount() and int(world.pool.cluster.gpu[world.pool.cluster.rows["n1"]].sum()) == 4 * WHOLE
-    assert Share("n1") != Share("n0")
+    assert (
+        world.pool.used("w") == ResourceVector()
+        and int(world.pool.nodes.cluster.gpu[world.pool.nodes.cluster.rows["n1"]].sum()) == 4 * WHOLE
+    )
+    assert AllocatedNode("n1") != AllocatedNode("n0")

@@ -44,8 +44,8 @@ async def test_a_batch_that_the_disk_refused_is_folded_once_and_written_later(tm
     await view._commit(batch)
     pool = view.state.pools["w", "t"]
     assert list(view.state.placed) == ["r"] and not refused
-    assert [m.cpu_milli for m in pool.cluster.machines if m] == [4000]
-    assert int(pool.cluster.cpu[pool.cluster.rows["n"]]) == 3000, "its place is taken once"
+    assert [m.cpu_milli for m in pool.nodes.cluster.machines if m] == [4000]
+    assert int(pool.nodes.cluster.cpu[pool.nodes.cluster.rows["n"]]) == 3000, "its place is taken once"
     view.close()
     again = SchedulerProjection(str(tmp_path / "s.sqlite"))
     assert again.position == 4 and list(again.state.placed) == ["r"] and list(again.state.nodes) == ["n"]

@@ -9,8 +9,9 @@ from statistics import mean
 
 import pytest
 
-from alveary_scheduler.packing import POLICIES, WHOLE, Machine, Shape
-from alveary_scheduler.pool import Request
+from alveary_scheduler.core.packing import POLICIES
+from alveary_scheduler.core.requests import Request
+from alveary_scheduler.core.resources import WHOLE, Machine, Shape
 from alveary_scheduler.sim import BadInput, jain, main, read_nodes, read_pods, run, saturate, synthetic
 
 # The authors' means of ten seeds: percent of GPUs allocated when 100 % and 130 % were asked for.

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from alveary_core import telemetry
-from alveary_scheduler.packing import Shape
+from alveary_scheduler.core.resources import Shape
 
 TargetKey = tuple[str, str]
 _PAUSE, _MAX_PAUSE = 1.0, 30.0

@@ -1016,6 +1016,30 @@ class AllocatedNode(_message.Message):
 Global___AllocatedNode: _TypeAlias = AllocatedNode  # noqa: Y015
 
 @_typing.final
+class PlacementReserved(_message.Message):
+    """The run is the first of its target that does not fit: these nodes are kept for it until it starts. It replaces any
+    earlier reservation of the target; without nodes it ends the run's own.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def nodes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        nodes: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["nodes", b"nodes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlacementReserved: _TypeAlias = PlacementReserved  # noqa: Y015
+
+@_typing.final
 class PlacementRevoked(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

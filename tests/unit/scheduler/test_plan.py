@@ -12,8 +12,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from alveary_contracts.common.v1 import common_pb2 as c
 from alveary_contracts.events.v1 import events_pb2 as ev
 from alveary_core.events import Event, Key, name_of
-from alveary_scheduler import domain
-from alveary_scheduler.pool import Place, Preempt
+from alveary_scheduler.core.requests import Placement, Preemption
+from alveary_scheduler.plan import Decision, ProvisionGroup, ReleaseGroup, Reserve, Scale, Wait, plan
+from alveary_scheduler.state import State, evolve, resources_of
 
 NODE = c.Resources(cpus=4, memory_bytes=8 << 30, gpus=2)
 T = ("w", "t")
@@ -23,13 +24,13 @@ class World:
     """A scheduler's state with a clock of sequence numbers."""
 
     def __init__(self, min_nodes: int = 0, max_nodes: int = 3) -> None:
-        self.state, self.sequence, self.names, self.now = domain.State(), count(1), count(1), 0.0
+        self.state, self.sequence, self.names, self.now = State(), count(1), count(1), 0.0
         spec = ev.ComputeSpec(kind="local", min_nodes=min_nodes, max_nodes=max_nodes, node_resources=NODE)
         self.say("target", "t", ev.TargetCreated(spec=spec))
 
     def say(self, aggregate: str, ident: str, message: Message) -> None:
         event = Event("", Key("w", aggregate, ident), name_of(message)[1], message, next(self.sequence), self.now)
-        domain.evolve(self.state, event)
+        evolve(self.state, event)
 
     def submit(self, cpus: float, gpus: int = 0, priority: int = 0, nodes: int = 1, least: int = 0) -> str:
         run = f"r{next(self.names):04}"
@@ -43,23 +44,24 @@ class World:
         name = next(free for number in count() if (free := f"t-{number}") not in self.state.nodes)
         self.say("node", name, ev.NodeJoined(target="t", incarnation=str(next(self.names)), resources=NODE))
 
-    def act(self, starting: int = 0, idle: int = 0) -> list[domain.Decision]:
-        decisions = domain.plan(self.state, {T: starting}, {T: idle}, self.now)
-        again = domain.plan(self.state, {T: starting}, {T: idle}, self.now)
-        # What was asked of a victim is asked once; all else is said again until it is in the log.
-        assert [d for d in decisions if not isinstance(d, Preempt)] == again, "not deterministic, or it changed the state"
+    def act(self, starting: int = 0, idle: int = 0) -> list[Decision]:
+        decisions = plan(self.state, {T: starting}, {T: idle}, self.now)
+        again = plan(self.state, {T: starting}, {T: idle}, self.now)
+        assert decisions == again, "not deterministic, or it changed the state"
         for decision in decisions:
-            if isinstance(decision, Place):
+            if isinstance(decision, Placement):
                 waiting = self.state.queue[decision.run]
                 shares = [
                     ev.AllocatedNode(node=s.node, incarnation=self.state.nodes[s.node].incarnation, gpu_indexes=s.gpus)
-                    for s in decision.shares
+                    for s in decision.allocation
                 ]
-                spec = c.RunSpec(resources=domain.resources_of(waiting.request.shape), node_count=waiting.request.count)
+                spec = c.RunSpec(resources=resources_of(waiting.request.shape), node_count=waiting.request.count)
                 self.say("placement", decision.run, ev.PlacementMade(attempt=waiting.attempt, target="t", nodes=shares, spec=spec))
-            elif isinstance(decision, Preempt):
+            elif isinstance(decision, Preemption):
                 self.say("placement", decision.run, ev.PlacementPreempting(attempt=decision.attempt, beneficiary=decision.beneficiary))
-            elif isinstance(decision, domain.Wait):
+            elif isinstance(decision, Reserve):
+                self.say("placement", decision.run, ev.PlacementReserved(nodes=decision.nodes))
+            elif isinstance(decision, Wait):
                 kind = ev.PlacementProvisioning if decision.provisioning else ev.PlacementWaiting
                 self.say("placement", decision.run, kind(reason=decision.reason))
         return decisions
@@ -97,12 +99,12 @@ class SchedulerMachine(RuleBasedStateMachine):
     def make_room(self, index: int) -> None:
         """A preempted attempt ends; its run comes back."""
         state = self.world.state
-        leaving = sorted(run for run, held in state.pools[T].running.items() if held.leaving)
+        leaving = sorted(run for run, held in state.pools[T].running.items() if held.preempting)
         if leaving:
             held = state.placed[leaving[index % len(leaving)]]
             spec = c.RunSpec(
-                compute_target="t", resources=domain.resources_of(held.request.shape), priority=held.request.tier,
-                node_count=held.request.count, min_node_count=held.request.least,
+                compute_target="t", resources=resources_of(held.request.shape), priority=held.request.tier,
+                node_count=held.request.count, min_node_count=held.request.min_count,
             )  # fmt: skip
             self.world.say("run", held.run, ev.RunRetrying(attempt=held.attempt + 1, spec=spec, preempted=True))
 
@@ -131,10 +133,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         starting = min(starting, 3 - len(self.world.state.nodes))
         decisions = self.world.act(starting, idle)
         for decision in decisions:
-            if isinstance(decision, domain.Scale):
+            if isinstance(decision, Scale):
                 assert 0 <= decision.nodes <= 3, "beyond min and max"
         again = self.world.act(starting, 0)
-        assert not [d for d in again if isinstance(d, (Place, domain.Wait))], "the same is said twice"
+        assert not [d for d in again if isinstance(d, (Placement, Wait))], "the same is said twice"
         for waiting in self.world.state.queue.values():
             assert waiting.reason, "a run waits and nobody says why"
 
@@ -152,11 +154,51 @@ class SchedulerMachine(RuleBasedStateMachine):
     def all_of_a_gang_or_nothing(self) -> None:
         for placed in self.world.state.placed.values():
             request, names = placed.request, [n for n, _ in placed.nodes]
-            assert (request.least or request.count) <= len(names) <= request.count and len(set(names)) == len(names)
+            assert request.needed <= len(names) <= request.count and len(set(names)) == len(names)
 
     @invariant()
     def nobody_is_in_two_places(self) -> None:
         assert not self.world.state.queue.keys() & self.world.state.placed.keys()
+
+
+def test_planning_twice_with_an_aged_gang_and_a_victim_gives_the_same_decisions() -> None:
+    world = World()
+    world.join()
+    world.join()
+    aged = world.submit(0.5, nodes=2, priority=-1)
+    world.now += 30_000.0
+    world.submit(0.5)
+    world.submit(4.0)
+    first = plan(world.state, {T: 0}, {T: 0}, world.now)
+    assert next(d.run for d in first if isinstance(d, Placement)) == aged
+    for _ in range(3):
+        assert plan(world.state, {T: 0}, {T: 0}, world.now) == first
+
+
+def test_planning_for_a_later_moment_does_not_change_what_is_planned_for_an_earlier_one() -> None:
+    world = World(max_nodes=1)
+    world.join()
+    low = world.submit(4.0, priority=-1)
+    world.now = 1000.0
+    world.submit(4.0)
+    before = plan(world.state, {}, {}, world.now)
+    later = plan(world.state, {}, {}, world.now + 21_000.0)
+    assert [d.run for d in later if isinstance(d, Placement)] == [low] != [d.run for d in before if isinstance(d, Placement)]
+    assert plan(world.state, {}, {}, world.now) == before
+
+
+def test_a_run_is_not_placed_and_preempted_by_the_same_plan() -> None:
+    world = World(max_nodes=2)
+    world.join()
+    world.join()
+    world.submit(2.0, priority=-1)
+    world.submit(2.0, priority=-1)
+    world.act()
+    world.submit(4.0, gpus=0, nodes=2)
+    world.submit(1.0, priority=-1)
+    decisions = world.act()
+    placed = {d.run for d in decisions if isinstance(d, Placement)}
+    assert not placed & {d.run for d in decisions if isinstance(d, Preemption)}
 
 
 TestSchedulerMachine = SchedulerMachine.TestCase
@@ -169,9 +211,9 @@ def test_priority_then_time_and_nobody_overtakes() -> None:
     first = world.submit(4.0)
     world.act()
     late_small, early_big, urgent = world.submit(4.0), world.submit(0.5), world.submit(4.0, priority=5)
-    assert not [d for d in world.act() if isinstance(d, Place)]
+    assert not [d for d in world.act() if isinstance(d, Placement)]
     world.say("run", first, ev.RunCompleted(attempt=1))
-    placed = [d.run for d in world.act() if isinstance(d, Place)]
+    placed = [d.run for d in world.act() if isinstance(d, Placement)]
     assert placed == [urgent]
     assert {late_small, early_big} <= world.state.queue.keys()
 
@@ -180,7 +222,7 @@ def test_an_empty_target_scales_up_and_says_so() -> None:
     world = World()
     run = world.submit(1.0)
     decisions = world.act()
-    assert domain.Scale("w", "t", 1, "1 runs wait") in decisions
+    assert Scale("w", "t", 1, "1 runs wait") in decisions
     assert world.state.queue[run].provisioning
 
 
@@ -188,7 +230,7 @@ def test_idle_nodes_go_but_not_below_the_minimum() -> None:
     world = World(min_nodes=1)
     world.join()
     world.join()
-    assert domain.Scale("w", "t", 1, "idle nodes") in world.act(idle=2)
+    assert Scale("w", "t", 1, "idle nodes") in world.act(idle=2)
 
 
 def test_a_queue_of_any_feasible_runs_is_worked_off_in_bounded_rounds() -> None:
@@ -222,7 +264,7 @@ def test_a_node_that_comes_back_to_life_is_empty_and_its_old_runs_hold_nothing()
     assert world.state.pools[T].running == {} and run in world.state.placed
     world.say("placement", run, ev.PlacementRevoked(attempt=1))
     other = world.submit(4.0)
-    assert [d.run for d in world.act() if isinstance(d, Place)] == [other]
+    assert [d.run for d in world.act() if isinstance(d, Placement)] == [other]
 
 
 def test_a_run_below_zero_makes_room_and_keeps_its_place_in_the_queue() -> None:
@@ -231,13 +273,13 @@ def test_a_run_below_zero_makes_room_and_keeps_its_place_in_the_queue() -> None:
     low = world.submit(4.0, priority=-1)
     world.act()
     high = world.submit(4.0)
-    assert [(d.run, d.beneficiary) for d in world.act() if isinstance(d, Preempt)] == [(low, high)]
+    assert [(d.run, d.beneficiary) for d in world.act() if isinstance(d, Preemption)] == [(low, high)]
     spec = c.RunSpec(compute_target="t", resources=c.Resources(cpus=4.0), priority=-1)
     world.say("run", low, ev.RunRetrying(attempt=2, spec=spec, preempted=True))
     later = world.submit(4.0, priority=-1)
-    assert [d.run for d in world.act() if isinstance(d, Place)] == [high]
+    assert [d.run for d in world.act() if isinstance(d, Placement)] == [high]
     world.say("run", high, ev.RunCompleted(attempt=1))
-    assert [d.run for d in world.act() if isinstance(d, Place)] == [low] and later in world.state.queue
+    assert [d.run for d in world.act() if isinstance(d, Placement)] == [low] and later in world.state.queue
 
 
 def test_nodes_on_which_runs_fail_for_their_sake_take_nothing_for_a_while() -> None:
@@ -248,9 +290,9 @@ def test_nodes_on_which_runs_fail_for_their_sake_take_nothing_for_a_while() -> N
         world.act()
         world.say("run", run, ev.RunFailed(attempt=1, exit=c.ExitStatus(reason="staging_failed")))
     run = world.submit(4.0)
-    assert not [d for d in world.act() if isinstance(d, Place)]
+    assert not [d for d in world.act() if isinstance(d, Placement)]
     world.now = 601.0
-    assert [d.run for d in world.act() if isinstance(d, Place)] == [run]
+    assert [d.run for d in world.act() if isinstance(d, Placement)] == [run]
 
 
 def test_quotas_shares_of_gpus_and_labels_come_from_specifications() -> None:
@@ -261,7 +303,7 @@ def test_quotas_shares_of_gpus_and_labels_come_from_specifications() -> None:
     )  # fmt: skip
     world.say("target", "shared", ev.TargetCreated(spec=spec))
     pool = world.state.pools["w", "shared"]
-    assert pool.policy == "fgd" and pool.quotas["w", "me"].maximum.cpu_milli == 1500 and pool.quotas["w", "you"].weight == 2
+    assert pool.policy == "fgd" and pool.ledger.quotas["w", "me"].maximum.cpu_milli == 1500 and pool.ledger.quotas["w", "you"].weight == 2
     world.say("node", "n", ev.NodeJoined(target="shared", incarnation="1", resources=NODE, gpu_models=["A", "A"], labels={"zone": "z"}))
     run = c.RunSpec(
         compute_target="shared", resources=c.Resources(cpus=1, gpus=1, gpu_milli=500, gpu_models=["A"]), node_labels={"zone": "z"}
@@ -270,11 +312,11 @@ def test_quotas_shares_of_gpus_and_labels_come_from_specifications() -> None:
         world.say("run", name, ev.RunPrepared(spec=run, submitted_by="me"))
     other = c.RunSpec(compute_target="shared", resources=c.Resources(cpus=1), node_labels={"zone": "elsewhere"})
     world.say("run", "three", ev.RunPrepared(spec=other, submitted_by="you"))
-    decisions = domain.plan(world.state, {}, {}, 0.0)
-    assert [d.run for d in decisions if isinstance(d, Place)] == ["one"]
+    decisions = plan(world.state, {}, {}, 0.0)
+    assert [d.run for d in decisions if isinstance(d, Placement)] == ["one"]
     share = ev.AllocatedNode(node="n", incarnation="1", gpu_indexes=[0])
     world.say("placement", "one", ev.PlacementMade(attempt=1, target="shared", nodes=[share], spec=run))
-    told = {d.run: d.reason for d in domain.plan(world.state, {}, {}, 0.0) if isinstance(d, domain.Wait)}
+    told = {d.run: d.reason for d in plan(world.state, {}, {}, 0.0) if isinstance(d, Wait)}
     assert "quota of 1.5 CPU" in told["two"] and "zone=elsewhere" in told["three"]
 
 
@@ -288,25 +330,25 @@ def ray_world(max_nodes: int) -> World:
 def test_of_ray_each_run_that_waits_gets_a_group_up_to_the_maximum() -> None:
     world = ray_world(3)
     pair, single, late = world.submit(1.0, nodes=2), world.submit(1.0), world.submit(1.0)
-    decisions = domain.plan(world.state, {}, {}, world.now)
-    gathered = [(d.run, d.count) for d in decisions if isinstance(d, domain.Gather)]
+    decisions = plan(world.state, {}, {}, world.now)
+    gathered = [(d.run, d.count) for d in decisions if isinstance(d, ProvisionGroup)]
     assert gathered == [(pair, 2), (single, 1)]
-    waits = {d.run: d for d in decisions if isinstance(d, domain.Wait)}
+    waits = {d.run: d for d in decisions if isinstance(d, Wait)}
     assert waits[pair].provisioning and waits[single].provisioning and not waits[late].provisioning
     # Asked for once; and given up when nobody waits for it.
     coming = {T: {pair: 2, single: 1}}
-    again = domain.plan(world.state, {}, {}, world.now, coming)
-    assert not [d for d in again if isinstance(d, (domain.Gather, domain.Dismiss))]
+    again = plan(world.state, {}, {}, world.now, coming)
+    assert not [d for d in again if isinstance(d, (ProvisionGroup, ReleaseGroup))]
     world.say("run", pair, ev.RunCancelRequested())
-    decisions = domain.plan(world.state, {}, {}, world.now, coming)
-    assert domain.Dismiss("w", "t", pair) in decisions
-    assert [d.run for d in decisions if isinstance(d, domain.Gather)] == [late]
+    decisions = plan(world.state, {}, {}, world.now, coming)
+    assert ReleaseGroup("w", "t", pair) in decisions
+    assert [d.run for d in decisions if isinstance(d, ProvisionGroup)] == [late]
 
 
 def test_of_ray_an_elastic_run_gets_what_the_maximum_leaves() -> None:
     world = ray_world(3)
     run = world.submit(1.0, nodes=5, least=2)
-    gathered = [(d.run, d.count) for d in domain.plan(world.state, {}, {}, world.now) if isinstance(d, domain.Gather)]
+    gathered = [(d.run, d.count) for d in plan(world.state, {}, {}, world.now) if isinstance(d, ProvisionGroup)]
     assert gathered == [(run, 3)]
 
 
@@ -314,15 +356,15 @@ def test_of_ray_idle_nodes_in_the_way_of_a_run_go_at_once() -> None:
     world = ray_world(2)
     world.join()
     world.join()
-    assert not [d for d in domain.plan(world.state, {}, {}, world.now) if isinstance(d, domain.Scale)]
+    assert not [d for d in plan(world.state, {}, {}, world.now) if isinstance(d, Scale)]
     world.submit(64.0)
-    assert domain.Scale("w", "t", 0, "idle nodes") in domain.plan(world.state, {}, {}, world.now)
+    assert Scale("w", "t", 0, "idle nodes") in plan(world.state, {}, {}, world.now)
 
 
 def test_of_a_cluster_that_does_not_answer_those_who_wait_are_told() -> None:
     world = ray_world(2)
     run = world.submit(1.0)
-    assert domain.Wait(run, "no answer", False) in domain.plan(world.state, {}, {}, world.now, {}, {T: "no answer"})
+    assert Wait(run, "no answer", False) in plan(world.state, {}, {}, world.now, {}, {T: "no answer"})
 
 
 def test_limits_of_a_target_change_under_its_runs() -> None:
@@ -334,22 +376,22 @@ def test_limits_of_a_target_change_under_its_runs() -> None:
     spec = ev.ComputeSpec(kind="local", max_nodes=2, node_resources=NODE)
     world.say("target", "t", ev.TargetUpdated(spec=spec))
     assert first in world.state.placed
-    assert domain.Scale("w", "t", 2, "1 runs wait") in world.act()
+    assert Scale("w", "t", 2, "1 runs wait") in world.act()
 
 
-def _reasons(decisions: list[domain.Decision]) -> list[str]:
-    return [d.reason for d in decisions if isinstance(d, domain.Wait)]
+def _reasons(decisions: list[Decision]) -> list[str]:
+    return [d.reason for d in decisions if isinstance(d, Wait)]
 
 
 def test_nothing_is_placed_on_a_cordoned_node_and_those_who_wait_are_told_why() -> None:
     world = World(min_nodes=1, max_nodes=3)
     world.join()
     run = world.submit(1)
-    decisions = domain.plan(world.state, {T: 0}, {T: 0}, 0.0, cordoned={"t-0": "its disk is full"})
-    assert not [d for d in decisions if isinstance(d, (Place, domain.Scale))], "another node of the machine would have no space either"
+    decisions = plan(world.state, {T: 0}, {T: 0}, 0.0, cordoned={"t-0": "its disk is full"})
+    assert not [d for d in decisions if isinstance(d, (Placement, Scale))], "another node of the machine would have no space either"
     assert len(_reasons(decisions)) == 1 and _reasons(decisions)[0].endswith("node t-0 takes no new runs: its disk is full")
-    placed = domain.plan(world.state, {T: 0}, {T: 0}, 0.0, cordoned={"elsewhere": "x"})
-    assert [d.run for d in placed if isinstance(d, Place)] == [run], "it takes runs again by itself"
+    placed = plan(world.state, {T: 0}, {T: 0}, 0.0, cordoned={"elsewhere": "x"})
+    assert [d.run for d in placed if isinstance(d, Placement)] == [run], "it takes runs again by itself"
 
 
 def test_a_cordon_ends_neither_a_drain_nor_a_quarantine() -> None:
@@ -357,16 +399,15 @@ def test_a_cordon_ends_neither_a_drain_nor_a_quarantine() -> None:
     world.join()
     world.join()
     pool = world.state.pools[T]
-    pool.cordon({"t-0", "t-1"})
+    plan(world.state, {T: 0}, {T: 0}, 0.0, cordoned={"t-0": "x", "t-1": "x"})
     world.say("node", "t-0", ev.NodeDraining(reason="for repair"))
     for run in ("a", "b", "c"):
-        pool.blame("t-1", run, 0.0)
-    pool.cordon(())
+        pool.quarantine.record_node_failure("t-1", run, 0.0)
+    plan(world.state, {T: 0}, {T: 0}, 0.0)
     world.submit(1)
-    assert not [d for d in domain.plan(world.state, {T: 0}, {T: 0}, 1.0) if isinstance(d, Place)]
-    pool.cordon({"t-1"})
-    assert not [d for d in domain.plan(world.state, {T: 0}, {T: 0}, 700.0, cordoned={"t-1": "x"}) if isinstance(d, Place)], (
+    assert not [d for d in plan(world.state, {T: 0}, {T: 0}, 1.0) if isinstance(d, Placement)]
+    assert not [d for d in plan(world.state, {T: 0}, {T: 0}, 700.0, cordoned={"t-1": "x"}) if isinstance(d, Placement)], (
         "its quarantine is over, and its disk is full"
     )
-    (place,) = [d for d in domain.plan(world.state, {T: 0}, {T: 0}, 701.0) if isinstance(d, Place)]
-    assert [s.node for s in place.shares] == ["t-1"]
+    (place,) = [d for d in plan(world.state, {T: 0}, {T: 0}, 701.0) if isinstance(d, Placement)]
+    assert [s.node for s in place.allocation] == ["t-1"]
