@@ -7,6 +7,7 @@ import hashlib
 import re
 import sqlite3
 from collections.abc import AsyncIterator, Sequence
+from importlib.metadata import version
 from typing import Any
 
 from google.protobuf.message import Message
@@ -32,7 +33,7 @@ from alveary_runs.resolve import full_id
 from alveary_runs.snapshots import Snapshots
 from alveary_runs.validation import problems, with_defaults
 
-VERSION = "0.1.0"
+VERSION = version("alveary-core")
 Context = Any
 
 
