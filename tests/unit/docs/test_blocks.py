@@ -13,6 +13,8 @@ BLOCKS = [b for page in pages() for b in blocks(page) if b.run == "unit"]
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda b: b.page)
 def test_a_block_runs(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert block.language == "python"
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src/train.py").touch()
     (tmp_path / "Dockerfile").write_text("FROM python:3.12\n")
     monkeypatch.chdir(tmp_path)
     exec(compile(block.text, block.page, "exec"), {"__name__": "docs"})
