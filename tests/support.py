@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import fcntl
 import json
 import os
@@ -13,7 +14,7 @@ import sys
 import tempfile
 import textwrap
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from alveary.local.layout import Layout
 from alveary.local.stack import servers as bare
 from alveary.local.stack import status, trainers
 from alveary.run import Experiment, Run
+from alveary.run_options import Distribution, Resources, Retry
 from alveary.workspace import Workspace
 
 # The suite is the same for both runtimes; tests/docker.sh runs it again in containers.
@@ -196,11 +198,24 @@ def submit(
     workspace: Workspace, source: Path, code: str, *arguments: object, experiment: str = "tests", tags: dict[str, str] | None = None,
     **options: object,
 ) -> Run:  # fmt: skip
-    """Submit `code` as train.py, in the trainer's own interpreter unless an environment is given."""
+    """Submit `code` as train.py, in the trainer's own interpreter unless an environment is given.
+
+    `options`: of ScriptRunConfig, or fields of Resources, Retry (`max_attempts`) or Distribution.
+    """
     (source / "train.py").write_text(textwrap.dedent(code))
     options.setdefault("environment", Environment("here", user_managed=True))
-    config = ScriptRunConfig(str(source), "train.py", list(arguments), **options)  # type: ignore[arg-type]
+    config = ScriptRunConfig(str(source), "train.py", list(arguments), **grouped(options))
     return Experiment(workspace, experiment).submit(config, tags=tags)
+
+
+def grouped(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of ScriptRunConfig, with fields of Resources, Retry and Distribution gathered into these."""
+    left = dict(options)
+    for name, kind in (("resources", Resources), ("retry", Retry), ("distributed_job_config", Distribution)):
+        fields = {f.name: left.pop(f.name) for f in dataclasses.fields(kind) if f.name in left}
+        if fields:
+            left[name] = dataclasses.replace(left[name], **fields) if name in left else kind(**fields)
+    return left
 
 
 def let_go(stack: Embedded, run: Run) -> None:

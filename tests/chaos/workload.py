@@ -14,7 +14,7 @@ from typing import Any
 
 from support import tail
 
-from alveary import AlvearyError, Experiment, PyTorchConfiguration, Run, Workspace
+from alveary import AlvearyError, Distribution, Experiment, PyTorchConfiguration, Resources, Retry, Run, Workspace
 from alveary.environment import Environment
 from alveary.estimator import ScriptRunConfig
 from alveary.model import Model
@@ -178,7 +178,7 @@ KINDS = (
     Kind("files", size=20, check=_files),
     Kind("metrics", size=2_000, check=_metrics),
     Kind("torchrun", options={"distributed_job_config": PyTorchConfiguration("Gloo", 2)}, check=_torchrun),
-    Kind("nodes", options={"node_count": 2}, check=_nodes),
+    Kind("nodes", options={"distributed_job_config": Distribution(2)}, check=_nodes),
     Kind("waiting", state="Canceled"),
     Kind("register", check=_register),
     Kind("tags", size=5, check=_tags),
@@ -196,8 +196,8 @@ def submit(workspace: Workspace, source: Path, chance: random.Random, targets: l
     seed = chance.randrange(10**9)
     target = "three" if kind.options else chance.choice(targets)
     config = ScriptRunConfig(
-        str(source), "train.py", [kind.name, seed, kind.size], environment=HERE, compute_target=target, max_attempts=10, cpus=0.5,
-        grace_seconds=2, **kind.options,
+        str(source), "train.py", [kind.name, seed, kind.size], environment=HERE, compute_target=target, retry=Retry(10),
+        resources=Resources(cpus=0.5), grace_seconds=2, **kind.options,
     )  # fmt: skip
     key = new_id()
     found: list[Submitted] = []

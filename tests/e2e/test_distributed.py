@@ -278,9 +278,9 @@ def test_a_plain_program_on_each_node_finds_its_place_and_checkpoints_of_all_nod
             sys.exit(3)
         print(sorted(str(p.relative_to(run.resume_path)) for p in pathlib.Path(run.resume_path).rglob("*") if p.is_file()))
         """
-    from alveary import RetryPolicy
+    from alveary import Retry
 
-    run = submit(workspace, source, code, met, **both(node_count=2, retry=RetryPolicy(on=("exited",), backoff_seconds=0)))
+    run = submit(workspace, source, code, met, **both(node_count=2, retry=Retry(on=("exited",), backoff_seconds=0)))
     details = finished(run)
     assert details["attempt"] == 2
     shards = str(["step-1/.metadata", "step-1/shard-0", "step-1/shard-1"])

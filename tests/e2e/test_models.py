@@ -10,7 +10,7 @@ import numpy
 import pytest
 from support import RUNTIME, finished, lines, submit
 
-from alveary import AlvearyError, Environment, Model, RetryPolicy, Run, Workspace
+from alveary import AlvearyError, Dataset, Environment, Model, Retry, Run, Workspace
 
 TORCH_HERE = Environment("torch", user_managed=True, interpreter=sys.executable)
 if RUNTIME == "docker":
@@ -63,6 +63,18 @@ def test_versions_lineage_tags_aliases_and_verified_downloads(workspace: Workspa
     with pytest.raises(AlvearyError, match="never changed"):
         first.add_properties({"fixed": "2"})
     assert [m.version for m in Model.list(workspace, name, tags={"b": "2"})] == [1]
+    assert [m.version for m in Model.list(workspace, name, tags="b", properties={"fixed": "1"})] == [1]
+    assert not Model.list(workspace, name, properties={"fixed": "2"}) and not Model.list(workspace, name, model_framework="PyTorch")
+    assert Model(workspace, name, tags={"a": "1"}).version == 1 and Model(workspace, name, run_id=trained.id[:20]).version == 2
+    with pytest.raises(AlvearyError, match="has no version 2 with these tags"):
+        Model(workspace, name, version=2, tags={"a": "1"})
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "x").write_text("x")
+    dataset = Dataset.upload(workspace, str(data), f"d-{os.getpid()}")
+    third = trained.register_model(name, "outputs/model.pt", datasets=[("training", dataset)], model_framework="PyTorch")
+    assert third.lineage["datasets"] == [f"{dataset.name}:{dataset.version}"] and third.framework == "PyTorch"
+    third.delete()
     first.set_alias("production")
     second.set_alias("production")
     assert Model(workspace, name, version=1).aliases == []
@@ -139,12 +151,13 @@ def test_a_script_registers_its_own_model_once_with_its_lineage(workspace: Works
         from alveary import Run
         open("outputs/m.txt", "w").write("weights")
         for _ in range(2):
-            print(Run.get_context().register_model({name!r}, "outputs/m.txt"))
+            print(Run.get_context().register_model({name!r}, "outputs/m.txt", model_framework="Own", model_framework_version="3"))
         raise SystemExit(os.environ["ALVEARY_ATTEMPT"] == "1")
-        """, max_attempts=2, retry=RetryPolicy(backoff_seconds=0))  # fmt: skip
+        """, max_attempts=2, retry=Retry(on=["exited"], backoff_seconds=0))  # fmt: skip
     assert finished(run)["attempt"] == 2
     assert lines(run) == [str({"name": name, "version": 1})] * 4
     model = Model(workspace, name)
+    assert (model.framework, model._found.framework_version) == ("Own", "3")
     assert model.get_file_names() == ["m.txt"] and model.version == 1 and model.properties["run_id"] == run.id
     outside = run.register_model(f"{name}-outside", "outputs/m.txt")
     # How its run ended is known from outside alone.

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from support import Embedded, embedded, finished, lines, recorded, submit, until
 
-from alveary import Environment, Experiment, PyTorchConfiguration, RetryPolicy, Run, ScriptRunConfig, Workspace
+from alveary import Environment, Experiment, PyTorchConfiguration, Retry, Run, ScriptRunConfig, Workspace
 from alveary.errors import AlvearyError
 
 EXAMPLE = Path(__file__).parents[2] / "examples/resume"
@@ -88,7 +88,7 @@ def test_a_policy_says_which_failures_are_attempted_again(workspace: Workspace, 
     code = (
         "import os, sys; print(os.environ['ALVEARY_ATTEMPT']); sys.exit(int(sys.argv[1]) if int(os.environ['ALVEARY_ATTEMPT']) < 3 else 0)"
     )
-    policy = RetryPolicy(on=["exited"], exit_codes=[75], backoff_seconds=0.5)
+    policy = Retry(on=["exited"], exit_codes=[75], backoff_seconds=0.5)
     run = submit(workspace, source, code, 75, retry=policy)
     details = finished(run)
     assert details["attempt"] == 3 and lines(run) == ["1", "2", "3"]
@@ -99,8 +99,8 @@ def test_a_policy_says_which_failures_are_attempted_again(workspace: Workspace, 
     spent = submit(workspace, source, code, 75, retry=policy, max_attempts=2)
     assert finished(spent, "Failed")["attempt"] == 2
     with pytest.raises(AlvearyError, match="always attempted again"):
-        submit(workspace, source, code, retry=RetryPolicy(on=["trainer_lost"]))
-    slow = submit(workspace, source, code, 75, retry=RetryPolicy(backoff_seconds=600))
+        submit(workspace, source, code, retry=Retry(on=["trainer_lost"]))
+    slow = submit(workspace, source, code, 75, retry=Retry(on=["exited"], backoff_seconds=600))
     until(lambda: "again in 600 s" in slow.get_details()["reason"], "it waits")
     assert "retry policy" in slow.why_queued()["would_help"]
     slow.cancel()

@@ -345,6 +345,35 @@ def test_runs_are_found_by_what_is_known_of_them(workspace: Workspace, source: P
     assert [r.id for r in workspace.experiments[experiment].get_runs()] == made[::-1]
 
 
+def test_children_and_runs_are_filtered_by_tags_properties_and_state(workspace: Workspace, source: Path) -> None:
+    experiment = f"children-{os.getpid()}"
+    parent = submit(workspace, source, "print()", experiment=experiment)
+    ids = {}
+    for name, above, code in (("good", parent.id, "print()"), ("bad", parent.id, "raise SystemExit(1)")):
+        run = submit(workspace, source, code, experiment=experiment, parent_run_id=above, properties={"kind": name}, tags={"n": name})
+        finished(run, "Completed" if name == "good" else "Failed")
+        ids[name] = run.id
+    below = submit(workspace, source, "print()", experiment=experiment, parent_run_id=ids["bad"], tags={"n": "below"})
+    finished(below)
+    finished(parent)
+
+    def children(**wanted: Any) -> list[str]:
+        return [run.id for run in parent.get_children(**wanted)]
+
+    until(lambda: children() == [ids["bad"], ids["good"]], "the list is up to date")
+    assert children(tags={"n": "good"}) == children(properties={"kind": "good"}) == children(status="Completed") == [ids["good"]]
+    assert children(tags="n") == children(properties={"kind": None}) == [ids["bad"], ids["good"]] and children(tags="none") == []
+    # A grandchild is found below a child that is not wanted itself.
+    assert set(children(recursive=True, status="Completed")) == {ids["good"], below.id}
+    assert children(recursive=True, tags={"n": "below"}) == [below.id] and len(children(recursive=True)) == 3
+    runs = parent.experiment.get_runs
+    assert [r.id for r in runs(properties="kind", include_children=True)] == [ids["bad"], ids["good"]] and len(runs()) == 1
+    with pytest.raises(AlvearyError, match="runs have no types here"):
+        parent.get_children(type="azureml.scriptrun")
+    found = below.parent
+    assert found is not None and found.id == ids["bad"] and Run.list(parent.experiment, tags={"n": "below"}) == []
+
+
 def test_a_target_starts_nodes_for_a_run_and_lets_them_go(workspace: Workspace, source: Path) -> None:
     from alveary import AmlCompute
 

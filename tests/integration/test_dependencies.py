@@ -28,13 +28,13 @@ for name in alveary.__all__:
     getattr(alveary, name)
 assert before == surroundings()
 
-from alveary import Environment, ScriptRunConfig, Workspace
+from alveary import Environment, Resources, ScriptRunConfig, Workspace
 from alveary.client.states import run_details
 from alveary.config import Config
 from alveary_contracts.common.v1 import common_pb2
 from alveary_contracts.runs.v1 import runs_pb2
 
-spec = ScriptRunConfig(".", "train.py", ["--lr", 0.1], environment=Environment("e", ["numpy"]), cpus=1.5)._spec()
+spec = ScriptRunConfig(".", "train.py", ["--lr", 0.1], environment=Environment("e", ["numpy"]), resources=Resources(cpus=1.5))._spec()
 assert common_pb2.RunSpec.FromString(spec.SerializeToString()) == spec
 run = runs_pb2.Run(id="r", spec=spec, metrics={"loss": 0.5})
 run.started_at.GetCurrentTime()

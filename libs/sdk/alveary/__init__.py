@@ -19,16 +19,18 @@ if TYPE_CHECKING:
     from alveary.errors import AlvearyWarning as AlvearyWarning
     from alveary.errors import ComputeTargetException as ComputeTargetException
     from alveary.errors import RunFailedException as RunFailedException
-    from alveary.estimator import DockerConfiguration as DockerConfiguration
     from alveary.estimator import Estimator as Estimator
-    from alveary.estimator import MpiConfiguration as MpiConfiguration
     from alveary.estimator import PyTorch as PyTorch
-    from alveary.estimator import PyTorchConfiguration as PyTorchConfiguration
-    from alveary.estimator import RetryPolicy as RetryPolicy
     from alveary.estimator import ScriptRunConfig as ScriptRunConfig
     from alveary.model import Model as Model
     from alveary.run import Experiment as Experiment
     from alveary.run import Run as Run
+    from alveary.run_options import Distribution as Distribution
+    from alveary.run_options import DockerConfiguration as DockerConfiguration
+    from alveary.run_options import MpiConfiguration as MpiConfiguration
+    from alveary.run_options import PyTorchConfiguration as PyTorchConfiguration
+    from alveary.run_options import Resources as Resources
+    from alveary.run_options import Retry as Retry
     from alveary.workspace import Workspace as Workspace
 
 __version__ = "0.1.0"
@@ -39,17 +41,19 @@ _HOME = {
     "AmlCompute": "compute",
     "ComputeTarget": "compute",
     "Quota": "compute",
-    "RetryPolicy": "estimator",
+    "Distribution": "run_options",
+    "Resources": "run_options",
+    "Retry": "run_options",
     "ComputeTargetException": "errors",
     "Dataset": "dataset",
-    "DockerConfiguration": "estimator",
+    "DockerConfiguration": "run_options",
     "Environment": "environment",
     "Estimator": "estimator",
     "Experiment": "run",
     "Model": "model",
-    "MpiConfiguration": "estimator",
+    "MpiConfiguration": "run_options",
     "PyTorch": "estimator",
-    "PyTorchConfiguration": "estimator",
+    "PyTorchConfiguration": "run_options",
     "Run": "run",
     "RunFailedException": "errors",
     "ScriptRunConfig": "estimator",

@@ -77,24 +77,29 @@ class ComputeTarget:
         timeout_in_minutes: float = 20,
         is_delete_operation: bool = False,
     ) -> None:
-        """Wait until it has its min_nodes (or min_node_count) nodes.
+        """Wait until it has its min_nodes (or min_node_count) nodes; with is_delete_operation, until it is gone.
 
         Raises:
-            ComputeTargetException: not within the time.
+            ComputeTargetException: not within the time, or it is gone.
         """
         deadline = time.monotonic() + timeout_in_minutes * 60
         wanted = self._found.spec.min_nodes if min_node_count is None else min_node_count
         while True:
-            self.refresh_state()
-            if self._found.current_nodes >= wanted:
+            try:
+                self.refresh_state()
+            except AlvearyError as error:
+                if error.code != "NOT_FOUND":
+                    raise
+                if is_delete_operation:
+                    return
+                raise ComputeTargetException(str(error), error.code) from error
+            if self._found.current_nodes >= wanted and not is_delete_operation:
                 if show_output:
                     print(f"Succeeded: {self.name} has {self._found.current_nodes} nodes", file=sys.stderr)
                 return
             if time.monotonic() > deadline:
-                raise ComputeTargetException(
-                    f"{self.name} has {self._found.current_nodes} of {wanted} nodes after {timeout_in_minutes:g} minutes",
-                    "DEADLINE_EXCEEDED",
-                )
+                state = "is still there" if is_delete_operation else f"has {self._found.current_nodes} of {wanted} nodes"
+                raise ComputeTargetException(f"{self.name} {state} after {timeout_in_minutes:g} minutes", "DEADLINE_EXCEEDED")
             time.sleep(0.1)
 
     def get_status(self) -> pb.Target:
@@ -212,6 +217,8 @@ class AmlCompute(ComputeTarget):
         for name, value in azure.items():
             if value is not None:
                 raise ComputeTargetException(f"{name} only makes sense in Azure: leave it out", "INVALID_ARGUMENT")
+        if remote_login_port_public_access != "NotSpecified":
+            raise ComputeTargetException("remote_login_port_public_access: nodes open no port for logins; leave it out", "INVALID_ARGUMENT")
         spec = ev.ComputeSpec(
             vm_size=vm_size, vm_priority=vm_priority, min_nodes=min_nodes, max_nodes=max_nodes or 0,
             idle_seconds_before_scaledown=idle_seconds_before_scaledown, tags=tags, description=description or "",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from alveary.errors import AlvearyError
 
 if TYPE_CHECKING:
     from alveary.session import Session
@@ -72,7 +74,7 @@ class Dataset:
         """As an input of a run, under `name`."""
         return Input(name, self)
 
-    def download(self, target_path: str = ".", overwrite: bool = False, **_: Any) -> str:
+    def download(self, target_path: str = ".", overwrite: bool = False) -> str:
         """Store its files here, all of them or none; returns the folder.
 
         Raises:
@@ -84,3 +86,18 @@ class Dataset:
         files = self._workspace._call(client.datasets.files(self.name, self.version))
         download(self._workspace, files, Path(target_path), overwrite=overwrite)
         return target_path
+
+
+def references(datasets: Sequence[Any]) -> list[str]:
+    """ "name:version" of each Dataset, or of the Dataset in each pair of a purpose and one.
+
+    Raises:
+        AlvearyError: there is something else among them.
+    """
+    found = []
+    for one in datasets:
+        dataset = one[1] if isinstance(one, tuple) and len(one) == 2 else one
+        if not isinstance(dataset, Dataset):
+            raise AlvearyError(f"datasets: {one!r} is no dataset: use Dataset.get_by_name(...)", "INVALID_ARGUMENT")
+        found.append(f"{dataset.name}:{dataset.version}")
+    return found

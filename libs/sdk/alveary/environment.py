@@ -7,6 +7,7 @@ from pathlib import Path
 
 from alveary.errors import AlvearyError
 from alveary.requirements import requirement_problem, requirements_of
+from alveary.unsupported import refuse_given
 from alveary_contracts.common.v1 import common_pb2 as c
 from alveary_contracts.digests import environment_digest
 
@@ -77,8 +78,9 @@ class Environment:
         """From a requirements file, read as pip reads it (`alveary.requirements`).
 
         Raises:
-            AlvearyError: it is missing, or has what is not taken; names file and line.
+            AlvearyError: it is missing, or has what is not taken; names file and line. Or pip_version was given.
         """
+        refuse_given(pip_version=(pip_version, "packages are resolved by uv; leave it out"))
         return cls(name, requirements_of(Path(file_path)))
 
     def clone(self, new_name: str) -> Environment:

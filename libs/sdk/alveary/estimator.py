@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import re
+import dataclasses
+import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,152 +12,113 @@ from alveary.dataset import Dataset, Input
 from alveary.environment import Environment
 from alveary.errors import AlvearyError
 from alveary.requirements import requirements_of
+from alveary.run_options import (
+    DockerConfiguration,
+    MpiConfiguration,
+    PyTorchConfiguration,
+    Resources,
+    Retry,
+    distribution_of,
+    refuse_use_docker,
+)
+from alveary.unsupported import refuse_given
 from alveary_contracts.common.v1 import common_pb2 as c
 
 # What a PyTorch run has without asking. The ONNX packages are there so that its models export in this very image.
 PYTORCH_PACKAGES = ("torch", "torchvision", "onnx", "onnxruntime", "onnxscript")
 
 
-class MpiConfiguration:
-    """Distributed training with Open MPI's mpirun, as Horovod wants it: `process_count_per_node` on each of `node_count` nodes.
-
-    `node_count` 0 and `process_count_per_node` 0: what the estimator says.
-    """
-
-    def __init__(self, process_count_per_node: int = 0, node_count: int = 0) -> None:
-        self.process_count_per_node, self.node_count = process_count_per_node, node_count
-
-
-class PyTorchConfiguration:
-    """Distributed training with torchrun: `process_count` processes in all, spread evenly over `node_count` nodes.
-
-    `min_node_count`: an attempt may begin with as few nodes, each with its share of `process_count` all the same.
-    `max_restarts`: how often all workers are started anew after one of them failed.
-    """
-
-    def __init__(
-        self, communication_backend: str = "Nccl", process_count: int | None = None, node_count: int = 1, *, min_node_count: int = 0,
-        max_restarts: int = 0,
-    ) -> None:  # fmt: skip
-        if process_count is not None and (node_count < 1 or process_count % node_count):
-            raise AlvearyError(f"process_count={process_count}: not the same number on each of {node_count} nodes", "INVALID_ARGUMENT")
-        self.communication_backend, self.process_count, self.node_count = communication_backend, process_count, node_count
-        self.min_node_count, self.max_restarts = min_node_count, max_restarts
-
-
-class DockerConfiguration:
-    """How a run's container is made, where the platform runs containers."""
-
-    def __init__(
-        self, use_docker: bool = True, shared_volumes: bool = True, arguments: Sequence[str] | None = None, shm_size: str | None = None
-    ) -> None:
-        if arguments:
-            raise AlvearyError(
-                "arguments of docker run are not taken: what a container may do is the platform's to say", "INVALID_ARGUMENT"
-            )
-        self.use_docker, self.shared_volumes, self.shm_size = use_docker, shared_volumes, shm_size
-
-
-def _bytes(size: str | None) -> int:
-    """Bytes of "2g", "512m", "1048576"; 0 for None.
-
-    Raises:
-        AlvearyError: it is no size.
-    """
-    found = re.fullmatch(r"(\d+)([bkmg]?)b?", size.lower()) if size else None
-    if size and not found:
-        raise AlvearyError(f"shm_size {size!r}: a number with b, k, m or g", "INVALID_ARGUMENT")
-    return int(found[1]) << {"": 0, "b": 0, "k": 10, "m": 20, "g": 30}[found[2]] if found else 0
-
-
-def _gpu_milli(gpus: float) -> int:
-    """Thousandths of a GPU of a fraction below one; 0 for a whole number.
-
-    Raises:
-        AlvearyError: neither.
-    """
-    milli = round(gpus * 1000)
-    if gpus < 0 or (milli > 1000 and milli % 1000) or (gpus and not milli):
-        raise AlvearyError(f"gpus={gpus:g}: a whole number, or a part of one GPU between 0.001 and 0.999", "INVALID_ARGUMENT")
-    return milli % 1000
-
-
-@dataclass
-class RetryPolicy:
-    """Which failures are attempted again, up to `max_attempts`; a lost node always is.
-
-    `on`: "exited", "signal", "out_of_memory", "disk_full", "timeout", "staging_failed", "launch_failed", "upload_failed". `exit_codes`:
-    of "exited", only these (empty: all but 0). `backoff_seconds` before the second attempt; doubles with each.
-    """
-
-    on: Sequence[str] = ("exited",)
-    exit_codes: Sequence[int] = ()
-    backoff_seconds: float = 10.0
-
-
 class ScriptRunConfig:
     """A script or command of a source directory, and what it needs."""
 
     def __init__(
-        self, source_directory: str, script: str | None = None, arguments: Sequence[Any] | None = None, run_config: Any = None,
-        compute_target: Any = "local", environment: Environment | None = None, distributed_job_config: Any = None,
-        resume_from: Any = None, max_run_duration_seconds: float | None = None, command: Sequence[str] | None = None,
-        docker_runtime_config: Any = None, *, cpus: float = 0, memory_gb: float = 0, gpus: float = 0, use_gpu: bool = False,
-        priority: int = 0, max_attempts: int = 0, inputs: Sequence[Any] = (), display_name: str = "",
-        properties: Mapping[str, str] | None = None, grace_seconds: float = 0, parent_run_id: str = "", shm_size: str | None = None,
-        gpu_models: Sequence[str] = (), node_labels: Mapping[str, str] | None = None,
-        retry: RetryPolicy | None = None, node_count: int = 1, pack_nodes: bool = False,
-    ) -> None:  # fmt: skip
-        """`gpus` of each node; less than 1 (say 0.5) is a part of one, on targets with gpu_sharing. `gpu_models`: those that will do.
+        self,
+        source_directory: str,
+        script: str | None = None,
+        arguments: str | Sequence[Any] | None = None,
+        run_config: Any = None,
+        compute_target: Any = "local",
+        environment: Environment | None = None,
+        distributed_job_config: Any = None,
+        resume_from: Any = None,
+        max_run_duration_seconds: float | None = None,
+        command: str | Sequence[str] | None = None,
+        docker_runtime_config: Any = None,
+        *,
+        resources: Resources | None = None,
+        retry: Retry | None = None,
+        inputs: Sequence[Any] = (),
+        use_gpu: bool = False,
+        priority: int = 0,
+        display_name: str = "",
+        properties: Mapping[str, str] | None = None,
+        grace_seconds: float = 0,
+        parent_run_id: str = "",
+    ) -> None:
+        """The parameters before the star are Azure's.
 
-        `node_count` without a `distributed_job_config`: the program is started once on each node, which finds MASTER_ADDR,
-        MASTER_PORT, NODE_RANK and NODE_COUNT set. `pack_nodes`: as few nodes as will do, rather than each share on its own.
-        `resume_from`: a run, or its id, whose newest checkpoints the script finds in `run.resume_path`.
-        `priority` below 0 gives way to runs at 0 and above: the run is stopped and attempted again when there is room.
+        Args:
+            arguments: of the script; datasets among them become paths. Text is split as a shell would.
+            compute_target: a target or its name.
+            distributed_job_config: a Distribution, PyTorchConfiguration or MpiConfiguration.
+            resume_from: a run, or its id, whose newest checkpoints the script finds in `run.resume_path`.
+            command: a program with its arguments, in place of a script.
+            inputs: datasets that the run finds in $ALVEARY_INPUT_<NAME>.
+            priority: a run below 0 gives way to runs at 0 and above: it is stopped, and attempted again when there is room.
+            grace_seconds: what a run that is told to end has for saving; 0: the platform's default.
+
+        Raises:
+            AlvearyError: something given is not offered, or cannot be so.
         """
-        if isinstance(docker_runtime_config, DockerConfiguration):
-            shm_size = shm_size or docker_runtime_config.shm_size
-        elif docker_runtime_config is not None:
-            raise AlvearyError("docker_runtime_config: use a DockerConfiguration", "INVALID_ARGUMENT")
-        if run_config is not None:
-            raise AlvearyError("run_config is not offered by this version", "UNIMPLEMENTED")
-        self.resume_from = str(getattr(resume_from, "id", resume_from or ""))
+        refuse_given(run_config=(run_config, "give environment, compute_target and resources to ScriptRunConfig itself"))
         if not Path(source_directory).is_dir():
             raise AlvearyError(f"source_directory {source_directory!r} is not a folder", "INVALID_ARGUMENT")
         self.source_directory = source_directory
-        self.script, self.arguments, self.command = script, list(arguments or []), list(command or [])
-        self.compute_target, self.environment = compute_target, environment or Environment("empty")
-        self.distributed, self.max_run_duration_seconds = distributed_job_config, max_run_duration_seconds
-        milli = _gpu_milli(gpus)
-        self.resources = c.Resources(
-            cpus=cpus, memory_bytes=int(memory_gb * 2**30), gpus=1 if milli else int(gpus), shm_bytes=_bytes(shm_size), gpu_milli=milli,
-            gpu_models=gpu_models,
-        )  # fmt: skip
-        self.node_labels, self.retry, self.pack_nodes = dict(node_labels or {}), retry, pack_nodes
-        self.use_gpu, self.priority, self.max_attempts, self.display_name = use_gpu, priority, max_attempts, display_name
-        self.inputs, self.properties, self.grace_seconds, self.parent_run_id = (
-            list(inputs),
-            dict(properties or {}),
-            grace_seconds,
-            parent_run_id,
-        )
-        self.process_count_per_node, self.node_count = 1, node_count
+        self.script = script
+        self.arguments = _words(arguments)
+        self.command = _words(command)
+        self.compute_target = compute_target
+        self.environment = environment or Environment("empty")
+        self.distribution = distribution_of(distributed_job_config)
+        self.resume_from = str(getattr(resume_from, "id", resume_from or ""))
+        self.max_run_duration_seconds = max_run_duration_seconds
+        self.resources = _with_container(resources or Resources(), docker_runtime_config)
+        self.resources.to_proto()  # what is wrong with it is said here
+        self.retry = retry or Retry()
+        self.inputs = list(inputs)
+        self.use_gpu = use_gpu
+        self.priority = priority
+        self.display_name = display_name
+        self.properties = dict(properties or {})
+        self.grace_seconds = grace_seconds
+        self.parent_run_id = parent_run_id
 
     def _spec(self) -> c.RunSpec:
-        target = getattr(self.compute_target, "name", self.compute_target)
+        """The specification that is submitted."""
         spec = c.RunSpec(
-            entry_script=self.script or "", command=self.command, environment=self.environment._proto(), compute_target=target,
-            resources=self.resources, max_run_duration_seconds=self.max_run_duration_seconds or 0, use_gpu=self.use_gpu,
-            priority=self.priority, max_attempts=self.max_attempts, display_name=self.display_name, properties=self.properties,
-            grace_seconds=self.grace_seconds, process_count_per_node=self.process_count_per_node, node_count=self.node_count,
-            parent_run_id=self.parent_run_id, node_labels=self.node_labels,
-            resume_from=self.resume_from, pack=self.pack_nodes,
-        )  # fmt: skip
-        if self.retry is not None:
-            policy = self.retry
-            spec.retry.CopyFrom(c.RetryPolicy(on=policy.on, exit_codes=policy.exit_codes, backoff_seconds=policy.backoff_seconds))
-        self._distribute(spec)
-        inputs = [_as_input(i) for i in self.inputs]
+            entry_script=self.script or "",
+            command=self.command,
+            environment=self.environment._proto(),
+            compute_target=getattr(self.compute_target, "name", self.compute_target),
+            resources=self.resources.to_proto(),
+            node_labels=self.resources.node_labels,
+            max_run_duration_seconds=self.max_run_duration_seconds or 0,
+            use_gpu=self.use_gpu,
+            priority=self.priority,
+            max_attempts=self.retry.max_attempts,
+            retry=self.retry.to_proto(),
+            display_name=self.display_name,
+            properties=self.properties,
+            grace_seconds=self.grace_seconds,
+            parent_run_id=self.parent_run_id,
+            resume_from=self.resume_from,
+        )
+        self.distribution.apply(spec)
+        self._add_inputs(spec)
+        return spec
+
+    def _add_inputs(self, spec: c.RunSpec) -> None:
+        inputs = [_as_input(one) for one in self.inputs]
         for argument in self.arguments:
             if isinstance(argument, (Dataset, Input)):
                 one = _as_input(argument)
@@ -165,37 +126,8 @@ class ScriptRunConfig:
                 spec.arguments.append(f"{{inputs.{one.name}}}")
             else:
                 spec.arguments.append(str(argument))
-        unique = {i.name: i for i in inputs}
-        spec.inputs.extend(c.InputDataset(name=i.name, dataset=i.dataset.name, version=i.dataset.version) for i in unique.values())
-        return spec
-
-    def _distribute(self, spec: c.RunSpec) -> None:
-        match self.distributed:
-            case MpiConfiguration() as mpi:
-                spec.launcher = c.LAUNCHER_MPI
-                spec.node_count = max(spec.node_count, mpi.node_count)
-                spec.process_count_per_node = mpi.process_count_per_node or spec.process_count_per_node
-            case PyTorchConfiguration() as torch:
-                spec.launcher = c.LAUNCHER_TORCHRUN
-                spec.node_count = max(spec.node_count, torch.node_count)
-                if torch.process_count:
-                    spec.process_count_per_node = torch.process_count // torch.node_count
-                spec.min_node_count, spec.max_restarts = torch.min_node_count, torch.max_restarts
-            case None:
-                if spec.process_count_per_node > 1:
-                    spec.launcher = c.LAUNCHER_TORCHRUN
-            case other:
-                raise AlvearyError(
-                    f"distributed_training: {other!r} is neither PyTorchConfiguration nor MpiConfiguration", "INVALID_ARGUMENT"
-                )
-
-
-def _as_input(value: Any) -> Input:
-    if isinstance(value, Dataset):
-        return value.as_mount()
-    if isinstance(value, Input):
-        return value
-    raise AlvearyError(f"inputs: {value!r} is no dataset: use Dataset.get_by_name(...) or Dataset.upload(...)", "INVALID_ARGUMENT")
+        unique = {one.name: one for one in inputs}
+        spec.inputs.extend(c.InputDataset(name=one.name, dataset=one.dataset.name, version=one.dataset.version) for one in unique.values())
 
 
 class Estimator(ScriptRunConfig):
@@ -204,67 +136,117 @@ class Estimator(ScriptRunConfig):
     _packages: tuple[str, ...] = ()
 
     def __init__(
-        self, source_directory: str, *, compute_target: Any = "local", vm_size: str | None = None, vm_priority: str | None = None,
-        entry_script: str | None = None, script_params: Mapping[str, Any] | None = None, node_count: int = 1,
-        process_count_per_node: int = 1, distributed_backend: str | None = None, distributed_training: Any = None,
-        use_gpu: bool = False, use_docker: bool = True, custom_docker_base_image: str | None = None,
-        custom_docker_image: str | None = None, image_registry_details: Any = None, user_managed: bool = False,
-        conda_packages: Sequence[str] | None = None, pip_packages: Sequence[str] | None = None,
-        conda_dependencies_file_path: str | None = None, pip_requirements_file_path: str | None = None,
-        conda_dependencies_file: str | None = None, pip_requirements_file: str | None = None,
-        environment_variables: Mapping[str, str] | None = None, environment_definition: Environment | None = None,
-        inputs: Sequence[Any] | None = None, source_directory_data_store: Any = None, shm_size: str | None = None,
-        resume_from: Any = None, max_run_duration_seconds: float | None = None, framework_version: str | None = None,
-        **extra: Any,
-    ) -> None:  # fmt: skip
-        refused = {
-            "vm_size": (vm_size, "create a compute target and name it in compute_target"),
-            "vm_priority": (vm_priority, "it is a property of compute targets"),
-            "image_registry_details": (image_registry_details, "give the platform its credentials once, with `alveary image login`"),
-            "conda_dependencies_file_path": (conda_dependencies_file_path, "use conda_packages and pip_packages"),
-            "conda_dependencies_file": (conda_dependencies_file, "use conda_packages and pip_packages"),
-            "source_directory_data_store": (source_directory_data_store, "sources are uploaded as snapshots; use inputs for data"),
-        }  # fmt: skip
-        for name, (value, instead) in refused.items():
-            if value is not None:
-                raise AlvearyError(f"{name} is not offered: {instead}", "UNIMPLEMENTED")
-        if distributed_backend not in (None, "mpi", "gloo", "nccl"):
-            raise AlvearyError(f"distributed_backend {distributed_backend!r}: 'gloo', 'nccl' or 'mpi'", "INVALID_ARGUMENT")
-        if distributed_backend == "mpi":
-            distributed_training = distributed_training or MpiConfiguration()
-        elif distributed_backend and distributed_training is None:
-            distributed_training = PyTorchConfiguration(distributed_backend)
-        if environment_definition is None:
-            packages = [] if user_managed else list(self._framework(framework_version))
-            requirements = pip_requirements_file or pip_requirements_file_path
-            if requirements:
-                file = Path(source_directory, requirements)
-                packages += requirements_of(file if file.exists() else Path(requirements))
-            packages += pip_packages or []
-            environment_definition = Environment(
-                type(self).__name__, packages, environment_variables=environment_variables, user_managed=user_managed,
-                conda_packages=conda_packages or (), base_image=custom_docker_base_image or custom_docker_image or "",
-            )  # fmt: skip
-        elif (
-            pip_packages
-            or conda_packages
-            or custom_docker_base_image
-            or custom_docker_image
-            or pip_requirements_file
-            or environment_variables
-        ):
+        self,
+        source_directory: str,
+        *,
+        compute_target: Any = "local",
+        vm_size: str | None = None,
+        vm_priority: str | None = None,
+        entry_script: str | None = None,
+        script_params: Mapping[str, Any] | None = None,
+        node_count: int = 1,
+        process_count_per_node: int = 1,
+        distributed_backend: str | None = None,
+        distributed_training: Any = None,
+        use_gpu: bool = False,
+        use_docker: bool | None = None,
+        custom_docker_base_image: str | None = None,
+        custom_docker_image: str | None = None,
+        image_registry_details: Any = None,
+        user_managed: bool = False,
+        conda_packages: Sequence[str] | None = None,
+        pip_packages: Sequence[str] | None = None,
+        conda_dependencies_file_path: str | None = None,
+        pip_requirements_file_path: str | None = None,
+        conda_dependencies_file: str | None = None,
+        pip_requirements_file: str | None = None,
+        environment_variables: Mapping[str, str] | None = None,
+        environment_definition: Environment | None = None,
+        inputs: Sequence[Any] | None = None,
+        source_directory_data_store: Any = None,
+        shm_size: str | None = None,
+        resume_from: Any = None,
+        max_run_duration_seconds: float | None = None,
+        framework_version: str | None = None,
+        **options: Any,
+    ) -> None:
+        """The parameters are Azure's; `options` are those that ScriptRunConfig has beside Azure's.
+
+        Args:
+            distributed_backend: "mpi", or "gloo" or "nccl" for torchrun; in place of distributed_training.
+            pip_requirements_file: in the source directory or here.
+
+        Raises:
+            AlvearyError: something given is not offered, contradicts something else, or cannot be so.
+        """
+        refuse_use_docker(use_docker)
+        refuse_given(
+            vm_size=(vm_size, "create a compute target and name it in compute_target"),
+            vm_priority=(vm_priority, "it is a property of compute targets"),
+            image_registry_details=(image_registry_details, "give the platform its credentials once, with `alveary image login`"),
+            conda_dependencies_file_path=(conda_dependencies_file_path, "use conda_packages and pip_packages"),
+            conda_dependencies_file=(conda_dependencies_file, "use conda_packages and pip_packages"),
+            source_directory_data_store=(source_directory_data_store, "sources are uploaded as snapshots; use inputs for data"),
+        )
+        packages: dict[str, Any] = {
+            "user_managed": user_managed,
+            "conda_packages": conda_packages,
+            "pip_packages": pip_packages,
+            "requirements": _one_of(pip_requirements_file=pip_requirements_file, pip_requirements_file_path=pip_requirements_file_path),
+            "base_image": _one_of(custom_docker_image=custom_docker_image, custom_docker_base_image=custom_docker_base_image),
+            "environment_variables": environment_variables,
+            "framework_version": framework_version,
+        }
+        given = [name for name, value in packages.items() if value]
+        if environment_definition is not None and given:
             raise AlvearyError(
-                "environment_definition already says which packages and variables there are: give them there", "INVALID_ARGUMENT"
+                f"environment_definition says which packages and variables there are: give it {', '.join(given)} as well, or leave it out",
+                "INVALID_ARGUMENT",
             )
-        arguments: list[Any] = []
-        for flag, value in (script_params or {}).items():
-            arguments += [flag] if value in ("", None) else [flag, value]
         super().__init__(
-            source_directory, entry_script, arguments, None, compute_target, environment_definition, distributed_training,
-            resume_from, max_run_duration_seconds, use_gpu=use_gpu, inputs=inputs or (), shm_size=shm_size, **extra,
-        )  # fmt: skip
-        self.node_count = max(node_count, getattr(distributed_training, "node_count", 1))
-        self.process_count_per_node = process_count_per_node
+            source_directory,
+            entry_script,
+            _arguments(script_params or {}),
+            compute_target=compute_target,
+            environment=environment_definition or self._environment(source_directory, **packages),
+            distributed_job_config=distribution_of(
+                _distributed(distributed_backend, distributed_training), node_count, process_count_per_node
+            ),
+            resume_from=resume_from,
+            max_run_duration_seconds=max_run_duration_seconds,
+            docker_runtime_config=DockerConfiguration(shm_size=shm_size) if shm_size else None,
+            use_gpu=use_gpu,
+            inputs=inputs or (),
+            **options,
+        )
+
+    def _environment(
+        self,
+        source_directory: str,
+        *,
+        user_managed: bool,
+        conda_packages: Sequence[str] | None,
+        pip_packages: Sequence[str] | None,
+        requirements: str | None,
+        base_image: str | None,
+        environment_variables: Mapping[str, str] | None,
+        framework_version: str | None,
+    ) -> Environment:
+        framework = self._framework(framework_version)
+        if user_managed and framework_version:
+            raise AlvearyError("user_managed uses what is there: leave framework_version out", "INVALID_ARGUMENT")
+        packages = [] if user_managed else [*framework]
+        if requirements:
+            file = Path(source_directory, requirements)
+            packages += requirements_of(file if file.exists() else Path(requirements))
+        return Environment(
+            type(self).__name__,
+            [*packages, *(pip_packages or ())],
+            environment_variables=environment_variables,
+            user_managed=user_managed,
+            conda_packages=conda_packages or (),
+            base_image=base_image or "",
+        )
 
     def _framework(self, version: str | None) -> Sequence[str]:
         if version is not None:
@@ -281,3 +263,65 @@ class PyTorch(Estimator):
         if version is None:
             return self._packages
         return (f"torch=={version}", *self._packages[1:])
+
+
+def _words(given: str | Sequence[Any] | None) -> list[Any]:
+    return shlex.split(given) if isinstance(given, str) else list(given or ())
+
+
+def _arguments(script_params: Mapping[str, Any]) -> list[Any]:
+    arguments: list[Any] = []
+    for flag, value in script_params.items():
+        arguments += [flag] if value in ("", None) else [flag, value]
+    return arguments
+
+
+def _as_input(value: Any) -> Input:
+    if isinstance(value, Dataset):
+        return value.as_mount()
+    if isinstance(value, Input):
+        return value
+    raise AlvearyError(f"inputs: {value!r} is no dataset: use Dataset.get_by_name(...) or Dataset.upload(...)", "INVALID_ARGUMENT")
+
+
+def _with_container(resources: Resources, docker: object) -> Resources:
+    """Resources with what a DockerConfiguration says.
+
+    Raises:
+        AlvearyError: it is no DockerConfiguration, or both say how large /dev/shm is.
+    """
+    if docker is None:
+        return resources
+    if not isinstance(docker, DockerConfiguration):
+        raise AlvearyError("docker_runtime_config: use a DockerConfiguration", "INVALID_ARGUMENT")
+    size = _one_of(**{"resources.shm_size": resources.shm_size, "shm_size": docker.shm_size})
+    return dataclasses.replace(resources, shm_size=size)
+
+
+def _distributed(backend: str | None, training: Any) -> Any:
+    """How a run is distributed, of Azure's two parameters for it.
+
+    Raises:
+        AlvearyError: both were given, or there is no such backend.
+    """
+    if backend is None:
+        return training
+    if training is not None:
+        raise AlvearyError("distributed_training says how: leave distributed_backend out", "INVALID_ARGUMENT")
+    if backend == "mpi":
+        return MpiConfiguration()
+    if backend not in ("gloo", "nccl"):
+        raise AlvearyError(f"distributed_backend {backend!r}: 'gloo', 'nccl' or 'mpi'", "INVALID_ARGUMENT")
+    return PyTorchConfiguration(backend)
+
+
+def _one_of(**given: str | None) -> str | None:
+    """The one of several names for the same that was given.
+
+    Raises:
+        AlvearyError: several were.
+    """
+    found = {name: value for name, value in given.items() if value is not None}
+    if len(found) > 1:
+        raise AlvearyError(f"{' and '.join(found)} are the same: give one of them", "INVALID_ARGUMENT")
+    return next(iter(found.values()), None)

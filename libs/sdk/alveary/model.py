@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alveary.errors import AlvearyError
+from alveary.unsupported import refuse_given, refuse_model_extras
 from alveary_contracts.events.v1 import events_pb2 as ev
 from alveary_contracts.registry.v1 import registry_pb2 as reg
 
@@ -24,19 +25,53 @@ def _state(state: int) -> str:
     return state_name(state) if state else ""
 
 
+def _wanted(given: str | Mapping[str, str | None] | None) -> dict[str, str | None]:
+    return {given: None} if isinstance(given, str) else dict(given or {})
+
+
+def _has(present: Mapping[str, str], given: str | Mapping[str, str | None] | None) -> bool:
+    """Whether tags or properties are among those that are there."""
+    return all(key in present and value in (None, present[key]) for key, value in _wanted(given).items())
+
+
 class Model:
     """One version of a model; the latest where none is said."""
 
     def __init__(
-        self, workspace: Session, name: str | None = None, id: str | None = None, tags: Any = None, properties: Any = None,
-        version: int | None = None, run_id: str | None = None, model_framework: str | None = None, **_: Any,
-    ) -> None:  # fmt: skip
+        self,
+        workspace: Session,
+        name: str | None = None,
+        id: str | None = None,
+        tags: str | Mapping[str, str | None] | None = None,
+        properties: str | Mapping[str, str | None] | None = None,
+        version: int | None = None,
+        run_id: str | None = None,
+        model_framework: str | None = None,
+        expand: bool = True,
+    ) -> None:
+        """
+        Args:
+            id: "name:version".
+            tags, properties: that the version has, by key; None, or a key alone: any value.
+            run_id: of the run that made it.
+            model_framework: that it was registered with.
+
+        Raises:
+            AlvearyError: neither name nor id was given; or there is no such version.
+        """
         if id is not None:
             name, _colon, number = id.partition(":")
             version = int(number) if number else version
         if name is None:
             raise AlvearyError("a model has a name or an id 'name:version'", "INVALID_ARGUMENT")
-        self._fill(workspace, workspace._call(workspace._client.models.get(name, version or 0)))
+        if not (tags or properties or run_id or model_framework):
+            self._fill(workspace, workspace._call(workspace._client.models.get(name, version or 0)))
+            return
+        for found in Model.list(workspace, name, tags, properties, run_id, model_framework=model_framework):
+            if version in (None, found.version):
+                self._fill(workspace, found._found)
+                return
+        raise AlvearyError(f"model {name!r} has no version{f' {version}' if version else ''} with these tags and properties", "NOT_FOUND")
 
     @classmethod
     def _of(cls, workspace: Session, found: reg.ModelVersion) -> Model:
@@ -89,32 +124,90 @@ class Model:
 
     @classmethod
     def register(
-        cls, workspace: Session, model_path: str, model_name: str, tags: Mapping[str, str] | None = None,
-        properties: Mapping[str, str] | None = None, description: str | None = None, datasets: Any = None,
-        model_framework: str | None = None, model_framework_version: str | None = None,
-        environment: Environment | None = None, *, verify: bool = False, follow_links: bool = False, **_: Any,
-    ) -> Model:  # fmt: skip
-        """Register a file or folder of this machine as the next version. `verify` and `follow_links` as in Dataset.upload."""
+        cls,
+        workspace: Session,
+        model_path: str,
+        model_name: str,
+        tags: Mapping[str, str] | None = None,
+        properties: Mapping[str, str] | None = None,
+        description: str | None = None,
+        datasets: Sequence[Any] = (),
+        model_framework: str | None = None,
+        model_framework_version: str | None = None,
+        child_paths: Sequence[str] | None = None,
+        sample_input_dataset: Any = None,
+        sample_output_dataset: Any = None,
+        resource_configuration: Any = None,
+        *,
+        environment: Environment | None = None,
+        verify: bool = False,
+        follow_links: bool = False,
+    ) -> Model:
+        """Register a file or folder of this machine as the next version.
+
+        Args:
+            datasets: that it was made of: Dataset objects, or pairs of a purpose and one.
+            environment: in which it can be loaded and exported.
+            verify, follow_links: as in Dataset.upload.
+
+        Raises:
+            AlvearyError: something cannot be read or uploaded, or something given is not offered.
+        """
         from alveary.client.models import ModelInfo
+        from alveary.dataset import references
         from alveary.progress import upload_progress
 
-        info = ModelInfo(model_name, tags or {}, properties or {}, description or "", model_framework or "", model_framework_version or "")
+        refuse_given(child_paths=(child_paths, "model_path is stored with all it holds; put what is wanted into a folder of its own"))
+        refuse_model_extras(sample_input_dataset, sample_output_dataset, resource_configuration)
+        info = ModelInfo(
+            model_name,
+            tags or {},
+            properties or {},
+            description or "",
+            model_framework or "",
+            model_framework_version or "",
+            references(datasets),
+        )
+        message = environment._proto() if environment else None
         with upload_progress(model_name) as progress:
             work = workspace._client.models.register_local(
-                Path(model_path), info, environment._proto() if environment else None, progress, verify=verify, follow_links=follow_links
+                Path(model_path), info, message, progress, verify=verify, follow_links=follow_links
             )
             return cls._of(workspace, workspace._call(work))
 
     @classmethod
     def list(
-        cls, workspace: Session, name: str | None = None, tags: Any = None, properties: Any = None, run_id: str | None = None,
-        latest: bool = False, **_: Any,
-    ) -> builtins.list[Model]:  # fmt: skip
-        """Versions, the newest of a name first."""
+        cls,
+        workspace: Session,
+        name: str | None = None,
+        tags: str | Mapping[str, str | None] | None = None,
+        properties: str | Mapping[str, str | None] | None = None,
+        run_id: str | None = None,
+        latest: bool = False,
+        dataset_id: str | None = None,
+        expand: bool = True,
+        page_count: int | None = None,
+        model_framework: str | None = None,
+    ) -> builtins.list[Model]:
+        """Versions that have all of this, the newest of a name first.
+
+        Args:
+            tags, properties: keys with the values wanted; None, or a key alone: any value.
+            run_id: of the run that made them, or a unique prefix of it.
+            latest: only the latest version of each name.
+
+        Raises:
+            AlvearyError: dataset_id was given; or there is no such run.
+        """
+        refuse_given(dataset_id=(dataset_id, "a version's `lineage` names its datasets"))
         client = workspace._client
         whole_id = workspace._call(client.runs.full_id(run_id)) if run_id else ""
-        found = workspace._call(client.models.list(name or "", whole_id, tags, latest))
-        return [cls._of(workspace, one) for one in found]
+        exact = {k: v for k, v in _wanted(tags).items() if v is not None}
+        return [
+            cls._of(workspace, one)
+            for one in workspace._call(client.models.list(name or "", whole_id, exact, latest))
+            if _has(one.tags, tags) and _has(one.properties, properties) and model_framework in (None, one.framework)
+        ]
 
     def _tag(self, **change: Any) -> None:
         work = self._workspace._client.models.tag(self.name, self.version, **change)
@@ -132,8 +225,20 @@ class Model:
         """Add properties; existing ones cannot change."""
         self._tag(properties=properties)
 
-    def update(self, tags: Mapping[str, str] | None = None, description: str | None = None, **_: Any) -> None:
-        """Set tags and the description."""
+    def update(
+        self,
+        tags: Mapping[str, str] | None = None,
+        description: str | None = None,
+        sample_input_dataset: Any = None,
+        sample_output_dataset: Any = None,
+        resource_configuration: Any = None,
+    ) -> None:
+        """Set tags and the description; other tags stay.
+
+        Raises:
+            AlvearyError: something given is not offered.
+        """
+        refuse_model_extras(sample_input_dataset, sample_output_dataset, resource_configuration)
         self._tag(set=tags or {}, description=description)
 
     def set_alias(self, alias: str) -> None:

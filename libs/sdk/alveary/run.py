@@ -18,7 +18,7 @@ from alveary.errors import AlvearyError
 from alveary.script_run import ContextRun, OfflineRun
 from alveary.submitted_run import SubmittedRun
 from alveary.text import quoted
-from alveary.unsupported import refuse_run_type
+from alveary.unsupported import refuse_given, refuse_model_extras, refuse_run_type
 
 if TYPE_CHECKING:
     from alveary.estimator import Estimator, ScriptRunConfig
@@ -35,6 +35,7 @@ class Run(SubmittedRun):
         Raises:
             AlvearyError: it is not a whole id, and no run's begins so, or several do.
         """
+        refuse_given(outputs=(outputs, "get_file_names() shows what a run stored"))
         session = experiment.workspace
         super().__init__(session, session._call(session._client.runs.full_id(run_id)))
         self.experiment = experiment
@@ -111,16 +112,42 @@ class Run(SubmittedRun):
         return found
 
     def register_model(
-        self, model_name: str, model_path: str | None = None, tags: Mapping[str, str] | None = None,
-        properties: Mapping[str, str] | None = None, model_framework: str | None = None,
-        model_framework_version: str | None = None, description: str | None = None, datasets: Any = None, **_: Any,
-    ) -> Model:  # fmt: skip
-        """Register a file or folder that it stored (default: outputs) as the next version of a model."""
+        self,
+        model_name: str,
+        model_path: str | None = None,
+        tags: Mapping[str, str] | None = None,
+        properties: Mapping[str, str] | None = None,
+        model_framework: str | None = None,
+        model_framework_version: str | None = None,
+        description: str | None = None,
+        datasets: Sequence[Any] = (),
+        sample_input_dataset: Any = None,
+        sample_output_dataset: Any = None,
+        resource_configuration: Any = None,
+    ) -> Model:
+        """Register a file or folder that it stored (default: outputs) as the next version of a model.
+
+        Args:
+            datasets: that the model was made of beside the run's inputs: Dataset objects, or pairs of a purpose and one.
+
+        Raises:
+            AlvearyError: the run stored no such file, or something given is not offered.
+        """
         from alveary.client.models import ModelInfo
+        from alveary.dataset import references
         from alveary.model import Model
         from alveary.progress import file_progress
 
-        info = ModelInfo(model_name, tags or {}, properties or {}, description or "", model_framework or "", model_framework_version or "")
+        refuse_model_extras(sample_input_dataset, sample_output_dataset, resource_configuration)
+        info = ModelInfo(
+            model_name,
+            tags or {},
+            properties or {},
+            description or "",
+            model_framework or "",
+            model_framework_version or "",
+            references(datasets),
+        )
         with file_progress(f"copying files of run {self.id}") as progress:
             work = self._workspace._client.models.register_from_run(self.id, model_path or "outputs", info, progress)
             registered = self._call(work)
@@ -136,7 +163,7 @@ class Experiment:
     def __repr__(self) -> str:
         return f"Experiment(name: {self.name}, workspace: {self.workspace.name})"
 
-    def submit(self, config: Estimator | ScriptRunConfig, tags: Mapping[str, str] | None = None, **kwargs: Any) -> Run:
+    def submit(self, config: Estimator | ScriptRunConfig, tags: Mapping[str, str] | None = None) -> Run:
         """Submit a run. What is wrong with it is said here, before anything is queued.
 
         Raises:
@@ -187,13 +214,22 @@ class Experiment:
         return find_runs(self.workspace, [f"experiment = {quoted(self.name)}", *_conditions(tags, properties, status), *top])
 
     @staticmethod
-    def list(workspace: Session, experiment_name: str | None = None, **_: Any) -> list[Experiment]:
-        """All experiments of a workspace."""
+    def list(
+        workspace: Session, experiment_name: str | None = None, view_type: str | None = None, tags: Any = None
+    ) -> builtins.list[Experiment]:
+        """All experiments of a workspace, or the one of this name.
+
+        Raises:
+            AlvearyError: view_type or tags was given.
+        """
+        refuse_given(
+            view_type=(view_type, "experiments are not archived: all of them are listed"),
+            tags=(tags, "experiments have no tags; filter their runs by tags with get_runs"),
+        )
         from alveary_contracts.runs.v1 import runs_pb2
 
-        reply = workspace._call(
-            workspace._client.call(workspace._client.stubs.experiments.ListExperiments, runs_pb2.ListExperimentsRequest())
-        )
+        client = workspace._client
+        reply = workspace._call(client.call(client.stubs.experiments.ListExperiments, runs_pb2.ListExperimentsRequest()))
         return [Experiment(workspace, e.name) for e in reply.experiments if experiment_name in (None, e.name)]
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from alveary import context
+from alveary.unsupported import refuse_given, refuse_model_extras
 
 F = TypeVar("F", bound=Callable[..., None])
 _ODD = re.compile(r"[\x00-\x1f\x7f\\%\ud800-\udfff]")
@@ -158,7 +159,9 @@ class ContextRun(Recorder):
 
     def register_model(
         self, model_name: str, model_path: str | None = None, tags: Mapping[str, str] | None = None,
-        properties: Mapping[str, str] | None = None, description: str | None = None, **_: Any,
+        properties: Mapping[str, str] | None = None, model_framework: str | None = None,
+        model_framework_version: str | None = None, description: str | None = None, datasets: Any = None,
+        sample_input_dataset: Any = None, sample_output_dataset: Any = None, resource_configuration: Any = None,
     ) -> dict[str, Any]:  # fmt: skip
         """Register a file or folder of the working directory as a model; returns its name and version.
 
@@ -166,10 +169,14 @@ class ContextRun(Recorder):
 
         Raises:
             ContextError: it is refused, or the platform does not answer for a minute.
+            AlvearyError: something given is not offered.
         """
+        refuse_given(datasets=(datasets, "a run's inputs are the datasets of its models; leave it out"))
+        refuse_model_extras(sample_input_dataset, sample_output_dataset, resource_configuration)
         message = {
             "op": "register", "name": model_name, "path": model_path or "outputs", "tags": dict(tags or {}),
             "properties": dict(properties or {}), "description": description or "",
+            "framework": model_framework or "", "framework_version": model_framework_version or "",
         }  # fmt: skip
         return dict(self._line.ask(message))
 
@@ -207,8 +214,15 @@ class OfflineRun(Recorder):
         """Say where it would go."""
         print(f"upload {path} as {name}")
 
-    def register_model(self, model_name: str, model_path: str | None = None, *_: Any, **__: Any) -> dict[str, Any]:
-        """Say what would be registered."""
+    def register_model(
+        self, model_name: str, model_path: str | None = None, tags: Mapping[str, str] | None = None,
+        properties: Mapping[str, str] | None = None, model_framework: str | None = None,
+        model_framework_version: str | None = None, description: str | None = None, datasets: Any = None,
+        sample_input_dataset: Any = None, sample_output_dataset: Any = None, resource_configuration: Any = None,
+    ) -> dict[str, Any]:  # fmt: skip
+        """Say what would be registered; what a run refuses is refused here as well."""
+        refuse_given(datasets=(datasets, "a run's inputs are the datasets of its models; leave it out"))
+        refuse_model_extras(sample_input_dataset, sample_output_dataset, resource_configuration)
         print(f"register {model_path or 'outputs'} as model {model_name}")
         return {"name": model_name, "version": 0}
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from alveary.errors import AlvearyError, RunFailedException
 from alveary.live import LivePrinter
 from alveary.text import printable
+from alveary.unsupported import refuse_given, refuse_run_type
 
 if TYPE_CHECKING:
     from alveary.session import Session
@@ -172,8 +173,19 @@ class SubmittedRun:
 
     # ---- metrics, files, logs -------------------------------------------------------------------------------------
 
-    def get_metrics(self, name: str | None = None, recursive: bool = False, run_type: Any = None, populate: bool = False) -> dict[str, Any]:
-        """Metrics by name: a value for one logged once, a list for one logged repeatedly."""
+    def get_metrics(
+        self, name: str | None = None, recursive: bool = False, run_type: str | None = None, populate: bool = False
+    ) -> dict[str, Any]:
+        """Metrics by name: a value for one logged once, a list for one logged repeatedly.
+
+        Args:
+            recursive: also those of its child runs.
+
+        Raises:
+            AlvearyError: run_type or populate was given.
+        """
+        refuse_run_type(run_type)
+        refuse_given(populate=(populate or None, "pictures are files of the run: download_file gets one"))
         return dict(self._call(self._workspace._client.metrics.values(self.id, name or "", recursive)))
 
     def log(self, name: str, value: float, description: str = "", step: int | None = None) -> None:
@@ -204,12 +216,29 @@ class SubmittedRun:
         self._call(self._workspace._client.transfers.download(found[0], path, overwrite=overwrite))
         return str(path)
 
-    def download_files(self, prefix: str = "", output_directory: str | None = None, *, overwrite: bool = False, **_: Any) -> None:
+    def download_files(
+        self,
+        prefix: str = "",
+        output_directory: str | None = None,
+        output_paths: Sequence[str] | None = None,
+        batch_size: int | None = None,
+        append_prefix: bool = True,
+        timeout_seconds: float | None = None,
+        *,
+        overwrite: bool = False,
+    ) -> None:
         """Store its files here, with their folders, all of them or none.
 
         Raises:
-            AlvearyError: it stored none that begin with `prefix`; or other files are there and `overwrite` is False.
+            AlvearyError: it stored none that begin with `prefix`; other files are there and `overwrite` is False; or something
+                given is not offered.
         """
+        refuse_given(
+            output_paths=(output_paths, "files keep their names below output_directory; download_file stores one under another"),
+            batch_size=(batch_size, "files are downloaded in parallel as it is; leave it out"),
+            append_prefix=(None if append_prefix else False, "files keep their whole names below output_directory"),
+            timeout_seconds=(timeout_seconds, "a download goes on as long as data arrives; leave it out"),
+        )
         from alveary.progress import download
 
         files = self._call(self._workspace._client.runs.files(self.id, prefix))

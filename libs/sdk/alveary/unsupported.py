@@ -23,3 +23,16 @@ def refuse_run_type(type: str | None) -> None:
         AlvearyError: it is not None.
     """
     refuse_given(type=(type, "runs have no types here; filter by tags or properties"))
+
+
+def refuse_model_extras(sample_input_dataset: object, sample_output_dataset: object, resource_configuration: object) -> None:
+    """Refuse what Azure stores beside a model for its deployments.
+
+    Raises:
+        AlvearyError: one of them is not None.
+    """
+    refuse_given(
+        sample_input_dataset=(sample_input_dataset, "models keep no samples; add them to the model's folder"),
+        sample_output_dataset=(sample_output_dataset, "models keep no samples; add them to the model's folder"),
+        resource_configuration=(resource_configuration, "resources are asked for where a model is used; leave it out"),
+    )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from alveary import config
 from alveary.session import Session
+from alveary.unsupported import refuse_given
 
 # Each is imported when it is first used: a command that lists runs needs none of the others.
 if TYPE_CHECKING:
@@ -25,8 +26,9 @@ class Workspace(Session):
         """From config.json: the one given, or found here, above, or where `alveary up` wrote it.
 
         Raises:
-            AlvearyError: there is none.
+            AlvearyError: there is none; or `auth` was given.
         """
+        refuse_given(auth=(auth, "config.json holds the token; leave it out"))
         return cls(config.load(path))
 
     @property

@@ -159,6 +159,7 @@ class NodeContext:
         manifest = c.Manifest(files=[entry for _, entry in digested])
         request = registry_pb2.RegisterModelRequest(
             name=str(message["name"]), manifest=manifest, description=str(message.get("description") or ""),
+            framework=str(message.get("framework") or ""), framework_version=str(message.get("framework_version") or ""),
             tags=message.get("tags") or {}, properties=(message.get("properties") or {}) | {"run_id": run_id}, run_id=run_id,
         )  # fmt: skip
         channel = self._channel(self.settings.registry_endpoint or self.settings.endpoint)

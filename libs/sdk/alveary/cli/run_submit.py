@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast, get_args
 
 import click
 
@@ -12,6 +12,7 @@ from alveary.cli.common import FOLDER, json_option, open_workspace, pairs, print
 
 if TYPE_CHECKING:
     from alveary.dataset import Input
+    from alveary.run_options import Distribution
     from alveary.workspace import Workspace
 
 
@@ -58,6 +59,7 @@ def submit(
     from alveary.estimator import PYTORCH_PACKAGES, ScriptRunConfig
     from alveary.requirements import requirements_of
     from alveary.run import Experiment
+    from alveary.run_options import Resources
 
     _say_whose(command)
     workspace = open_workspace()
@@ -65,10 +67,10 @@ def submit(
     environment = Environment("cli", packages, environment_variables=pairs(env, "--env"), user_managed=bool(python), interpreter=python)
     config = ScriptRunConfig(
         str(source), None if as_command else command[0], command[1:] if not as_command else [], compute_target=target,
-        environment=environment, command=command if as_command else None, cpus=cpus, memory_gb=memory_gb, gpus=gpus,
-        gpu_models=gpu_model, node_labels=pairs(node_label, "--node-label"), use_gpu=gpus > 0, priority=priority,
+        environment=environment, command=command if as_command else None, use_gpu=gpus > 0, priority=priority,
+        resources=Resources(cpus, memory_gb, gpus, gpu_model, pairs(node_label, "--node-label")),
         max_run_duration_seconds=max_seconds or None, inputs=_inputs(workspace, inputs), display_name=name,
-        distributed_job_config=_distributed(launcher, processes, nodes, min_nodes, max_restarts), node_count=nodes,
+        distributed_job_config=_distribution(launcher, processes, nodes, min_nodes, max_restarts),
     )  # fmt: skip
     run = Experiment(workspace, experiment).submit(config, tags=pairs(tag, "--tag"))
     if as_json and not follow:
@@ -102,14 +104,12 @@ def _inputs(workspace: Workspace, inputs: tuple[str, ...]) -> list[Input]:
     return chosen
 
 
-def _distributed(launcher: str, processes: int, nodes: int, min_nodes: int, max_restarts: int) -> Any:
-    from alveary.estimator import MpiConfiguration, PyTorchConfiguration
+def _distribution(launcher: str, processes: int, nodes: int, min_nodes: int, max_restarts: int) -> Distribution:
+    from alveary.run_options import Distribution, Launcher
 
-    launcher = launcher or ("torchrun" if processes > 1 or nodes > 1 else "plain")
-    if launcher == "torchrun":
-        return PyTorchConfiguration(process_count=processes * nodes, node_count=nodes, min_node_count=min_nodes, max_restarts=max_restarts)
-    if launcher == "mpi":
-        return MpiConfiguration(processes, nodes)
-    if launcher != "plain":
+    if launcher not in ("", *get_args(Launcher)):
         raise click.BadParameter(f"--launcher {launcher}: torchrun, mpi or plain")
-    return None
+    chosen = launcher or ("torchrun" if processes > 1 or nodes > 1 else "plain")
+    if (min_nodes or max_restarts) and chosen != "torchrun":
+        raise click.BadParameter(f"--min-nodes and --max-restarts are torchrun's, and this run is launched by {chosen}")
+    return Distribution(nodes, processes, cast(Launcher, chosen), min_nodes, max_restarts)

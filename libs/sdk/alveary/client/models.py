@@ -38,6 +38,8 @@ class ModelInfo:
     description: str = ""
     framework: str = ""
     framework_version: str = ""
+    # "name:version" of those it was made of, beside the inputs of its run.
+    datasets: Sequence[str] = ()
 
     def request(self) -> reg.RegisterModelRequest:
         """The request that registers it, without its files."""
@@ -48,6 +50,7 @@ class ModelInfo:
             description=self.description,
             framework=self.framework,
             framework_version=self.framework_version,
+            datasets=self.datasets,
             idempotency_key=new_id(),
         )
 
