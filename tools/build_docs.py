@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from reference import cli, protos, sdk, settings
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ROOT / "docs/reference"
+SITE = ROOT / "site"
 ENVIRONMENT = ROOT / ".venv-docs"
 REQUIREMENTS = ROOT / "requirements-docs.txt"
 UV = [sys.executable, str(ROOT / "libs/core/alveary_core/uv.py")]
@@ -58,6 +60,19 @@ def environment() -> Path:
     return python
 
 
+def problems() -> list[str]:
+    """What is wrong with the built site: files that a page would fetch from elsewhere, diagrams that are missing."""
+    found = []
+    for file in sorted(SITE.rglob("*.html")):
+        text = file.read_text()
+        found += [f"{file}: fetches {tag}" for tag in re.findall(r"<(?:script|img|link)\b[^>]*(?:src|href)=\"https?://[^>]*>", text)]
+        source = ROOT / "docs" / file.relative_to(SITE).with_suffix(".md")
+        wanted = len(re.findall(r"^```mermaid$", source.read_text(), re.MULTILINE)) if source.exists() else 0
+        if text.count('<svg id="diagram-') != wanted:
+            found.append(f"{file}: not all of its {wanted} diagrams are drawn")
+    return found
+
+
 def main() -> int:
     """Build; returns the exit code."""
     write_reference()
@@ -66,7 +81,10 @@ def main() -> int:
     python = environment()
     # mermaid_fence.py is found in tools/.
     variables = os.environ | {"PYTHONPATH": str(ROOT / "tools")} | ({} if sys.stdout.isatty() else {"NO_COLOR": "1"})
-    return subprocess.run([str(python.with_name("zensical")), "build", "--clean", "--strict"], cwd=ROOT, env=variables).returncode
+    built = subprocess.run([str(python.with_name("zensical")), "build", "--clean", "--strict"], cwd=ROOT, env=variables)
+    wrong = [] if built.returncode else problems()
+    print(*wrong, sep="\n", end="\n" if wrong else "")
+    return built.returncode or bool(wrong)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ def fence(source: str, language: str, css_class: str, options: dict[str, Any], m
     Raises:
         Exception: Mermaid does not understand the source; the strict build fails.
     """
-    svg = str(mermaidx.render(source).svg)
+    svg = mermaidx.render(source).svg()
     # Styles inside of the SVG are scoped by its id, and a page may have several diagrams.
     name = "diagram-" + hashlib.sha256(source.encode()).hexdigest()[:12]
     return f'<figure class="diagram">{svg.replace("mermaid-svg", name).replace("my-svg", name)}</figure>'
