@@ -12,7 +12,8 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import psutil
 import pytest
@@ -24,6 +25,7 @@ from alveary_trainer.adapters.process import ProcessTree, become_subreaper
 from alveary_trainer.adapters.runtime import Outcome
 from alveary_trainer.lines import Lines
 from alveary_trainer.shipper import pump
+from alveary_trainer.short_paths import ShortLinks
 
 NOWHERE = Offer(why_not="not in this test")
 HEADER = "import os, signal, sys, time\nfrom pathlib import Path\n"
@@ -153,9 +155,12 @@ async def test_a_fork_bomb_ends(groups: Groups, tmp_path: Path) -> None:
     started = Started(groups, python(code), tmp_path)
     waiting = asyncio.create_task(started.ends())
     await there(tmp_path / "there")
-    while len(started.tree.usage().pids) < 100:
+    deadline = time.monotonic() + 20  # it doubles until it is killed
+    while len(started.tree.usage().pids) < 100 and time.monotonic() < deadline:
         assert not waiting.done()
+    counted = len(started.tree.usage().pids)
     started.tree.kill()
+    assert counted >= 100
     outcome, _, _ = await waiting
     assert (outcome.signal, outcome.left) == (signal.SIGKILL, ()) and left(tmp_path) == []
 
@@ -388,3 +393,72 @@ async def test_a_pipe_that_somebody_else_holds_open_is_read_to_what_it_holds(tmp
         await reading
     os.close(write)
     assert sink.lines == [b"one", b"x" * 60_000, b"last"]
+
+
+# ---- the shim that is kept ready ------------------------------------------------------------------------------------
+
+
+async def runtime_with_spare(groups: Groups, folder: Path) -> process.ProcessRuntime:
+    made = process.ProcessRuntime(cast(Any, None), groups, ShortLinks(folder))
+    await made.sweep()
+    await spare_of(made)
+    return made
+
+
+async def spare_of(runtime: process.ProcessRuntime) -> ProcessTree:
+    for _ in range(600):
+        if runtime._spare is not None and children_of(runtime._spare._shim.pid):
+            return runtime._spare
+        await asyncio.sleep(0.05)
+    raise AssertionError("no shim is kept ready")
+
+
+def children_of(pid: int) -> list[psutil.Process]:
+    return psutil.Process(pid).children()
+
+
+async def launched(runtime: process.ProcessRuntime, folder: Path, code: str, memory: int = 0) -> tuple[ProcessTree, Outcome]:
+    place = SimpleNamespace(work=folder, name=f"r-{time.monotonic_ns()}")
+    limits = SimpleNamespace(gpus=(), resources=SimpleNamespace(memory_bytes=memory))
+    tree = await runtime.launch(cast(Any, place), cast(Any, None), python(code), {"PATH": os.environ["PATH"]}, cast(Any, limits))
+    async with asyncio.timeout(60):
+        outcome = await tree.wait()
+    for pipe in (tree.stdout, tree.stderr):
+        os.close(pipe)
+    return tree, outcome
+
+
+async def test_an_attempt_gets_the_shim_that_is_ready_and_another_takes_its_place(groups: Groups, tmp_path: Path) -> None:
+    runtime = await runtime_with_spare(groups, tmp_path)
+    spare = await spare_of(runtime)
+    tree, outcome = await launched(runtime, tmp_path, "sys.exit(4)")
+    assert tree is spare and outcome.exit_code == 4
+    assert (await spare_of(runtime)) is not spare
+    spare = await spare_of(runtime)
+    runtime.close()
+    assert not psutil.pid_exists(spare._shim.pid) and not any(folder.exists() for folder in spare.group._folders)
+
+
+@pytest.mark.parametrize("victim", ["shim", "child", "both"])
+async def test_a_spare_that_was_killed_costs_no_attempt(groups: Groups, tmp_path: Path, victim: str) -> None:
+    runtime = await runtime_with_spare(groups, tmp_path)
+    spare = await spare_of(runtime)
+    shim, (child,) = psutil.Process(spare._shim.pid), children_of(spare._shim.pid)
+    for one in (child, shim) if victim == "both" else (shim,) if victim == "shim" else (child,):
+        one.kill()
+    await asyncio.to_thread(until, lambda: spare._shim.poll() is not None, "it has ended")
+    tree, outcome = await launched(runtime, tmp_path, "sys.exit(4)")
+    assert tree is not spare and outcome.exit_code == 4 and not outcome.left
+    runtime.close()
+    assert not psutil.pid_exists(child.pid) or child.status() == psutil.STATUS_ZOMBIE
+
+
+async def test_the_memory_of_an_attempt_is_limited_in_a_shim_that_was_ready(tmp_path: Path) -> None:
+    support = describe()
+    if not support.memory.version:
+        pytest.skip(f"no control groups for memory here: {support.memory.why_not}")
+    become_subreaper()
+    runtime = await runtime_with_spare(Groups(tmp_path, support), tmp_path)
+    _, outcome = await launched(runtime, tmp_path, "held = bytearray(300 << 20)", memory=128 << 20)
+    assert outcome.out_of_memory
+    runtime.close()

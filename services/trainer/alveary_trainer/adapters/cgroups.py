@@ -248,6 +248,15 @@ class Group:
             "no_forks": str(self.pids_folder / "pids.max") if self.pids_folder else "",
         }
 
+    def limit_memory(self, memory_bytes: int) -> None:
+        """Let the kernel enforce a limit, bytes; 0, or without a group for it: none.
+
+        Raises:
+            OSError: the kernel refuses it.
+        """
+        if memory_bytes and self.memory_folder is not None:
+            _limit(self.memory_folder, self.memory_version, memory_bytes)
+
     def pids(self) -> list[int] | None:
         """Processes in the group; None: it is not known."""
         if not self._folders:
@@ -371,8 +380,7 @@ class Groups:
             for version in (1, 2):
                 if f"memory{version}" in uses:
                     group.memory_folder, group.memory_version = folder, version
-            if memory_bytes and group.memory_folder == folder:
-                _limit(folder, group.memory_version, memory_bytes)
+        group.limit_memory(memory_bytes)
         return group
 
     def sweep(self) -> int:

@@ -24,6 +24,7 @@ import psutil
 
 from alveary_contracts.common.v1 import common_pb2 as c
 from alveary_contracts.proxies import for_runs
+from alveary_core import telemetry
 from alveary_trainer.adapters import alveary_exec
 from alveary_trainer.adapters.cgroups import Group, Groups
 from alveary_trainer.adapters.environments import Environments
@@ -36,6 +37,8 @@ _SHIM = Path(__file__).with_name("shim.py")
 # What a training process inherits of the trainer's environment; everything else is the run's own.
 _INHERITED = ("PATH", "HOME", "TZ", "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "LD_LIBRARY_PATH")  # fmt: skip
 
+# How long after a launch the next shim is started.
+_SPARE_DELAY_SECONDS = 0.3
 # How long killed processes may take to be gone, and a shim to report them, seconds.
 _REST_SECONDS, _INSIST_SECONDS = 10.0, 30.0
 
@@ -48,6 +51,12 @@ class ProcessRuntime:
     def __init__(self, environments: Environments, groups: Groups, links: ShortLinks, address: str = "127.0.0.1") -> None:
         """`address`: by which other nodes reach this one."""
         self._environments, self._groups, self._links, self._address = environments, groups, links, address
+        # A shim that waits for the next attempt.
+        self._spare: ProcessTree | None = None
+        self._spares = 0
+        self._preparing: asyncio.Task[None] | None = None
+        self._replenishing: asyncio.TimerHandle | None = None
+        self._closed = False
 
     @asynccontextmanager
     async def stage(self, workspace: str, digest: str, environment: c.Environment, say: Say) -> AsyncIterator[Staged]:
@@ -100,21 +109,58 @@ class ProcessRuntime:
     async def launch(self, place: Place, staged: Staged, argv: Sequence[str], env: Mapping[str, str], limits: Limits) -> ProcessTree:
         """See Runtime."""
         gpus = {"CUDA_VISIBLE_DEVICES": ",".join(str(g) for g in limits.gpus)}
+        tree, self._spare = self._spare, None
         try:
-            group = await asyncio.to_thread(self._groups.make, place.name, limits.resources.memory_bytes, MOST_PROCESSES)
+            if tree is None or not tree.is_ready():
+                if tree is not None:
+                    await asyncio.to_thread(tree.discard)
+                tree = await self._prepare(place.name)
+            await asyncio.to_thread(tree.group.limit_memory, limits.resources.memory_bytes)
         except OSError as error:
             raise StagingFailed(f"the control groups of this node cannot be used any more: {error}") from error
+        tree.start(argv, place.work, dict(env) | gpus)
+        # Later: it would take CPU time from the program that starts.
+        self._replenishing = asyncio.get_running_loop().call_later(_SPARE_DELAY_SECONDS, self._replenish)
+        return tree
+
+    async def _prepare(self, name: str) -> ProcessTree:
+        group = await asyncio.to_thread(self._groups.make, name, 0, MOST_PROCESSES)
         # On this thread: the kernel tells the shim of the end of the thread that started it.
-        return ProcessTree.launch(argv, place.work, dict(env) | gpus, group, self._links)
+        return ProcessTree.prepare(group, self._links)
+
+    def _replenish(self) -> None:
+        """Have a shim ready for the next attempt: starting one, and entering control groups, takes longer than the rest of a launch."""
+        if self._closed or self._spare is not None or (self._preparing is not None and not self._preparing.done()):
+            return
+        self._preparing = asyncio.create_task(self._prepare_spare(), name="processes.spare")
+
+    async def _prepare_spare(self) -> None:
+        self._spares += 1
+        try:
+            made = await self._prepare(f"spare-{self._spares}")
+        except OSError as error:  # the next launch says so, where it is needed
+            telemetry.logger().warning("processes.spare", error=str(error))
+            return
+        if self._closed or self._spare is not None:
+            await asyncio.to_thread(made.discard)
+        else:
+            self._spare = made
 
     async def sweep(self) -> None:
         """End what an earlier life of this node left: what killed its shim and outlived the trainer too."""
         await asyncio.to_thread(self._groups.sweep)
         await asyncio.to_thread(end_strays, self._links.runs_dir)
         self._links.sweep()
+        self._replenish()
 
     def close(self) -> None:
         """The node is no more."""
+        self._closed = True
+        if self._replenishing is not None:
+            self._replenishing.cancel()
+        if self._spare is not None:
+            self._spare.discard()
+            self._spare = None
         self._groups.close()
 
 
@@ -126,9 +172,11 @@ class ProcessTree:
     _starting: ClassVar[threading.Lock] = threading.Lock()
 
     def __init__(
-        self, shim: subprocess.Popen[bytes], stdout: int, stderr: int, status: int, group: Group, links: ShortLinks | None
-    ) -> None:
+        self, shim: subprocess.Popen[bytes], stdout: int, stderr: int, status: int, program: int, go: int, group: Group,
+        links: ShortLinks | None,
+    ) -> None:  # fmt: skip
         self._shim, self.stdout, self.stderr, self._status = shim, stdout, stderr, status
+        self._program, self._go = program, go
         self._group, self._links = group, links
         self._cpu: dict[int, psutil.Process] = {}
         self._spent: tuple[float, float] | None = None
@@ -140,34 +188,71 @@ class ProcessTree:
         cls, argv: Sequence[str], cwd: Path, env: Mapping[str, str], group: Group | None = None, links: ShortLinks | None = None
     ) -> ProcessTree:
         """Start `argv` under a shim. The caller reads `stdout` and `stderr`, which are non-blocking."""
+        tree = cls.prepare(group, links)
+        tree.start(argv, cwd, env)
+        return tree
+
+    @classmethod
+    def prepare(cls, group: Group | None = None, links: ShortLinks | None = None) -> ProcessTree:
+        """A shim whose child, in its control groups, waits for `start`, or for `discard`.
+
+        Raises:
+            OSError: there are no more processes, or no memory.
+        """
         group = group or Group()
-        order = {"argv": list(argv), "cwd": str(cwd), "env": dict(env), "group": group.order, "trainer": os.getpid()}
         # A shim that its script stopped cannot hear of the trainer's end: the next trainer finds it by this, see end_strays.
-        marked = {"PATH": "/usr/bin:/bin", "ALVEARY_WORK_DIR": env.get("ALVEARY_WORK_DIR", "")}
+        marked = {"PATH": "/usr/bin:/bin", "ALVEARY_WORK_DIR": f"{links.runs_dir}/shim" if links else ""}
         # A file: a pipe would block here until the shim reads it, where the environment is large.
-        written = os.memfd_create("alveary-order")
+        order, program = os.memfd_create("alveary-order"), os.memfd_create("alveary-program")
         out_read, out_write = os.pipe()
         err_read, err_write = os.pipe()
         status_read, status_write = os.pipe()
+        go_read, go_write = os.pipe()
+        passed = [status_write, order, program, go_read]
         try:
-            with os.fdopen(os.dup(written), "wb") as file:
-                file.write(json.dumps(order).encode())
+            _write_json(order, {"group": group.order, "trainer": os.getpid()})
             with cls._starting:
                 shim = subprocess.Popen(
-                    [sys.executable, "-I", "-S", str(_SHIM), str(status_write), str(written)], stdin=subprocess.DEVNULL, stdout=out_write,
-                    stderr=err_write, pass_fds=[status_write, written], env=marked, start_new_session=True,
+                    [sys.executable, "-I", "-S", str(_SHIM), *map(str, passed)], stdin=subprocess.DEVNULL, stdout=out_write,
+                    stderr=err_write, pass_fds=passed, env=marked, start_new_session=True,
                 )  # fmt: skip
                 cls._shims.add(shim.pid)
         except BaseException:
-            for fd in (out_read, err_read, status_read):
+            for fd in (out_read, err_read, status_read, program, go_write):
                 os.close(fd)
             raise
         finally:
-            for fd in (written, out_write, err_write, status_write):
+            for fd in (out_write, err_write, status_write, order, go_read):
                 os.close(fd)
         os.set_blocking(out_read, False)
         os.set_blocking(err_read, False)
-        return cls(shim, out_read, err_read, status_read, group, links)
+        return cls(shim, out_read, err_read, status_read, program, go_write, group, links)
+
+    @property
+    def group(self) -> Group:
+        """Its control groups."""
+        return self._group
+
+    def is_ready(self) -> bool:
+        """Whether the shim lives, as far as is known, and `start` can be called."""
+        return self._go >= 0 and self._shim.poll() is None
+
+    def start(self, argv: Sequence[str], cwd: Path, env: Mapping[str, str]) -> None:
+        """Let the child become the program. Where shim or child were killed meanwhile, `wait` reports an end without an exit code."""
+        _write_json(self._program, {"argv": list(argv), "cwd": str(cwd), "env": dict(env)})
+        go, self._go = self._go, -1
+        with contextlib.suppress(BrokenPipeError):  # nobody waits for it: both are dead
+            os.write(go, b"1")
+        os.close(go)
+        os.close(self._program)
+
+    def discard(self) -> None:
+        """End a shim that was never started."""
+        for fd in (self._go, self._program, self.stdout, self.stderr, self._status):
+            os.close(fd)
+        self._shim.kill()
+        self._shim.wait()
+        self._end_rest()
 
     async def wait(self) -> Outcome:
         """Until the process has ended and nothing of its tree is left."""
@@ -257,6 +342,13 @@ class ProcessTree:
         with contextlib.suppress(OSError, IndexError):  # it has ended
             if Path(f"/proc/{self._shim.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T":
                 self._shim.send_signal(signal.SIGCONT)
+
+
+def _write_json(file: int, value: dict[str, Any]) -> None:
+    data = json.dumps(value).encode()
+    written = 0
+    while written < len(data):
+        written += os.pwrite(file, data[written:], written)
 
 
 def _unless_gone(measure: Callable[[int], int], pid: int) -> int:

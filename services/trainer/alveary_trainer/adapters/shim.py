@@ -1,9 +1,11 @@
 """Stands between the trainer and a training process; standard library alone.
 
-`python -I -S alveary_shim.py REPORT ORDER` beside the trainer: both are descriptors, ORDER that of a file. `python -I -S
-alveary_shim.py FOLDER SOCKET` as the first process of a container: the order is FOLDER/order.json, the report
-FOLDER/report.json, stdout and stderr the pipes FOLDER/stdout and FOLDER/stderr; SOCKET is the trainer's, and its end is
-the trainer's death.
+`python -I -S alveary_shim.py REPORT ORDER PROGRAM GO` beside the trainer: all are descriptors, ORDER and PROGRAM of files.
+ORDER holds {group, trainer}; PROGRAM holds {argv, cwd, env} once a byte comes from GO. Everything that takes time (this
+interpreter, fork, entering control groups) is done before that byte, so that a trainer can keep a spare shim ready.
+`python -I -S alveary_shim.py FOLDER SOCKET` as the first process of a container: the order is FOLDER/order.json, the
+report FOLDER/report.json, stdout and stderr the pipes FOLDER/stdout and FOLDER/stderr; SOCKET is the trainer's, and its
+end is the trainer's death.
 
 Starts {argv, cwd, env} in a session of its own, in the control groups of the order, and waits. Everything the process
 starts ends up below this process, however it detaches: it is a child subreaper (prctl(2), Linux 3.4). When the process
@@ -37,6 +39,10 @@ class Shim:
     def __init__(self):
         self.child, self.wanted, self.was_asked = 0, False, False
         self.order = {}
+        # Called in the child: waits for the program, and gives its order.
+        self.program = lambda: self.order
+        # The descriptor that the child waits for.
+        self.go = None
         # A thread, started once there is no more to fork.
         self.watch = None
 
@@ -107,7 +113,8 @@ class Shim:
                 devnull = os.open(os.devnull, os.O_RDONLY)
                 os.dup2(devnull, 0)
                 alveary_exec.as_found()
-                alveary_exec.start(self.order["argv"], self.order["cwd"], self.order["env"])
+                program = self.program()
+                alveary_exec.start(program["argv"], program["cwd"], program["env"])
             except alveary_exec.Problem as problem:
                 os.write(write, json.dumps([problem.code, str(problem)]).encode())
             except BaseException as error:
@@ -115,6 +122,8 @@ class Shim:
             os._exit(alveary_exec.NOT_FOUND)
         self.child = child
         os.close(write)
+        if self.go is not None:
+            os.close(self.go)  # the trainer learns by its pipe that the child is no more
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         if self.watch:
             threading.Thread(target=self.watch, daemon=True).start()
@@ -136,11 +145,20 @@ def beside_the_trainer(libc, shim):
     """Order and report over inherited descriptors."""
     trainer = os.getppid()
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGUSR1, 0, 0, 0)
-    descriptor = int(sys.argv[1])
-    os.set_inheritable(descriptor, False)
-    with os.fdopen(int(sys.argv[2]), "rb") as file:
-        file.seek(0)
-        shim.order = json.load(file)
+    descriptor, order, program, go = map(int, sys.argv[1:5])
+    for inherited in (descriptor, order, program, go):
+        os.set_inheritable(inherited, False)
+
+    def read(file):
+        # Its offset is shared with the trainer.
+        return json.loads(os.pread(file, os.fstat(file).st_size, 0))
+
+    def wait_for_program():
+        if not os.read(go, 1):
+            os._exit(0)  # a spare that is not needed
+        return read(program)
+
+    shim.order, shim.program, shim.go = read(order), wait_for_program, go
     if os.getppid() != trainer or trainer != shim.order.get("trainer", trainer):
         os._exit(70)  # the trainer died before the kernel was told whom to tell
 
