@@ -122,6 +122,20 @@ async def test_small_segments_are_merged_and_damage_is_found(tmp_path: Path) -> 
         store.close()
 
 
+async def test_a_copy_of_another_format_is_refused(tmp_path: Path) -> None:
+    with servers(tmp_path) as layout:
+        store = await store_of(layout)
+        async with opened(layout, "runs") as log, opened(layout, "archiver") as copier:
+            async with archiving(copier, store) as archiver:
+                appended = await log.append(Key("w", "run", new_id()), [ev.RunTagged()], 0)
+                await reaches(archiver, appended.sequence)
+            await verify(copier, store, "ALVEARY", lambda _: None)
+            await store.delete("archive", ["format/ALVEARY/1"])
+            with pytest.raises(FailedPrecondition, match="format 0, and this version of Alveary reads format 1"):
+                await verify(copier, store, "ALVEARY", lambda _: None)
+        store.close()
+
+
 async def test_a_deleted_run_is_erased_from_the_copy_too(tmp_path: Path) -> None:
     with servers(tmp_path) as layout:
         store = await store_of(layout)

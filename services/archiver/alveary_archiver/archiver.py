@@ -14,7 +14,7 @@ from nats.js.errors import NotFoundError
 from alveary_archiver.segments import Damaged, Record, Segment, chain, mergeable, pack, unpack
 from alveary_core import telemetry
 from alveary_core.errors import FailedPrecondition
-from alveary_core.eventlog import METRICS, EventLog, ensure_streams
+from alveary_core.eventlog import LOG_FORMAT, METRICS, EventLog, ensure_streams
 from alveary_core.events import STREAM
 from alveary_core.objectstore import ObjectStore
 
@@ -36,9 +36,17 @@ async def covered(store: ObjectStore, stream: str) -> list[Segment]:
 
     Raises:
         Damaged: a part is missing.
+        FailedPrecondition: the copy is of a log of another format.
     """
     keys = await store.keys(BUCKET, f"{stream}/")
-    return chain(found for key in keys if (found := Segment.of(key)) is not None)
+    segments = chain(found for key in keys if (found := Segment.of(key)) is not None)
+    formats = [key.rpartition("/")[2] for key in await store.keys(BUCKET, f"format/{stream}/")]
+    if segments and formats != [str(LOG_FORMAT)]:
+        raise FailedPrecondition(
+            f"the copy of {stream} has format {', '.join(formats) or 0}, and this version of Alveary reads format {LOG_FORMAT}: "
+            "run the version that wrote it"
+        )
+    return segments
 
 
 async def records(store: ObjectStore, segments: list[Segment]) -> AsyncIterator[Record]:
@@ -119,6 +127,8 @@ class Archiver:
             FailedPrecondition: the stream is another one than that which was copied: it must be restored first.
         """
         self._segments = segments = await covered(self._store, self._stream)
+        if not segments:
+            await self._store.put(BUCKET, f"format/{self._stream}/{LOG_FORMAT}", b"")
         self.position = segments[-1].last if segments else 0
         await same_stream(self._log, self._stream, self._store, segments)
         batch: list[Record] = []
