@@ -43,6 +43,9 @@ chaos: install
 test-fast: install
 	$(BIN)/python -m pytest -q -n 4 --dist worksteal -m "not slow" tests/unit tests/integration
 
+# What users have: the guard of event loops costs time, and belongs to tests.
+bench bench-cli bench-files bench-files-large bench-logs bench-scale: export ALVEARY_GUARD_LOOP := 0
+bench bench-cli bench-files bench-files-large bench-logs bench-scale: export ALVEARY_TRAINER_GUARD_LOOP := 0
 bench: install
 	$(BIN)/python tests/bench/bench.py
 	$(BIN)/python tests/bench/scheduler.py
@@ -55,6 +58,11 @@ bench-logs: install
 
 bench-files: install
 	$(BIN)/python tests/bench/files.py
+
+# A run with 60,000 outputs and one of 12 GB, which takes some 40 GB of disk; prints the longest delay of an event loop.
+.PHONY: bench-files-large
+bench-files-large: install
+	$(BIN)/python tests/bench/files.py --small 0 --outputs 60000 --gib 12
 
 # What grows with what: SCALE="runs --runs 1000000" measures one part.
 bench-scale: install

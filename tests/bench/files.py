@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import hashlib
+import json
 import os
 import statistics
 import sys
@@ -22,7 +23,7 @@ import urllib3
 from minio import Minio
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from support import embedded, finished, servers, submit
+from support import Embedded, embedded, finished, servers, submit
 
 from alveary.local.layout import Layout
 from alveary_contracts.common.v1 import common_pb2 as c
@@ -107,8 +108,18 @@ def store(layout: Layout, folder: Path, small: int, mib: int) -> None:
     asyncio.run(blobs())
 
 
-def run(folder: Path, outputs: int) -> None:
-    """A run that stores many small files, registered and listed."""
+def longest_stall(stack: Embedded) -> float:
+    """The longest delay of an event loop of a service or trainer, seconds; 0: none of more than 0.1 s, which would be logged."""
+    longest = 0.0
+    for log in (*stack.state_dir.glob("logs/*.log"), *stack.state_dir.glob("services/nodes/*.log")):
+        for line in log.read_text(errors="replace").splitlines():
+            if '"event": "loop.' in line:
+                longest = max(longest, json.loads(line)["seconds"])
+    return longest
+
+
+def run(folder: Path, outputs: int, gib: int) -> None:
+    """A run that stores many small files, and perhaps a large one; the small ones are registered and listed."""
     with embedded(folder / "stack") as stack:
         workspace = stack.workspace()
         (folder / "source").mkdir()
@@ -118,6 +129,10 @@ def run(folder: Path, outputs: int) -> None:
         for n in range({outputs}):
             with open(f"outputs/many/{{n}}", "w") as file:
                 file.write(f"number {{n}} " * 100)
+        block = os.urandom(64 << 20)
+        with open("outputs/large", "wb") as file:
+            for n in range({gib} * 16):
+                file.write(n.to_bytes(8, "big") + block[8:])
         """
         submitted = submit(workspace, folder / "source", code)
         began = 0.0
@@ -127,14 +142,17 @@ def run(folder: Path, outputs: int) -> None:
             time.sleep(0.05)
         finalizing = time.monotonic() - began
         finished(submitted)
-        row(f"a run's {outputs} outputs stored", f"{outputs / finalizing:.0f} files/s", f"{finalizing:.1f} s in Finalizing")
-        seconds = timed(lambda: submitted.register_model("many", "outputs"))
+        large = f" and a file of {gib} GiB" if gib else ""
+        row(f"a run's {outputs} outputs{large} stored", f"{outputs / finalizing:.0f} files/s", f"{finalizing:.1f} s in Finalizing")
+        seconds = timed(lambda: submitted.register_model("many", "outputs/many"))
         row(f"{outputs} outputs registered as a model", f"{outputs / seconds:.0f} files/s", f"{seconds:.1f} s")
         client = workspace._client
         seconds = timed(lambda: workspace._call(client.runs.file_links(submitted.id, with_urls=True)))
         row(f"{outputs} files listed with links", f"{outputs / seconds:.0f} files/s", f"{seconds:.2f} s")
-        seconds = timed(lambda: submitted.download_files("", str(folder / "down")))
+        seconds = timed(lambda: submitted.download_files("outputs/many", str(folder / "down")))
         row(f"{outputs} files downloaded", f"{outputs / seconds:.0f} files/s", f"{seconds:.1f} s")
+        stall = longest_stall(stack)
+        row("longest delay of an event loop", f"{stall * 1000:.0f} ms" if stall else "under 100 ms", "", "wanted: at most 100 ms")
 
 
 def main() -> None:
@@ -143,6 +161,7 @@ def main() -> None:
     parser.add_argument("--small", type=int, default=2000, help="small files; 0: none of this part")
     parser.add_argument("--mib", type=int, default=256, help="size of the large file")
     parser.add_argument("--outputs", type=int, default=5000, help="outputs of the run; 0: none of this part")
+    parser.add_argument("--gib", type=int, default=0, help="size of a large output of the run")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -151,7 +170,7 @@ def main() -> None:
             with servers(folder / "servers") as layout:
                 store(layout, folder / "files", given.small, given.mib)
         if given.outputs:
-            run(folder, given.outputs)
+            run(folder, given.outputs, given.gib)
 
 
 if __name__ == "__main__":
