@@ -85,6 +85,15 @@ def _is_ours(file: Path) -> bool:
         return False
 
 
+def holds_token(file: Path) -> bool:
+    """Whether a file is a config of ours, with the token that it needs."""
+    try:
+        data = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(data, dict) and {"endpoint", "token"} <= data.keys() <= Config.__dataclass_fields__.keys()
+
+
 _ENDPOINT = re.compile(r"(?!https?:)[^\s/]+:\d{1,5}|unix:\S+")
 _TYPES = {"endpoint": str, "token": str, "workspace": str, "endpoints": dict, "allow_cpu_fallback": bool, "tls": bool, "ca": str}
 

@@ -30,7 +30,8 @@ class LivePrinter:
         self._out, self._err = out or sys.stdout, err or sys.stderr
         self._follow, self._clock = follow, clock
         self._terminal = follow and self._out.isatty()
-        self._rest: dict[Hashable, bytes] = {}
+        # The parts so far of lines that come in several, joined when the last is there.
+        self._parts: dict[Hashable, list[bytes]] = {}
         # What is unfinished, newest last, with its mark.
         self._unfinished: dict[Hashable, tuple[str, bytes]] = {}
         # Elsewhere than on a terminal: what was printed last of an unfinished line, when it may be printed again, and how long after that.
@@ -43,10 +44,10 @@ class LivePrinter:
         if line.provisional:
             self._show(key, mark, line.data)
             return
-        data = self._rest.pop(key, b"") + line.data
         if line.partial:
-            self._rest[key] = data
+            self._parts.setdefault(key, []).append(line.data)
             return
+        data = b"".join([*self._parts.pop(key, ()), line.data])
         self._unfinished.pop(key, None)
         printed, _, _ = self._printed.pop(key, (None, 0.0, 0.0))
         if printed != data:

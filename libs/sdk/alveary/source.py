@@ -13,13 +13,14 @@ from pathlib import Path
 
 import pathspec
 
+from alveary.config import holds_token
 from alveary.errors import AlvearyError, AlvearyWarning
 from alveary_contracts.common.v1 import common_pb2 as c
 from alveary_contracts.names import path_problem
 
 # The first found decides; all have gitignore's syntax.
 IGNORE_FILES = (".alvearyignore", ".amlignore", ".gitignore")
-_ALWAYS = (".git/", "__pycache__/", ".ipynb_checkpoints/", ".DS_Store")
+_ALWAYS = (".git/", "__pycache__/", ".ipynb_checkpoints/", ".DS_Store", ".alveary/")
 # A run's own folders: of a source they would be stored as what the run made.
 _RUNS_OWN = ("/outputs/", "/logs/")
 MAX_FILES, MAX_BYTES = 2000, 300 * 1000 * 1000
@@ -56,6 +57,15 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
     except OSError:  # what is wrong with it is said by stat
+        return False
+
+
+def _is_state(folder: Path) -> bool:
+    """Whether a folder is the state directory of a platform: `alveary up` writes its secrets there."""
+    file = folder / "stack.json"
+    try:
+        return file.is_file() and b'"secrets"' in file.read_bytes()
+    except OSError:
         return False
 
 
@@ -102,6 +112,9 @@ class _Walk:
                 self._odd(relative, f"links that lead nowhere ({error.strerror})")
                 continue
             if stat.S_ISDIR(info.st_mode):
+                if _is_state(full):
+                    self._odd(relative, "state directories of a platform, which hold its secrets,")
+                    continue
                 if self._snapshot and f"/{relative}/" in _RUNS_OWN:
                     if any(full.iterdir()):
                         self.own.append(relative)
@@ -115,6 +128,9 @@ class _Walk:
                     )
                 yield from self._folder(full, relative + "/", (*above, identity))
             elif stat.S_ISREG(info.st_mode):
+                if entry.name == "config.json" and holds_token(full):
+                    self._odd(relative, "configs with a token of the platform")
+                    continue
                 yield relative, full, info
             else:
                 self._odd(relative, next((kind for test, kind in _KINDS.items() if test(info.st_mode)), "things that are no files"))
@@ -140,7 +156,8 @@ def manifest_of(
 ) -> tuple[c.Manifest, dict[str, Path]]:
     """Manifest of a file or folder, and where each of its files is.
 
-    A snapshot leaves out what the ignore file says and ./outputs and ./logs, and is limited to 300 MB and 2,000 files. Links to files
+    A snapshot leaves out what the ignore file says, ./outputs and ./logs, and what holds secrets of a platform (state directories,
+    configs with a token), and is limited to 300 MB and 2,000 files; secrets in other folders are refused. Links to files
     are followed; links to folders inside `path`, with `follow_links` also others.
 
     Raises:
@@ -156,6 +173,8 @@ def manifest_of(
         files, sizes = {path.name: path}, {path.name: path.stat().st_size}
     elif not path.is_dir():
         raise AlvearyError(f"{path} is neither a file nor a folder", "INVALID_ARGUMENT")
+    elif _is_state(path):
+        raise AlvearyError(f"{path} is the state directory of a platform, and holds its secrets: name another folder", "INVALID_ARGUMENT")
     else:
         walk = _Walk(path, snapshot, follow_links)
         for relative, full, info in walk:

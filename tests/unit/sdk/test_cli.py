@@ -36,6 +36,7 @@ from alveary_contracts.logs.v1 import logs_pb2, logs_pb2_grpc
 from alveary_contracts.registry.v1 import registry_pb2, registry_pb2_grpc
 from alveary_contracts.runs.v1 import runs_pb2 as pb
 from alveary_contracts.runs.v1 import runs_pb2_grpc
+from alveary_contracts.scheduler.v1 import scheduler_pb2, scheduler_pb2_grpc
 
 # What is paid for by those alone who use it: transfers, ignore files, settings, pictures of progress, other services.
 HEAVY = {"google", "grpc", "asyncio", "ssl", "urllib3", "pathspec", "pydantic", "rich", "typer", "yaml", "minio", "nats", "psutil", "numpy"}
@@ -51,6 +52,8 @@ class Runs(runs_pb2_grpc.RunServiceServicer):
         self.stopped = threading.Event()
         # How far the read model is behind, as the platform words it.
         self.behind = ""
+        # Ids by which calls named a run, other than GetRun, which takes a prefix.
+        self.named: list[str] = []
 
     def ListRuns(self, request: pb.ListRunsRequest, context: Any) -> pb.ListRunsResponse:
         self.asked.append(request)
@@ -61,14 +64,32 @@ class Runs(runs_pb2_grpc.RunServiceServicer):
     def GetRun(self, request: pb.GetRunRequest, context: Any) -> pb.GetRunResponse:
         return pb.GetRunResponse(run=next(r for r in self.runs if r.id.startswith(request.run_id)))
 
+    def SubmitRun(self, request: pb.SubmitRunRequest, context: Any) -> pb.SubmitRunResponse:
+        self.named += [request.spec.resume_from, request.spec.parent_run_id]
+        return pb.SubmitRunResponse(run=self.runs[0])
+
+    def CancelRun(self, request: pb.CancelRunRequest, context: Any) -> pb.CancelRunResponse:
+        self.named.append(request.run_id)
+        return pb.CancelRunResponse(run=self.runs[0])
+
+    def DeleteRun(self, request: pb.DeleteRunRequest, context: Any) -> pb.DeleteRunResponse:
+        self.named.append(request.run_id)
+        return pb.DeleteRunResponse()
+
     def GetMetrics(self, request: pb.GetMetricsRequest, context: Any) -> pb.GetMetricsResponse:
+        self.named.append(request.run_id)
         return pb.GetMetricsResponse(series=[s for s in self.series if request.name in ("", s.name)])
 
     def WatchRun(self, request: pb.WatchRunRequest, context: Any) -> Iterator[pb.WatchRunResponse]:
+        self.named.append(request.run_id)
         yield pb.WatchRunResponse(run=self.runs[0])
-        self.stopped.wait(60)
+        if self.runs[0].state != c.RUN_STATE_FAILED:
+            self.stopped.wait(60)
 
     def ListFiles(self, request: pb.ListFilesRequest, context: Any) -> pb.ListFilesResponse:
+        self.named.append(request.run_id)
+        if request.prefix == "none":
+            return pb.ListFilesResponse()
         return pb.ListFilesResponse(files=[c.FileLink(file=c.FileEntry(path="outputs/m.pt", size=2_000_000))])
 
 
@@ -77,11 +98,41 @@ class Logs(logs_pb2_grpc.LogServiceServicer):
         self.runs = runs
 
     def Tail(self, request: logs_pb2.TailRequest, context: Any) -> Iterator[logs_pb2.TailResponse]:
-        self.runs.stopped.wait(60)
+        self.runs.named.append(request.run_id)
+        if request.follow and self.runs.runs[0].state != c.RUN_STATE_FAILED:
+            self.runs.stopped.wait(60)
         yield from ()
+
+    def Read(self, request: logs_pb2.ReadRequest, context: Any) -> logs_pb2.ReadResponse:
+        self.runs.named.append(request.run_id)
+        return logs_pb2.ReadResponse()
+
+    def Search(self, request: logs_pb2.SearchRequest, context: Any) -> logs_pb2.SearchResponse:
+        self.runs.named.append(request.run_id)
+        return logs_pb2.SearchResponse()
+
+
+class Queue(scheduler_pb2_grpc.QueueServiceServicer):
+    def __init__(self, runs: Runs) -> None:
+        self.runs = runs
+
+    def ExplainRun(self, request: scheduler_pb2.ExplainRunRequest, context: Any) -> scheduler_pb2.ExplainRunResponse:
+        self.runs.named.append(request.run_id)
+        return scheduler_pb2.ExplainRunResponse(waits_for="a node")
 
 
 class Models(registry_pb2_grpc.ModelServiceServicer):
+    def __init__(self, runs: Runs) -> None:
+        self.runs = runs
+
+    def PrepareModel(self, request: registry_pb2.PrepareModelRequest, context: Any) -> registry_pb2.PrepareModelResponse:
+        self.runs.named.append(request.run_output.run_id)
+        return registry_pb2.PrepareModelResponse()
+
+    def RegisterModel(self, request: registry_pb2.RegisterModelRequest, context: Any) -> registry_pb2.RegisterModelResponse:
+        self.runs.named.append(request.run_output.run_id)
+        return registry_pb2.RegisterModelResponse(model=registry_pb2.ModelVersion(name="birds", version=4))
+
     def ListModels(self, request: registry_pb2.ListModelsRequest, context: Any) -> registry_pb2.ListModelsResponse:
         return registry_pb2.ListModelsResponse(models=[registry_pb2.ModelVersion(name="birds", version=3)])
 
@@ -94,7 +145,8 @@ class Platform:
         self.server = grpc.server(ThreadPoolExecutor(4))
         runs_pb2_grpc.add_RunServiceServicer_to_server(self.service, self.server)
         logs_pb2_grpc.add_LogServiceServicer_to_server(Logs(self.service), self.server)
-        registry_pb2_grpc.add_ModelServiceServicer_to_server(Models(), self.server)
+        registry_pb2_grpc.add_ModelServiceServicer_to_server(Models(self.service), self.server)
+        scheduler_pb2_grpc.add_QueueServiceServicer_to_server(Queue(self.service), self.server)
         port = self.server.add_insecure_port("127.0.0.1:0")
         self.server.start()
         self.config = folder / "config.json"
@@ -401,3 +453,44 @@ for _ in range(3):
     workspace._call(workspace._client.runs.list())
 """)
     assert done.stderr.count("RunsProjection at 1 of 2") == 1 and "AlvearyWarning" in done.stderr
+
+
+# Every command that takes a run's id, with what else it needs.
+BY_PREFIX = [
+    "run show ID", "run metrics ID", "run why ID", "run watch ID", "run cancel ID", "run delete ID --yes", "run files ID",
+    "run download ID none", "run compare ID ID", "model register birds outputs --run ID",
+    "run logs ID", "run logs ID --newest 3", "run logs ID --grep x", "run logs ID --since 1h",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("command", BY_PREFIX)
+def test_every_command_takes_a_unique_prefix_of_a_runs_id(platform: Platform, command: str) -> None:
+    run = run_named(1, "first")
+    platform.service.runs = [run]
+    line = [sys.executable, "-m", "alveary.cli", *command.replace("ID", run.id[:12]).split()]
+    done = subprocess.run(line, env=platform.environment, capture_output=True, text=True, timeout=60)
+    expected = {"watch": 3, "download": 1}.get(command.split()[1], 0)
+    assert done.returncode == expected, done.stderr
+    assert set(platform.service.named) == ({run.id} if "compare" not in command else set())
+
+
+def test_commands_that_take_a_runs_id_are_all_tried() -> None:
+    takes = {
+        path.removeprefix("alveary ")
+        for path, command in every(app)
+        for parameter in command.params
+        if parameter.name in ("run_id", "run_ids") or (parameter.name == "run" and isinstance(parameter, click.Option))
+    }
+    assert takes == {" ".join(command.split()[:2]) for command in BY_PREFIX}
+
+
+def test_a_specification_may_name_other_runs_by_prefix(platform: Platform) -> None:
+    run = run_named(1, "first")
+    platform.service.runs = [run]
+    done = platform.python(f"""
+from alveary import Workspace
+from alveary_contracts.common.v1 import common_pb2 as c
+workspace = Workspace.from_config()
+workspace._call(workspace._client.runs.submit(c.RunSpec(resume_from={run.id[:12]!r}, parent_run_id={run.id[:14]!r}), None))
+""")
+    assert done.returncode == 0 and platform.service.named == [run.id, run.id], done.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import time
 from typing import Any
 
 from alveary.live import LivePrinter
@@ -73,3 +74,16 @@ def test_without_following_what_is_unfinished_is_shown_once() -> None:
     screen.add(line("7/9", "stderr", rank=1, provisional=True))
     screen.close()
     assert out.getvalue().splitlines() == ["[x] done", "other", "half a line", "7/9"]
+
+
+def test_a_giant_line_in_many_parts_is_joined_once() -> None:
+    out = io.StringIO()
+    screen = LivePrinter(out, out)
+    part = "x" * 2_000
+    began = time.process_time()
+    for _ in range(20_000):  # 40 MB: joined with each part again, 400 GB would be copied
+        screen.add(line(part, partial=True))
+    screen.add(line("end"))
+    assert time.process_time() - began < 10
+    printed = out.getvalue()
+    assert len(printed) == 20_000 * 2_000 + 4 and printed.endswith("xend\n")

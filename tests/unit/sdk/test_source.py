@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 from pathlib import Path
@@ -178,3 +179,24 @@ def test_an_ignore_file_that_is_no_text_is_named(tmp_path: Path) -> None:
     (tmp_path / ".gitignore").write_bytes("a.txt\n".encode("utf-16"))
     with pytest.raises(AlvearyError, match=r"\.gitignore cannot be read"):
         manifest_of(tmp_path, True)
+
+
+STACK = json.dumps({"format": 1, "ports": {}, "secrets": {"tokens": "hidden"}})
+CONFIG = json.dumps({"endpoint": "127.0.0.1:7460", "token": "hidden", "workspace": "default"})
+
+
+def test_secrets_of_a_platform_are_never_uploaded(tmp_path: Path) -> None:
+    write(tmp_path, "train.py", "state/config.json", "state/nats/data", "mine/stack.json", "mine/config.json", ".alveary/x", "config.json")
+    (tmp_path / "state/stack.json").write_text(STACK)
+    (tmp_path / ".alveary/config.json").write_text(CONFIG)
+    (tmp_path / "config.json").write_text(CONFIG)
+    (tmp_path / "mine/config.json").write_text(json.dumps({"endpoint": "https://x", "token": "of another program", "team": "t"}))
+    files, said = names(tmp_path)
+    assert files == ["mine/config.json", "mine/stack.json", "train.py"]
+    assert len(said) == 2 and "configs with a token of the platform are left out: config.json" in said[0]
+    assert "which hold its secrets, are left out: state" in said[1]
+    for folder in ("state", ".alveary"):
+        with pytest.raises(AlvearyError, match="state directory of a platform|configs with a token of the platform cannot be uploaded"):
+            manifest_of(tmp_path / folder, snapshot=False)
+    with pytest.raises(AlvearyError, match="state directory of a platform, and holds its secrets: name another"):
+        manifest_of(tmp_path / "state", snapshot=True)
