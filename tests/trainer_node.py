@@ -22,6 +22,7 @@ from alveary_contracts.ids import new_id
 from alveary_contracts.logs.v1 import logs_pb2
 from alveary_contracts.names import token
 from alveary_contracts.runs.v1 import runs_pb2
+from alveary_contracts.trainer.v1 import trainer_pb2 as pb
 from alveary_core.eventlog import LOGS, METRICS, EventLog, connect, ensure_streams
 from alveary_core.events import Event, Key
 from alveary_core.objectstore import ObjectStore
@@ -32,10 +33,10 @@ from alveary_trainer.adapters.environments import Environments
 from alveary_trainer.adapters.process import ProcessRuntime
 from alveary_trainer.agent import Agent
 from alveary_trainer.attempt import Attempt
+from alveary_trainer.content_cache import ContentCache
 from alveary_trainer.node import NodeContext
 from alveary_trainer.settings import TrainerSettings
 from alveary_trainer.short_paths import ShortLinks
-from alveary_trainer.staging import ContentCache
 
 WORKSPACE = "default"
 
@@ -69,17 +70,17 @@ class Node:
     async def over(self, attempt: Attempt, seconds: float = 60.0) -> ev.AttemptFinished:
         """How an attempt ended, once nothing is left of it."""
         async with asyncio.timeout(seconds):
-            while attempt.name in self.agent.attempts:
+            while attempt.assignment.name in self.agent.attempts:
                 await asyncio.sleep(0.02)
-        events = await self.context.log.read(Key(WORKSPACE, "attempt", f"{attempt.run_id}-{attempt.number}"))
+        events = await self.context.log.read(Key(WORKSPACE, "attempt", attempt.assignment.attempt_id))
         assert events and isinstance(events[-1].message, ev.AttemptFinished), [type(e.message).__name__ for e in events]
         return events[-1].message
 
-    async def phase(self, attempt: Attempt, phase: str, seconds: float = 60.0) -> None:
+    async def phase(self, attempt: Attempt, phase: pb.AttemptPhase.ValueType, seconds: float = 60.0) -> None:
         """Return once an attempt is in a phase."""
         async with asyncio.timeout(seconds):
-            while attempt.phase != phase:
-                assert attempt.name in self.agent.attempts, "it is over"
+            while attempt.progress.phase != phase:
+                assert attempt.assignment.name in self.agent.attempts, "it is over"
                 await asyncio.sleep(0.01)
 
     async def _messages(self, stream: str, prefix: str, run: str) -> list[bytes]:
@@ -104,7 +105,7 @@ class Node:
 
     async def files(self, attempt: Attempt) -> dict[str, bytes]:
         """What an attempt stored, by name."""
-        prefix = f"{attempt.run_id}/{attempt.number}/"
+        prefix = f"{attempt.assignment.run_id}/{attempt.assignment.number}/"
         store = self.context.store
         return {k.removeprefix(prefix): await store.get("runs", k) for k in await store.keys("runs", prefix)}
 

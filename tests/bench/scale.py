@@ -66,7 +66,7 @@ def life(number: int, chosen: random.Random) -> list[Any]:
         arguments=["--epochs", "10", "--lr", f"{chosen.random():.4f}"], max_attempts=3, grace_seconds=10.0, node_count=1,
         resources=c.Resources(cpus=1.0), display_name=f"run {number}", tags={"stage": "dev" if number % 200 else "prod", "seed": str(number % 1000)},
     )  # fmt: skip
-    end = c.ExitStatus(exit_code=0, reason="exited")
+    end = c.ExitStatus(exit_code=0, reason=c.EXIT_REASON_EXITED)
     return [
         ev.RunSubmitted(spec=spec, submitted_by="someone", image_digest="fedcba9876543210" * 4, number=number, idempotency_key=new_id()),
         ev.RunPrepared(image_digest="fedcba9876543210" * 4, cached=True), ev.RunQueued(reason="waits for 1 CPU on local"),

@@ -19,7 +19,6 @@ from alveary_contracts.common.v1 import common_pb2 as c
 from alveary_contracts.registry.v1 import registry_pb2 as reg
 from alveary_core.errors import NotFound
 from alveary_core.stalls import GUARD_CPU_SECONDS, Monitor
-from alveary_trainer.gang import Gang
 from alveary_trainer.log_folder import LogFolder
 from alveary_trainer.node import NodeContext
 from alveary_trainer.outputs import OutputStore
@@ -94,8 +93,8 @@ async def test_20_000_small_files_are_stored(many: Path) -> None:
     outputs = OutputStore(QuickStore(), "r", 1, 0, many, lambda _: None)  # type: ignore[arg-type]
     async with unblocked():
         files = await outputs.store_all(None)
-        digest, count, size = await outputs.make_whole(Gang(1), "own", files)
-    assert count == 20_000 and len(digest) == 64 and size == sum(len(str(n)) for n in range(200)) * 100
+        published = await outputs.publish_manifest(files)
+    assert published.files == 20_000 and len(published.digest) == 64 and published.bytes == sum(len(str(n)) for n in range(200)) * 100
 
 
 async def test_20_000_files_in_logs_are_looked_at(many: Path) -> None:

@@ -12,18 +12,20 @@ import pytest
 from trainer_node import Node, running
 
 from alveary.local.layout import Layout
+from alveary_contracts.common.v1 import common_pb2 as c
 from alveary_contracts.events.v1 import events_pb2 as ev
 from alveary_contracts.ids import new_id
+from alveary_contracts.trainer.v1 import trainer_pb2 as pb
 from alveary_core.errors import Unavailable
 from alveary_core.events import Key
 from alveary_core.objectstore import ObjectStore
 from alveary_trainer import attempt as attempts
-from alveary_trainer import launch
+from alveary_trainer import exit_status, launch
 from alveary_trainer.adapters import process
-from alveary_trainer.attempt import Attempt
 from alveary_trainer.checkpoints import Checkpoints
 from alveary_trainer.log_folder import LogFolder
 from alveary_trainer.outputs import OutputStore
+from alveary_trainer.staging import Stager
 
 
 @pytest.fixture
@@ -50,20 +52,20 @@ async def bug_later(*_: Any, **__: Any) -> Any:
 @pytest.mark.parametrize(
     ("where", "name", "broken"),
     [
-        (launch, "program", bug), (Attempt, "_stage", bug_later), (process.ProcessRuntime, "launch", bug_later),
-        (process.ProcessTree, "usage", bug), (Attempt, "_status", bug), (OutputStore, "store_all", bug_later),
-        (OutputStore, "make_whole", bug_later), (process.ProcessTree, "wait", bug_later),
+        (launch, "program", bug), (Stager, "stage", bug_later), (process.ProcessRuntime, "launch", bug_later),
+        (process.ProcessTree, "usage", bug), (exit_status, "classify", bug), (OutputStore, "store_all", bug_later),
+        (OutputStore, "publish_manifest", bug_later), (process.ProcessTree, "wait", bug_later),
     ],
 )  # fmt: skip
 async def test_whatever_fails_of_one_attempt_fails_it_alone_and_says_so(
     node: Node, monkeypatch: pytest.MonkeyPatch, where: Any, name: str, broken: Any
 ) -> None:
     neighbour = node.place(WAITS)
-    await node.phase(neighbour, "running")
-    task = next(t for t in node.agent._tasks if t.get_name() == neighbour.name)
+    await node.phase(neighbour, pb.ATTEMPT_PHASE_RUNNING)
+    task = next(t for t in node.agent._tasks if t.get_name() == neighbour.assignment.name)
     with monkeypatch.context() as patch:
         if name == "usage":  # the neighbour is measured as well: only the next one is broken
-            tree = neighbour._tree
+            tree = neighbour._supervisor.tree
             patch.setattr(
                 process.ProcessTree, name, lambda self, original=process.ProcessTree.usage: original(self) if self is tree else bug()
             )
@@ -72,14 +74,14 @@ async def test_whatever_fails_of_one_attempt_fails_it_alone_and_says_so(
         # The broken measuring is noticed while the run goes on, everything else ends it.
         failing = node.place("import time; print('ran', flush=True); time.sleep(600)" if name == "usage" else "print('ran')")
         finished = await node.over(failing)
-    assert finished.exit.reason == "internal_error" and "LookupError: a bug in" in finished.exit.message
-    said = await node.lines(failing.run_id)
+    assert finished.exit.reason == c.EXIT_REASON_INTERNAL_ERROR and "LookupError: a bug in" in finished.exit.message
+    said = await node.lines(failing.assignment.run_id)
     assert any(line.startswith("Traceback") for line in said) and any("a bug in" in line for line in said)
-    assert not (node.context.runs_dir / failing.name).exists()
+    assert not (node.context.runs_dir / failing.assignment.name).exists()
     assert not task.done() and not node.agent.done.is_set()
-    (node.context.runs_dir / neighbour.name / "work/go").touch()
+    (node.context.runs_dir / neighbour.assignment.name / "work/go").touch()
     assert (await node.over(neighbour)).exit.exit_code == 0
-    assert await node.lines(neighbour.run_id, "stdout") == ["went on"]
+    assert await node.lines(neighbour.assignment.run_id, "stdout") == ["went on"]
 
 
 @pytest.mark.parametrize(("where", "name"), [(Checkpoints, "_scan"), (LogFolder, "_scan"), (attempts, "remove_tree")])
@@ -88,10 +90,10 @@ async def test_what_is_beside_a_run_does_not_end_it(node: Node, monkeypatch: pyt
         patch.setattr(where, name, bug)
         attempt = node.place("print('trained'); open('outputs/m', 'w').write('weights')")
         finished = await node.over(attempt)
-    assert (finished.exit.reason, finished.exit.exit_code) == ("exited", 0)
+    assert (finished.exit.reason, finished.exit.exit_code) == (c.EXIT_REASON_EXITED, 0)
     assert (await node.files(attempt))["outputs/m"] == b"weights"
     if where is not attempts:
-        assert any("a bug in" in line for line in await node.lines(attempt.run_id))
+        assert any("a bug in" in line for line in await node.lines(attempt.assignment.run_id))
 
 
 async def test_a_placement_that_cannot_be_taken_fails_and_one_event_stops_nothing(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,14 +136,14 @@ async def test_cancel_and_the_time_limit_work_while_outputs_are_being_stored(nod
         await stuck.wait()
         while attempt._outputs.stored < 1:
             await asyncio.sleep(0.01)
-    node.heed(attempt.run_id, ev.RunCancelRequested(requested_by="u"))
+    node.heed(attempt.assignment.run_id, ev.RunCancelRequested(requested_by="u"))
     finished = await node.over(attempt)
-    assert finished.exit.reason == "canceled" and "1 of 2 files" in finished.exit.message and finished.exit.exit_code == 0
+    assert finished.exit.reason == c.EXIT_REASON_CANCELED and "1 of 2 files" in finished.exit.message and finished.exit.exit_code == 0
     assert finished.output_files == 1 and finished.manifest_digest
-    assert await node.lines(attempt.run_id, "stdout") == ["trained"]
+    assert await node.lines(attempt.assignment.run_id, "stdout") == ["trained"]
     attempt = node.place(code, max_run_duration_seconds=1.5)
     finished = await node.over(attempt)
-    assert finished.exit.reason == "timeout" and "max_run_duration_seconds = 1.5" in finished.exit.message
+    assert finished.exit.reason == c.EXIT_REASON_TIMEOUT and "max_run_duration_seconds = 1.5" in finished.exit.message
 
 
 async def test_what_is_broken_off_is_not_sent_any_further(node: Node) -> None:
@@ -163,7 +165,7 @@ async def test_storing_that_stands_still_ends(node: Node, monkeypatch: pytest.Mo
     monkeypatch.setattr(ObjectStore, "put_file", never)
     monkeypatch.setattr("alveary_trainer.outputs.STALLED_SECONDS", 0.1)
     finished = await node.over(node.place("open('outputs/first', 'w').write('1')"))
-    assert finished.exit.reason == "upload_failed" and "taken nothing for" in finished.exit.message
+    assert finished.exit.reason == c.EXIT_REASON_UPLOAD_FAILED and "taken nothing for" in finished.exit.message
 
 
 async def test_names_and_links_of_outputs(node: Node) -> None:
@@ -191,17 +193,17 @@ async def test_names_and_links_of_outputs(node: Node) -> None:
         "outputs/ü é.txt": b"fine", "logs/%FF.log": b"in a log\n",
     }  # fmt: skip
     assert finished.output_files == len(files)
-    said = "\n".join(await node.lines(attempt.run_id))
+    said = "\n".join(await node.lines(attempt.assignment.run_id))
     for words in (
         "caf\\xe9.txt: its name is not UTF-8: stored as", "outputs/epoch3/loop: not stored: it leads back", "outputs/etc: not stored: it leads outside",
         "outputs/host: not stored: it leads outside", "outputs/broken: not stored: a link that leads nowhere", "outputs/pipe: not stored: it is no file",
     ):  # fmt: skip
         assert words in said, said
-    assert await node.lines(attempt.run_id, "logs/%FF.log") == ["in a log"]
+    assert await node.lines(attempt.assignment.run_id, "logs/%FF.log") == ["in a log"]
 
 
 @pytest.mark.skipif(os.getuid() == 0, reason="root reads everything")
 async def test_what_cannot_be_read_is_said(node: Node) -> None:
     attempt = node.place("import os; open('outputs/secret', 'w'); os.chmod('outputs/secret', 0)")
     assert (await node.over(attempt)).exit.exit_code == 0
-    assert any("outputs/secret: not stored" in line for line in await node.lines(attempt.run_id))
+    assert any("outputs/secret: not stored" in line for line in await node.lines(attempt.assignment.run_id))

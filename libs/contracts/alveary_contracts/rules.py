@@ -123,7 +123,7 @@ RULES: dict[str, Number | Text | Data | Many | Size] = {
     "RunSpec.resume_from": _ID,
     "RunSpec.module": Text(256),
     "RunSpec.node_labels": Many(100, Text(256), _KEY),
-    "RetryPolicy.on": Many(20, Text(64)),
+    "RetryPolicy.on": Many(20),
     "RetryPolicy.exit_codes": Many(256),
     "RetryPolicy.backoff_seconds": _SECONDS,
     "Resources.cpus": Number(0, 1e6),

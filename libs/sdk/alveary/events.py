@@ -11,6 +11,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from alveary import _loop
+from alveary_contracts import exit_reasons
 
 if TYPE_CHECKING:
     from alveary.session import Session
@@ -81,9 +82,8 @@ class Events:
                     raise item
                 event, done = item
                 acknowledge = _Once(loop, done)
-                yield Event(
-                    event.id, event.type, event.subject, event.sequence, event.time.ToDatetime(), json.loads(event.data_json), acknowledge
-                )
+                data = exit_reasons.with_words(json.loads(event.data_json))
+                yield Event(event.id, event.type, event.subject, event.sequence, event.time.ToDatetime(), data, acknowledge)
                 acknowledge.set_result(None)
         finally:
             task.cancel()

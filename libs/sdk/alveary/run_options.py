@@ -9,6 +9,7 @@ from typing import Literal
 
 from alveary.errors import AlvearyError
 from alveary.unsupported import refuse_given
+from alveary_contracts import exit_reasons
 from alveary_contracts.common.v1 import common_pb2 as c
 
 Launcher = Literal["plain", "torchrun", "mpi"]
@@ -73,12 +74,19 @@ class Retry:
     def __post_init__(self) -> None:
         if self.exit_codes and "exited" not in self.on:
             raise AlvearyError('exit_codes choose among exits: add "exited" to `on`', "INVALID_ARGUMENT")
+        self._reasons()
+
+    def _reasons(self) -> list[c.ExitReason.ValueType]:
+        try:
+            return [exit_reasons.from_word(word) for word in self.on]
+        except ValueError as error:
+            raise AlvearyError(f"on={list(self.on)}: {error}; see Retry for those that may be retried", "INVALID_ARGUMENT") from error
 
     def to_proto(self) -> c.RetryPolicy | None:
         """The message; None: only lost nodes are attempted again."""
         if not self.on:
             return None
-        return c.RetryPolicy(on=self.on, exit_codes=self.exit_codes, backoff_seconds=self.backoff_seconds)
+        return c.RetryPolicy(on=self._reasons(), exit_codes=self.exit_codes, backoff_seconds=self.backoff_seconds)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from alveary_contracts import exit_reasons
 from alveary_contracts.common.v1 import common_pb2 as c
 from alveary_contracts.events.v1 import events_pb2 as ev
 
@@ -99,7 +100,7 @@ def image_failed(run: Run, digest: str, reason: str) -> Events:
     if run.state not in _BEFORE_PREPARED or run.prepared or run.image_digest != digest:
         return []
     message = f"the environment could not be built: {reason}"
-    exit_status = c.ExitStatus(reason="build_failed", message=message, last_lines=reason.splitlines()[-20:])
+    exit_status = c.ExitStatus(reason=c.EXIT_REASON_BUILD_FAILED, message=message, last_lines=reason.splitlines()[-20:])
     return [ev.RunFailed(exit=exit_status, properties=run.properties)]
 
 
@@ -149,7 +150,7 @@ def finished(run: Run, attempt: int, event: ev.AttemptFinished) -> Events:
         return []
     if run.cancel_requested:
         return [ev.RunCanceled(attempt=attempt, exit=event.exit, manifest_digest=event.manifest_digest, properties=run.properties)]
-    if event.exit.reason == "preempted":
+    if event.exit.reason == c.EXIT_REASON_PREEMPTED:
         return [
             ev.RunRetrying(
                 attempt=attempt + 1, reason=f"attempt {attempt} made room for another run: {event.exit.message}", spec=run.spec,
@@ -158,21 +159,23 @@ def finished(run: Run, attempt: int, event: ev.AttemptFinished) -> Events:
         ]  # fmt: skip
     if (again := _retried(run, attempt, event.exit)) is not None:
         return [again]
-    kind = ev.RunCompleted if event.exit.reason == "exited" and event.exit.exit_code == 0 else ev.RunFailed
+    kind = ev.RunCompleted if event.exit.reason == c.EXIT_REASON_EXITED and event.exit.exit_code == 0 else ev.RunFailed
     return [kind(attempt=attempt, exit=event.exit, manifest_digest=event.manifest_digest, properties=run.properties)]
 
 
 def _retried(run: Run, attempt: int, status: c.ExitStatus) -> ev.RunRetrying | None:
     """The next attempt, where the run's policy asks for one."""
     policy, used = run.spec.retry, attempt - run.preemptions
-    if status.reason == "exited" and (status.exit_code == 0 or (policy.exit_codes and status.exit_code not in policy.exit_codes)):
+    if status.reason == c.EXIT_REASON_EXITED and (
+        status.exit_code == 0 or (policy.exit_codes and status.exit_code not in policy.exit_codes)
+    ):
         return None
     if status.reason not in policy.on or used >= run.spec.max_attempts:
         return None
     delay = min(policy.backoff_seconds * 2.0 ** (used - 1), _LONGEST_BACKOFF)
     when = f"; again in {delay:g} s" if delay else ""
     return ev.RunRetrying(
-        attempt=attempt + 1, reason=f"attempt {used} of {run.spec.max_attempts}: {status.message or status.reason}{when}", spec=run.spec,
+        attempt=attempt + 1, reason=f"attempt {used} of {run.spec.max_attempts}: {status.message or exit_reasons.word(status.reason)}{when}", spec=run.spec,
         submitted_by=run.submitted_by, image_digest=run.image_digest, delay_seconds=delay,
     )  # fmt: skip
 
@@ -181,7 +184,7 @@ def revoked(run: Run, attempt: int, reason: str) -> Events:
     """The attempt's place was taken from it: its node is lost."""
     if not run.current(attempt):
         return []
-    exit_status = c.ExitStatus(reason="trainer_lost", message=reason)
+    exit_status = c.ExitStatus(reason=c.EXIT_REASON_TRAINER_LOST, message=reason)
     if run.cancel_requested:
         return [ev.RunCanceled(attempt=attempt, exit=exit_status, properties=run.properties)]
     lost = ev.RunNotResponding(attempt=attempt, reason=reason)
@@ -219,7 +222,7 @@ def released(run: Run) -> Events:
     """The scheduler holds no place for it and will never make one."""
     if run.final or not run.cancel_requested:
         return []
-    exit_status = c.ExitStatus(reason="canceled", message="canceled before it was started")
+    exit_status = c.ExitStatus(reason=c.EXIT_REASON_CANCELED, message="canceled before it was started")
     return [ev.RunCanceled(exit=exit_status, properties=run.properties)]
 
 

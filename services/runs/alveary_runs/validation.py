@@ -7,10 +7,21 @@ from collections.abc import Callable
 
 from alveary_contracts.common.v1 import common_pb2 as c
 from alveary_contracts.events.v1 import events_pb2 as ev
+from alveary_contracts.exit_reasons import word
 from alveary_contracts.names import name_problem, normal_path, path_problem
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_RETRIED = ("exited", "signal", "out_of_memory", "disk_full", "timeout", "staging_failed", "launch_failed", "upload_failed")
+# Reasons for which a RetryPolicy may ask for another attempt.
+_RETRIED = (
+    c.EXIT_REASON_EXITED,
+    c.EXIT_REASON_SIGNAL,
+    c.EXIT_REASON_OUT_OF_MEMORY,
+    c.EXIT_REASON_DISK_FULL,
+    c.EXIT_REASON_TIMEOUT,
+    c.EXIT_REASON_STAGING_FAILED,
+    c.EXIT_REASON_LAUNCH_FAILED,
+    c.EXIT_REASON_UPLOAD_FAILED,
+)
 # Of a run; a share's number is a part of a socket's path.
 MAX_NODE_COUNT = 1024
 _PYTHON = re.compile(r"3\.\d{1,2}(\.\d{1,2})?")
@@ -80,10 +91,10 @@ def problems(
         say("max_run_duration_seconds", f"{spec.max_run_duration_seconds:g}: 0 (no limit) to 21 days of seconds")
     for reason in spec.retry.on:
         if reason not in _RETRIED:
-            say("retry.on", f"{reason[:40]!r}: use {', '.join(_RETRIED)}; a lost node is always attempted again")
+            say("retry.on", f"{word(reason)!r}: use {', '.join(map(word, _RETRIED))}; a lost node is always attempted again")
     if not 0 <= spec.retry.backoff_seconds <= 3600:
         say("retry.backoff_seconds", f"{spec.retry.backoff_seconds:g}: 0 to 3600")
-    if spec.retry.exit_codes and "exited" not in spec.retry.on:
+    if spec.retry.exit_codes and c.EXIT_REASON_EXITED not in spec.retry.on:
         say("retry.exit_codes", "exit codes matter only where 'exited' is in retry.on")
     if not 1 <= spec.max_attempts <= 10:
         say("max_attempts", f"{spec.max_attempts}: 1 to 10")

@@ -22,7 +22,7 @@ from alveary_scheduler.core.resources import UNLIMITED, WHOLE, Machine, Resource
 TargetKey = tuple[str, str]
 _MAX_CPUS = 1e6
 # Failures that may be the node's fault rather than the run's.
-_NODE_FAULTS = ("staging_failed", "launch_failed", "upload_failed")
+_NODE_FAULTS = (c.EXIT_REASON_STAGING_FAILED, c.EXIT_REASON_LAUNCH_FAILED, c.EXIT_REASON_UPLOAD_FAILED)
 
 
 def milli(value: float) -> int:

@@ -25,10 +25,10 @@ from alveary_trainer.adapters.process import ProcessRuntime, address_towards, be
 from alveary_trainer.adapters.runtime import Runtime
 from alveary_trainer.adapters.shared_cache import remove_tree
 from alveary_trainer.agent import Agent, TrainerService
+from alveary_trainer.content_cache import ContentCache
 from alveary_trainer.node import NodeContext
 from alveary_trainer.settings import TrainerSettings
 from alveary_trainer.short_paths import ShortLinks, sockets
-from alveary_trainer.staging import ContentCache
 
 # mpirun splits its launch agent at spaces, and paths may have some: it finds this one on the PATH.
 _RSH = '#!/bin/sh\nexec "$ALVEARY_PYTHON" -I -S "$ALVEARY_LIB/alveary_mpi_agent.py" "$@"\n'

@@ -22,6 +22,7 @@ from alveary_core.events import Event, Key, decode
 from alveary_trainer.adapters.gpus import gpu_models, gpu_utilisation
 from alveary_trainer.attempt import Attempt
 from alveary_trainer.disk import DiskWatch, Occupant
+from alveary_trainer.end_signal import EndReason
 from alveary_trainer.file_names import printable
 from alveary_trainer.heartbeat import Heartbeat
 from alveary_trainer.node import NodeContext
@@ -47,7 +48,7 @@ class Agent:
         self.disk = DiskWatch(s.node, folders, s.disk_reserve_bytes, s.disk_reserve_fraction, self._occupants)
         context.disk_fault = self.disk.fault
         self.heartbeat = Heartbeat(
-            self._settings, self.beat_message, end=lambda name: self._end(name, "fenced"), end_all=self.end_all,
+            self._settings, self.beat_message, end=lambda name: self._end(name, EndReason.FENCED), end_all=self.end_all,
             leave=self.leave, idle=lambda: not self.attempts,
         )  # fmt: skip
 
@@ -74,23 +75,23 @@ class Agent:
                     if (share.node, share.incarnation) == (self._settings.node, self._context.incarnation):
                         self._take(event.key, made, index)
             case ev.PlacementRevoked() as revoked:
-                self._end(f"{event.key.id}-{revoked.attempt}", "fenced")
+                self._end(f"{event.key.id}-{revoked.attempt}", EndReason.FENCED)
             case ev.PlacementPreempting() as preempting:
                 name = f"{event.key.id}-{preempting.attempt}"
                 _remember(self._preempted, name)
-                self._end(name, "preempted")
+                self._end(name, EndReason.PREEMPTED)
             case ev.RunCancelRequested():
                 _remember(self._canceled, event.key.id)
                 for attempt in list(self.attempts.values()):
-                    if attempt.run_id == event.key.id:
-                        attempt.end("canceled")
+                    if attempt.assignment.run_id == event.key.id:
+                        attempt.end.request(EndReason.CANCELED)
 
     def _take(self, key: Key, made: ev.PlacementMade, index: int) -> None:
         name = f"{key.id}-{made.attempt}" + (f".{index}" if index else "")
         if name in self.attempts:
             return
         # Their places may be this attempt's now, and they take a moment to be gone.
-        leaving = [t for t in self._tasks if (a := self.attempts.get(t.get_name())) is not None and a.ended_from_outside]
+        leaving = [t for t in self._tasks if (a := self.attempts.get(t.get_name())) is not None and a.end.fenced]
         try:
             attempt = Attempt(self._context, key, made, index, leaving)
         except Exception as error:
@@ -100,10 +101,10 @@ class Agent:
             return
         self.attempts[name] = attempt
         telemetry.ATTEMPTS.set(len(self.attempts))
-        if attempt.run_id in self._canceled:
-            attempt.end("canceled")
-        if f"{attempt.run_id}-{attempt.number}" in self._preempted:
-            attempt.end("preempted")
+        if attempt.assignment.run_id in self._canceled:
+            attempt.end.request(EndReason.CANCELED)
+        if attempt.assignment.attempt_id in self._preempted:
+            attempt.end.request(EndReason.PREEMPTED)
         self._spawn(attempt.run(), name)
 
     def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
@@ -113,7 +114,8 @@ class Agent:
 
     async def _refuse(self, key: Key, attempt: int, error: Exception) -> None:
         """Report the end of an attempt that could not even begin."""
-        status = c.ExitStatus(reason="internal_error", message=printable(f"the trainer cannot take it: {type(error).__name__}: {error}"))
+        message = printable(f"the trainer cannot take it: {type(error).__name__}: {error}")
+        status = c.ExitStatus(reason=c.EXIT_REASON_INTERNAL_ERROR, message=message)
         where = Key(key.workspace, "attempt", f"{key.id}-{attempt}")
         async with asyncio.timeout(_REPORTING):
             await self._context.log.append(where, [ev.AttemptFinished(exit=status)], 0)
@@ -133,16 +135,21 @@ class Agent:
     def end_all(self) -> None:
         """Stop everything: the lease is over."""
         for attempt in list(self.attempts.values()):
-            attempt.end("fenced")
+            attempt.end.request(EndReason.FENCED)
 
-    def _end(self, name: str, why: str) -> None:
+    def _end(self, attempt_id: str, reason: EndReason) -> None:
         for attempt in list(self.attempts.values()):
-            if f"{attempt.run_id}-{attempt.number}" == name:
-                attempt.end(why)
+            if attempt.assignment.attempt_id == attempt_id:
+                attempt.end.request(reason)
 
     def _occupants(self) -> list[Occupant]:
         return [
-            Occupant(a.name, self._context.runs_dir / a.name, partial(a.end, "disk_full"), a.phase == "running")
+            Occupant(
+                a.assignment.name,
+                a.assignment.root,
+                partial(a.end.request, EndReason.DISK_FULL),
+                a.progress.phase == pb.ATTEMPT_PHASE_RUNNING,
+            )
             for a in list(self.attempts.values())
         ]
 
@@ -160,11 +167,11 @@ class Agent:
             disk_total_bytes=disk.total if disk else 0, disk_free_bytes=disk.free if disk else 0, cordon_reason=self.disk.problem,
             attempts=[
                 pb.AttemptInfo(
-                    run_id=a.run_id, attempt=a.number, phase=a.phase, pids=a.usage.pids,
-                    cpu_percent=a.usage.cpu_percent, memory_bytes=a.usage.memory_bytes,
-                    seconds_since_checkpoint=max(time.monotonic() - a.saved_at, 0.001) if a.saved_at else 0.0,
+                    run_id=it.run_id, attempt=it.number, phase=now.phase, pids=now.usage.pids,
+                    cpu_percent=now.usage.cpu_percent, memory_bytes=now.usage.memory_bytes,
+                    seconds_since_checkpoint=max(time.monotonic() - now.checkpoint_at, 0.001) if now.checkpoint_at else 0.0,
                 )
-                for a in list(self.attempts.values())
+                for it, now in [(a.assignment, a.progress) for a in list(self.attempts.values())]
             ],
         )  # fmt: skip
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from alveary_contracts.names import path_problem
 from alveary_core.errors import NotFound
 from alveary_core.objectstore import FileChanged, ObjectStore
-from alveary_trainer.adapters.runtime import StagingFailed, opened
+from alveary_trainer.adapters.runtime import StagingFailed, open_beneath
 
 BUCKET = "runs"
 _TRIES = 3
@@ -172,7 +172,7 @@ class Checkpoints:
 
     async def _copy(self, relative: str, stamp: _Stamp, below: Path) -> str | None:
         try:
-            with opened(self._folder / relative, below) as readable:
+            with open_beneath(self._folder / relative, below) as readable:
                 digest = await asyncio.to_thread(_digest, readable)
                 if digest not in self._named.values():
                     await self._store.put_file(BUCKET, f"{self._prefix}/{digest}", readable, sha256=digest)

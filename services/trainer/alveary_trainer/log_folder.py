@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from alveary_trainer.adapters.runtime import opened
+from alveary_trainer.adapters.runtime import open_beneath
 from alveary_trainer.file_names import stored_name
 from alveary_trainer.lines import Lines
 from alveary_trainer.shipper import Shipper
@@ -130,7 +130,7 @@ class LogFolder:
         held = ExitStack()
 
         def work() -> tuple[int, bytes, int]:
-            with opened(path, self._below) as readable:
+            with open_beneath(path, self._below) as readable:
                 descriptor = os.open(readable, os.O_RDONLY | os.O_CLOEXEC)
             held.callback(os.close, descriptor)
             return descriptor, os.pread(descriptor, 8192, 0), os.fstat(descriptor).st_size

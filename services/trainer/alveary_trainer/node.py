@@ -21,10 +21,11 @@ from alveary_contracts.runs.v1 import runs_pb2, runs_pb2_grpc
 from alveary_core.claims import Claims
 from alveary_core.eventlog import EventLog
 from alveary_core.objectstore import FileChanged, ObjectStore
-from alveary_trainer.adapters.runtime import Runtime, opened
-from alveary_trainer.outputs import Found, each, walk
+from alveary_trainer.adapters.runtime import Runtime, open_beneath
+from alveary_trainer.content_cache import ContentCache
+from alveary_trainer.file_walk import FoundFile, walk
+from alveary_trainer.outputs import each
 from alveary_trainer.settings import TrainerSettings
-from alveary_trainer.staging import ContentCache
 
 T = TypeVar("T")
 # How long what a script asks of the platform is repeated, and one try of it may take, seconds.
@@ -136,17 +137,17 @@ class NodeContext:
             note(f"model {message['name']}: {text}")
         if not found.files:
             raise ValueError(f"{path.name} has no file that could be stored")
-        digested: list[tuple[Found, c.FileEntry]] = []
+        digested: list[tuple[FoundFile, c.FileEntry]] = []
 
-        async def look(file: Found) -> None:
+        async def look(file: FoundFile) -> None:
             digest, size, executable = await asyncio.to_thread(_digested, file.path, below)
             digested.append((file, c.FileEntry(path=file.name, size=size, sha256=digest, executable=executable)))
 
-        async def store(one: tuple[Found, c.FileEntry]) -> None:
+        async def store(one: tuple[FoundFile, c.FileEntry]) -> None:
             file, entry = one
             key = f"blobs/{entry.sha256}"
             if await self.store.size("models", key) != entry.size:
-                with opened(file.path, below) as readable:
+                with open_beneath(file.path, below) as readable:
                     try:
                         await self.store.put_file("models", key, readable, sha256=entry.sha256)
                     except FileChanged as error:
@@ -169,6 +170,6 @@ class NodeContext:
 
 def _digested(path: Path, below: Path) -> tuple[str, int, bool]:
     """Digest and size of a file, and whether it is a program."""
-    with opened(path, below) as readable, readable.open("rb") as content:
+    with open_beneath(path, below) as readable, readable.open("rb") as content:
         info = os.fstat(content.fileno())
         return hashlib.file_digest(content, "sha256").hexdigest(), info.st_size, bool(info.st_mode & 0o100)

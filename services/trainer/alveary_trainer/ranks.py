@@ -9,55 +9,24 @@ import os
 import signal
 import socket
 import time
-from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from alveary_contracts.common.v1 import common_pb2 as c
 from alveary_core import telemetry
 from alveary_trainer.lines import Lines
+from alveary_trainer.rank_state import Rank
 from alveary_trainer.shipper import Shipper, pump
 
-# (host, command) -> exit code; what mpirun wants started on another node.
+# (host, command) -> exit code; runs what mpirun wants started on another node, or raises ValueError.
 Launch = Callable[[str, str], Awaitable[int]]
 _BACKLOG = 1024
-
-
-@dataclass(eq=False)
-class Rank:
-    """One process of a distributed run, as its launcher started it last."""
-
-    number: int
-    restarts: int
-    tail: deque[str] = field(default_factory=lambda: deque(maxlen=20))
-    exit_code: int | None = None
-    signal: int | None = None
-    # Its launcher ended it.
-    stopped: bool = False
-    ended_at: float = 0.0
-    # Why its program could not be started.
-    problem: str = ""
-
-    @property
-    def failed(self) -> bool:
-        """Ended by itself, and not well."""
-        return bool(self.ended_at) and not self.stopped and (self.exit_code or self.signal) not in (0, None)
-
-    def words(self) -> str:
-        """How it ended, for a sentence."""
-        if self.problem:
-            return f"could not start: {self.problem}"
-        if self.signal is not None:
-            return f"was ended by {signal.Signals(self.signal).name if self.signal in set(signal.Signals) else self.signal}"
-        return f"ended with exit code {self.exit_code}"
 
 
 class Ranks:
     """Listens at `folder`/ranks.sock."""
 
-    def __init__(self, folder: Path, shipper: Shipper, attempt: int, launch: Launch | None = None) -> None:
+    def __init__(self, folder: Path, shipper: Shipper, attempt: int, launch: Launch) -> None:
         self._folder, self._shipper, self._attempt, self._launch = folder, shipper, attempt, launch
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -147,8 +116,6 @@ class Ranks:
                 task.cancel()
 
     async def _launched(self, hello: Mapping[str, Any]) -> dict[str, Any]:
-        if self._launch is None:
-            return {"error": "only a run with MpiConfiguration starts processes on other nodes", "exit_code": 1}
         try:
             return {"exit_code": await self._launch(str(hello["launch"]), str(hello["command"]))}
         except ValueError as error:
@@ -166,24 +133,6 @@ class Ranks:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-
-    def first_failure(self) -> Rank | None:
-        """Of the ranks' newest lives, the one that failed first."""
-        newest = max((r.restarts for r in self.ranks.values()), default=0)
-        failed = [r for r in self.ranks.values() if r.failed and r.restarts == newest]
-        return min(failed, key=lambda r: (r.ended_at, r.number), default=None)
-
-    def exits(self, node: str) -> list[c.RankExit]:
-        """How each ended."""
-        found = []
-        for _, rank in sorted(self.ranks.items()):
-            one = c.RankExit(rank=rank.number, node=node, restarts=rank.restarts, stopped=rank.stopped)
-            if rank.exit_code is not None:
-                one.exit_code = rank.exit_code
-            if rank.signal is not None:
-                one.signal = rank.signal
-            found.append(one)
-        return found
 
 
 async def _readable(connection: socket.socket) -> None:

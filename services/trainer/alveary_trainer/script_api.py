@@ -6,18 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from alveary_contracts.common.v1 import common_pb2 as c
 from alveary_contracts.names import path_problem
-from alveary_trainer.adapters.runtime import Place
+from alveary_trainer.adapters.runtime import AttemptPaths
+from alveary_trainer.assignment import Assignment
 from alveary_trainer.context_server import Ask
-from alveary_trainer.node import NodeContext
 from alveary_trainer.outputs import OutputStore
 
 
-def operations(
-    node: NodeContext, run_id: str, attempt: int, spec: c.RunSpec, place: Place, outputs: OutputStore, note: Callable[[str], None]
-) -> dict[str, Ask]:
-    """The operations by name. `note` writes to the run's system log."""
+def operations(assignment: Assignment, paths: AttemptPaths, outputs: OutputStore, log: Callable[[str], None]) -> dict[str, Ask]:
+    """The operations by name. `log` writes to the run's system log."""
+    node, run_id, spec = assignment.node, assignment.run_id, assignment.spec
     runtime = node.runtime
 
     async def upload(message: dict[str, Any]) -> Any:
@@ -26,7 +24,7 @@ def operations(
             raise ValueError(problem)
         if any("\ud800" <= character <= "\udfff" for character in name):
             raise ValueError(f"{name!r} is not UTF-8: files cannot be stored under such a name")
-        path = runtime.host_path(place, str(message["path"]))
+        path = runtime.host_path(paths, str(message["path"]))
         entry = await outputs.upload(path, name, unique=bool(message.get("unique")))
         return {"path": entry.path, "size": entry.size, "sha256": entry.sha256}
 
@@ -35,15 +33,15 @@ def operations(
         return True
 
     async def register(message: dict[str, Any]) -> Any:
-        path = _within(place.work, str(message["path"]))
-        return await node.register(run_id, path, message, place.root, runtime.readable_below(place), note)
+        path = _within(paths.work, str(message["path"]))
+        return await node.register(run_id, path, message, paths.root, runtime.readable_below(paths), log)
 
     async def info(_: dict[str, Any]) -> Any:
-        return {"run_id": run_id, "attempt": attempt, "tags": dict(spec.tags), "properties": dict(spec.properties)}
+        return {"run_id": run_id, "attempt": assignment.number, "tags": dict(spec.tags), "properties": dict(spec.properties)}
 
     async def refused(message: dict[str, Any]) -> Any:
         # The script's side did not send it, and said so on stderr; others look here.
-        note(f"not logged: {str(message.get('text', ''))[:1000]}")
+        log(f"not logged: {str(message.get('text', ''))[:1000]}")
         return True
 
     return {"upload": upload, "tag": tag, "register": register, "info": info, "refused": refused}

@@ -1,89 +1,90 @@
-"""Snapshots, datasets and models on the node: digests verified, cached by content."""
+"""Everything that an attempt needs, brought to this node."""
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import os
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import shutil
+from collections.abc import Callable, Mapping
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 from alveary_contracts.common.v1 import common_pb2 as c
-from alveary_contracts.digests import manifest_from_json
-from alveary_contracts.names import path_problem
-from alveary_core import telemetry
-from alveary_core.errors import NotFound
-from alveary_core.objectstore import DigestMismatch, ObjectStore
-from alveary_trainer.adapters.fingerprint import Change
-from alveary_trainer.adapters.runtime import Say, StagingFailed
-from alveary_trainer.adapters.shared_cache import SharedCache
+from alveary_trainer.adapters.runtime import Staged
+from alveary_trainer.assignment import Assignment
+from alveary_trainer.checkpoints import fetch
 
-_PARALLEL = 16
+_RESUME = ".alveary-resume"
 
 
-class ContentCache:
-    """Folders by manifest digest, from blobs of one bucket."""
+@dataclass(frozen=True)
+class StagedAttempt:
+    """What is ready on this node, for as long as the attempt holds it."""
 
-    def __init__(self, folder: Path, bucket: str, store: ObjectStore, limit: int, *, read_only: bool) -> None:
-        self._cache = SharedCache(folder, limit)
-        self._bucket, self._store, self._read_only = bucket, store, read_only
+    environment: Staged
+    # Folders of datasets and models, by the names that the run gives them.
+    inputs: Mapping[str, Path]
+    # Where the checkpoints of an earlier attempt, or of another run, are, relative to the working directory; None: there are none.
+    resume: str | None
 
-    @asynccontextmanager
-    async def use(self, digest: str, say: Say | None = None) -> AsyncIterator[Path]:
-        """The folder with the manifest's files; it stays as long as this context does.
 
-        `say` is told where what was here has changed, and is fetched anew.
+class Stager:
+    """Stages one attempt."""
+
+    def __init__(self, assignment: Assignment, held: AsyncExitStack, log: Callable[[str], None]) -> None:
+        """`held` keeps what is staged until the attempt is over. `log` writes to the run's system log."""
+        self._assignment, self._held, self._log = assignment, held, log
+
+    async def stage(self) -> StagedAttempt:
+        """Fetch environment, snapshot, inputs and checkpoints, all at the same time.
 
         Raises:
-            StagingFailed: the manifest is unknown, damaged, or would leave the folder; or a blob is not what its name says.
+            StagingFailed, AlvearyError, DigestMismatch: one of them cannot be had here.
         """
-
-        async def changed(change: Change) -> None:
-            text = f"{self._bucket}: {digest[:12]} was changed on this node since it was fetched: {change.words}; it is fetched anew"
-            telemetry.logger().warning("cache.changed", bucket=self._bucket, digest=digest, what=change.words)
-            if say is not None:
-                await say(text)
-
-        async with self._cache.use(digest, lambda part, _: self._fetch(digest, part), changed) as folder:
-            yield folder
-
-    async def _fetch(self, digest: str, part: Path) -> None:
-        try:
-            data = await self._store.get(self._bucket, f"manifests/{digest}.json")
-        except NotFound as error:
-            raise StagingFailed(f"{self._bucket}: there is no manifest {digest}") from error
-        if await asyncio.to_thread(lambda: hashlib.sha256(data).hexdigest()) != digest:
-            raise StagingFailed(f"{self._bucket}: the manifest {digest} is damaged: its digest is another")
-        manifest = await asyncio.to_thread(manifest_from_json, data)
-        slots = asyncio.Semaphore(_PARALLEL)
+        it = self._assignment
+        it.work.mkdir(parents=True)
         try:
             async with asyncio.TaskGroup() as group:
-                for file in manifest.files:
-                    if problem := path_problem(file.path):
-                        raise StagingFailed(f"{self._bucket}/{digest}: {problem}")
-                    group.create_task(self._one(file, part / file.path, slots))
-        except ExceptionGroup as group_error:
-            raise group_error.exceptions[0] from group_error
-        if self._read_only:
-            await asyncio.to_thread(_seal, part)
+                environment = group.create_task(self._stage_environment())
+                group.create_task(self._copy_snapshot())
+                group.create_task(self._fetch_checkpoints())
+                inputs = {item.name: group.create_task(self._stage_input(item)) for item in it.spec.inputs}
+        except ExceptionGroup as error:
+            raise error.exceptions[0] from error
+        for name in ("outputs", "logs"):
+            (it.work / name).mkdir(exist_ok=True)
+        if self._checkpoints.is_dir():
+            await asyncio.to_thread(os.rename, self._checkpoints, it.work / _RESUME)
+        folders = {name: task.result() for name, task in inputs.items()}
+        return StagedAttempt(environment.result(), folders, _RESUME if (it.work / _RESUME).is_dir() else None)
 
-    async def _one(self, file: c.FileEntry, path: Path, slots: asyncio.Semaphore) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        async with slots:
-            try:
-                await self._store.get_file(self._bucket, f"blobs/{file.sha256}", path, file.sha256)
-            except DigestMismatch as error:
-                raise StagingFailed(
-                    f"{self._bucket}: {file.path} is damaged in the object store ({error}). Upload it again with verify=True (--verify), "
-                    "which replaces what is wrong there"
-                ) from error
-        mode = 0o555 if file.executable else 0o444
-        path.chmod(mode if self._read_only else mode | 0o200)
+    @property
+    def _checkpoints(self) -> Path:
+        return self._assignment.root / "resume"
 
+    async def _say(self, text: str) -> None:
+        self._log(text)
 
-def _seal(folder: Path) -> None:
-    """Make all folders below one read-only. Blocks."""
-    for root, folders, _ in os.walk(folder):
-        for name in folders:
-            os.chmod(os.path.join(root, name), 0o555)
+    async def _stage_environment(self) -> Staged:
+        it = self._assignment
+        staged = it.node.runtime.stage(it.workspace, it.placement.image_digest, it.spec.environment, self._say)
+        return await self._held.enter_async_context(staged)
+
+    async def _copy_snapshot(self) -> None:
+        it = self._assignment
+        if it.spec.snapshot:
+            async with it.node.snapshots.use(it.spec.snapshot, self._say) as source:
+                await asyncio.to_thread(shutil.copytree, source, it.work, dirs_exist_ok=True, symlinks=True)
+
+    async def _stage_input(self, item: c.InputDataset) -> Path:
+        cache = self._assignment.node.models if item.model else self._assignment.node.datasets
+        return await self._held.enter_async_context(cache.use(item.manifest_digest, self._say))
+
+    async def _fetch_checkpoints(self) -> None:
+        it = self._assignment
+        earlier = [(it.run_id, number) for number in range(it.number - 1, 0, -1)]
+        others = [(it.spec.resume_from, number) for number in range(it.spec.resume_attempt, 0, -1)]
+        found = await fetch(it.node.store, [*earlier, *others], self._checkpoints)
+        if found is not None:
+            self._log(f"resumes from {found[2]} files of run {found[0]}, attempt {found[1]}")

@@ -21,7 +21,7 @@ def submitted() -> ev.RunSubmitted:
 
 
 def ok() -> ev.AttemptFinished:
-    return ev.AttemptFinished(exit=c.ExitStatus(exit_code=0, reason="exited"))
+    return ev.AttemptFinished(exit=c.ExitStatus(exit_code=0, reason=c.EXIT_REASON_EXITED))
 
 
 def fold(run: domain.Run, events: domain.Events) -> domain.Run:
@@ -74,7 +74,7 @@ class RunMachine(RuleBasedStateMachine):
 
     @rule(attempt=st.integers(1, 4), code=st.sampled_from([0, 1]))
     def finished(self, attempt: int, code: int) -> None:
-        event = ev.AttemptFinished(exit=c.ExitStatus(exit_code=code, reason="exited"))
+        event = ev.AttemptFinished(exit=c.ExitStatus(exit_code=code, reason=c.EXIT_REASON_EXITED))
         events = domain.finished(self.run, attempt, event)
         if attempt in self.revoked:
             assert not events, "a fenced attempt ended the run"
@@ -189,7 +189,7 @@ def test_properties_can_be_added_never_changed() -> None:
 
 
 def test_failures_that_the_policy_names_are_attempted_again_with_growing_pauses_and_the_rest_is_not() -> None:
-    policy = c.RetryPolicy(on=["exited", "out_of_memory"], exit_codes=[75], backoff_seconds=100)
+    policy = c.RetryPolicy(on=[c.EXIT_REASON_EXITED, c.EXIT_REASON_OUT_OF_MEMORY], exit_codes=[75], backoff_seconds=100)
     run = fold(domain.Run(), [ev.RunSubmitted(spec=c.RunSpec(max_attempts=4, retry=policy), image_digest=DIGEST)])
     run = fold(run, domain.prepared(run, DIGEST, cached=True))
 
@@ -199,16 +199,16 @@ def test_failures_that_the_policy_names_are_attempted_again_with_growing_pauses_
 
     delays = []
     for attempt in range(1, 4):
-        (again,) = ends(run, attempt, reason="exited", exit_code=75)
+        (again,) = ends(run, attempt, reason=c.EXIT_REASON_EXITED, exit_code=75)
         assert isinstance(again, ev.RunRetrying) and again.attempt == attempt + 1
         delays.append(again.delay_seconds)
-        assert isinstance(ends(run, attempt, reason="exited", exit_code=1)[0], ev.RunFailed)
-        assert isinstance(ends(run, attempt, reason="exited", exit_code=0)[0], ev.RunCompleted)
-        assert isinstance(ends(run, attempt, reason="timeout")[0], ev.RunFailed)
-        assert isinstance(ends(run, attempt, reason="out_of_memory")[0], ev.RunRetrying)
+        assert isinstance(ends(run, attempt, reason=c.EXIT_REASON_EXITED, exit_code=1)[0], ev.RunFailed)
+        assert isinstance(ends(run, attempt, reason=c.EXIT_REASON_EXITED, exit_code=0)[0], ev.RunCompleted)
+        assert isinstance(ends(run, attempt, reason=c.EXIT_REASON_TIMEOUT)[0], ev.RunFailed)
+        assert isinstance(ends(run, attempt, reason=c.EXIT_REASON_OUT_OF_MEMORY)[0], ev.RunRetrying)
         run = fold(run, [again])
     assert delays == [100, 200, 400]
-    assert isinstance(ends(run, 4, reason="exited", exit_code=75)[0], ev.RunFailed)
+    assert isinstance(ends(run, 4, reason=c.EXIT_REASON_EXITED, exit_code=75)[0], ev.RunFailed)
 
 
 def test_making_room_costs_no_attempt() -> None:
@@ -216,13 +216,13 @@ def test_making_room_costs_no_attempt() -> None:
     run = fold(run, domain.prepared(run, DIGEST, cached=True))
     for attempt in (1, 2):
         run = fold(run, domain.starting(run, attempt, ["n"]))
-        (again,) = domain.finished(run, attempt, ev.AttemptFinished(exit=c.ExitStatus(reason="preempted")))
+        (again,) = domain.finished(run, attempt, ev.AttemptFinished(exit=c.ExitStatus(reason=c.EXIT_REASON_PREEMPTED)))
         assert isinstance(again, ev.RunRetrying) and again.preempted and again.attempt == attempt + 1
         run = fold(run, [again])
     run = fold(run, domain.starting(run, 3, ["n"]))
     assert isinstance(domain.revoked(run, 3, "lost")[-1], ev.RunFailed), "a lost node does cost one"
     canceled = fold(run, domain.cancel(run, "me", ""))
-    (end,) = domain.finished(canceled, 3, ev.AttemptFinished(exit=c.ExitStatus(reason="preempted")))
+    (end,) = domain.finished(canceled, 3, ev.AttemptFinished(exit=c.ExitStatus(reason=c.EXIT_REASON_PREEMPTED)))
     assert isinstance(end, ev.RunCanceled)
 
 

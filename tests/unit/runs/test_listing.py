@@ -255,7 +255,7 @@ def life(exit_code: int = 0) -> list[Any]:
         ev.RunSubmitted(spec=c.RunSpec(experiment="e", tags={"a": "1"}, display_name="n"), number=3, submitted_by="me", idempotency_key="key"),
         ev.RunPrepared(image_digest="d"), ev.RunQueued(reason="waits"), ev.RunStarting(attempt=1, nodes=["n1"]), ev.RunStarted(attempt=1),
         ev.RunTagged(set={"b": "2"}, properties={"p": "q"}), ev.RunCancelRequested(requested_by="me"), ev.RunFinalizing(attempt=1),
-        end(attempt=1, exit=c.ExitStatus(exit_code=exit_code, reason="exited"), manifest_digest="m"), ev.RunTagged(removed=["a"]),
+        end(attempt=1, exit=c.ExitStatus(exit_code=exit_code, reason=c.EXIT_REASON_EXITED), manifest_digest="m"), ev.RunTagged(removed=["a"]),
     ]  # fmt: skip
 
 

@@ -288,7 +288,7 @@ def test_nodes_on_which_runs_fail_for_their_sake_take_nothing_for_a_while() -> N
     for _ in range(3):
         run = world.submit(4.0)
         world.act()
-        world.say("run", run, ev.RunFailed(attempt=1, exit=c.ExitStatus(reason="staging_failed")))
+        world.say("run", run, ev.RunFailed(attempt=1, exit=c.ExitStatus(reason=c.EXIT_REASON_STAGING_FAILED)))
     run = world.submit(4.0)
     assert not [d for d in world.act() if isinstance(d, Placement)]
     world.now = 601.0

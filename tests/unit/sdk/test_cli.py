@@ -345,7 +345,7 @@ def test_a_run_is_shown_with_what_one_asks_next(platform: Platform) -> None:
     run.spec.resources.cpus, run.spec.resources.gpus = 2, 1
     run.spec.environment.name = "torch"
     run.spec.environment.pip_packages[:] = ["torch", "numpy"]
-    run.exit.exit_code, run.exit.reason = 3, "exited"
+    run.exit.exit_code, run.exit.reason = 3, c.EXIT_REASON_EXITED
     platform.service.runs = [run]
     sheet = dict(re.findall(r"^(\w*) *(.*)$", platform.piped("run", "show", run.id[:12]), re.MULTILINE))
     assert sheet["id"] == run.id and sheet["experiment"] == "first #4" and sheet["exit"] == "exited, code 3"

@@ -17,7 +17,7 @@ from alveary_contracts.common.v1 import common_pb2 as c
 from alveary_contracts.digests import manifest_digest, manifest_json
 from alveary_trainer.adapters.environments import Environments
 from alveary_trainer.adapters.runtime import StagingFailed
-from alveary_trainer.staging import ContentCache
+from alveary_trainer.content_cache import ContentCache
 
 
 async def folder_of(store: MemoryStore, files: dict[str, bytes], bucket: str = "datasets") -> str:

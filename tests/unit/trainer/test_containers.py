@@ -11,7 +11,7 @@ import pytest
 
 from alveary_contracts.common.v1 import common_pb2 as c
 from alveary_trainer.adapters.containers import NETWORK, DockerRuntime
-from alveary_trainer.adapters.runtime import Limits, Place, Staged, opened
+from alveary_trainer.adapters.runtime import AttemptPaths, Limits, Staged, open_beneath
 from alveary_trainer.hints import lacked_shared_memory
 from alveary_trainer.settings import TrainerSettings
 
@@ -47,10 +47,10 @@ def runtime() -> DockerRuntime:
     return made
 
 
-def place(root: Path) -> Place:
+def place(root: Path) -> AttemptPaths:
     for name in ("work", "tmp"):
         (root / name).mkdir()
-    return Place("RUN-1", root, root / "s" / "run.sock", root / "lib", {"data": root / "data"})
+    return AttemptPaths("RUN-1", root, root / "s" / "run.sock", root / "lib", {"data": root / "data"})
 
 
 def test_limits_devices_and_denials_reach_the_daemon(runtime: DockerRuntime, tmp_path: Path) -> None:
@@ -138,8 +138,8 @@ def test_a_link_is_followed_only_inside(tmp_path: Path) -> None:
     (tmp_path / "in" / "file").write_text("f")
     (tmp_path / "in" / "fine").symlink_to("file")
     (tmp_path / "in" / "out").symlink_to(tmp_path / "secret")
-    with opened(tmp_path / "in" / "fine", tmp_path / "in") as path:
+    with open_beneath(tmp_path / "in" / "fine", tmp_path / "in") as path:
         assert path.read_text() == "f"
     for name in ("out", "."):
-        with pytest.raises((ValueError, OSError)), opened(tmp_path / "in" / name, tmp_path / "in"):
+        with pytest.raises((ValueError, OSError)), open_beneath(tmp_path / "in" / name, tmp_path / "in"):
             pass

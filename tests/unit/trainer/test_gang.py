@@ -8,10 +8,16 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from alveary_contracts.common.v1 import common_pb2 as c
 from alveary_contracts.trainer.v1 import trainer_pb2 as pb
-from alveary_trainer.gang import ASKED, ENDED, LISTED, PEER, READY, RUNNING, STAGING, STORED, File, Gang, name_files
+from alveary_trainer.end_signal import REQUESTED_ENDS
+from alveary_trainer.gang import ENDED, LISTED, READY, RUNNING, STAGING, STORED, File, Gang, name_files
+
+PEER = c.EXIT_REASON_PEER_FAILURE
+REQUESTED = [end.exit_reason for end in REQUESTED_ENDS]
 
 
-def report(index: int, phase: int, exit_code: int | None = None, reason: str = "exited", failed_at: float = 0.0) -> pb.GangReport:
+def report(
+    index: int, phase: int, exit_code: int | None = None, reason: c.ExitReason.ValueType = c.EXIT_REASON_EXITED, failed_at: float = 0.0
+) -> pb.GangReport:
     made = pb.GangReport(index=index, node=f"n{index}", phase=phase, host=f"h{index}")  # type: ignore[arg-type]
     if phase >= ENDED:
         made.exit.reason = reason
@@ -34,10 +40,10 @@ class Shares(RuleBasedStateMachine):
         for index in range(count):
             self.say(index)
 
-    def say(self, index: int, exit_code: int | None = None, reason: str = "exited") -> None:
+    def say(self, index: int, exit_code: int | None = None, reason: c.ExitReason.ValueType = c.EXIT_REASON_EXITED) -> None:
         one = report(index, self.phase[index], exit_code, reason)
         self.said.append(one)
-        self.gang.take(one)
+        self.gang.merge_report(one)
 
     @rule(index=st.integers(0, 3), code=st.integers(0, 1))
     def go_on(self, index: int, code: int) -> None:
@@ -54,7 +60,7 @@ class Shares(RuleBasedStateMachine):
             self.say(index)
         elif phase in (READY, RUNNING) and order.phase >= ENDED:
             self.phase[index] = ENDED
-            self.say(index, None, order.why or PEER)
+            self.say(index, None, order.end_reason or PEER)
         elif phase == RUNNING:
             self.phase[index] = ENDED
             self.say(index, code)
@@ -65,17 +71,17 @@ class Shares(RuleBasedStateMachine):
             self.phase[index] = STORED
             self.say(index, self.gang.reports[index].exit.exit_code, self.gang.reports[index].exit.reason)
         if self.gang.all_at(LISTED):
-            self.gang.names = "names"
+            self.gang.file_names_digest = "names"
 
     @rule(at=st.integers(0, 100))
     def an_old_message_comes(self, at: int) -> None:
         known = {i: r.phase for i, r in self.gang.reports.items()}
-        self.gang.take(self.said[at % len(self.said)])
+        self.gang.merge_report(self.said[at % len(self.said)])
         assert all(self.gang.reports[i].phase >= p for i, p in known.items())
 
-    @rule(why=st.sampled_from(ASKED))
-    def end(self, why: str) -> None:
-        self.gang.end(why)
+    @rule(why=st.sampled_from(REQUESTED))
+    def end(self, why: c.ExitReason.ValueType) -> None:
+        self.gang.request_end(why)
 
     @invariant()
     def nobody_is_launched_before_all_are_ready(self) -> None:
@@ -94,14 +100,14 @@ class Shares(RuleBasedStateMachine):
             for index in range(self.gang.count):
                 self.go_on(index, 0)
         assert self.gang.all_at(STORED), "it never came to its end"
-        status = self.gang.verdict()
+        status = self.gang.exit_status()
         codes = [r.exit.exit_code for r in self.gang.reports.values()]
-        if self.gang.why:
-            assert status.reason == self.gang.why
+        if self.gang.requested_end:
+            assert status.reason == self.gang.requested_end.reason
         elif any(codes):
-            assert status.reason == "exited" and status.exit_code == 1
+            assert status.reason == c.EXIT_REASON_EXITED and status.exit_code == 1
         else:
-            assert status.reason == "exited" and status.exit_code == 0
+            assert status.reason == c.EXIT_REASON_EXITED and status.exit_code == 0
 
 
 TestShares = Shares.TestCase
@@ -110,44 +116,48 @@ TestShares.settings = settings(max_examples=150, stateful_step_count=40, deadlin
 
 def test_of_several_failing_ranks_the_first_is_the_cause() -> None:
     gang = Gang(3)
-    gang.take(report(0, LISTED, 1, failed_at=30.0))
-    gang.take(report(1, LISTED, 7, failed_at=20.0))
-    gang.take(report(2, LISTED, None, PEER))
-    status = gang.verdict()
+    gang.merge_report(report(0, LISTED, 1, failed_at=30.0))
+    gang.merge_report(report(1, LISTED, 7, failed_at=20.0))
+    gang.merge_report(report(2, LISTED, None, PEER))
+    status = gang.exit_status()
     assert (status.rank, status.exit_code, status.node) == (1, 7, "n1")
 
 
 def test_what_has_ended_by_itself_stays_what_it_was() -> None:
     gang = Gang(1)
-    gang.take(report(0, ENDED, 0))
-    gang.end("preempted")
-    assert (gang.verdict().reason, gang.verdict().exit_code) == ("exited", 0)
+    gang.merge_report(report(0, ENDED, 0))
+    gang.request_end(c.EXIT_REASON_PREEMPTED)
+    assert (gang.exit_status().reason, gang.exit_status().exit_code) == (c.EXIT_REASON_EXITED, 0)
 
 
 def test_what_no_rank_did_is_not_blamed_on_one() -> None:
     gang = Gang(2)
-    gang.take(report(0, LISTED, 1, failed_at=30.0))
-    gang.take(report(1, LISTED, None, "out_of_memory"))
-    assert (gang.verdict().reason, gang.verdict().node) == ("out_of_memory", "n1")
-    assert gang.verdict().reason == "exited" or gang.verdict().reason == "out_of_memory"
+    gang.merge_report(report(0, LISTED, 1, failed_at=30.0))
+    gang.merge_report(report(1, LISTED, None, c.EXIT_REASON_OUT_OF_MEMORY))
+    assert (gang.exit_status().reason, gang.exit_status().node) == (c.EXIT_REASON_OUT_OF_MEMORY, "n1")
+    assert gang.exit_status().reason == c.EXIT_REASON_EXITED or gang.exit_status().reason == c.EXIT_REASON_OUT_OF_MEMORY
     failed = Gang(2)
-    failed.take(report(0, LISTED, None, PEER))
-    failed.take(report(1, LISTED, None, "staging_failed"))
-    assert (failed.verdict().reason, failed.verdict().node, failed.verdict().HasField("rank")) == ("staging_failed", "n1", False)
+    failed.merge_report(report(0, LISTED, None, PEER))
+    failed.merge_report(report(1, LISTED, None, c.EXIT_REASON_STAGING_FAILED))
+    assert (failed.exit_status().reason, failed.exit_status().node, failed.exit_status().HasField("rank")) == (
+        c.EXIT_REASON_STAGING_FAILED,
+        "n1",
+        False,
+    )
 
 
 def test_mpirun_alone_says_how_an_mpi_run_ended() -> None:
     gang = Gang(2, c.LAUNCHER_MPI)
-    gang.take(report(0, RUNNING))
-    gang.take(report(1, ENDED, 1))
-    assert gang.ending() == ("", ""), "its daemon ended first"
-    gang.take(report(0, ENDED, 0))
-    assert gang.ending()[0] == PEER
-    assert (gang.verdict().reason, gang.verdict().exit_code) == ("exited", 0)
+    gang.merge_report(report(0, RUNNING))
+    gang.merge_report(report(1, ENDED, 1))
+    assert gang.end() is None, "its daemon ended first"
+    gang.merge_report(report(0, ENDED, 0))
+    assert (end := gang.end()) is not None and end.reason == PEER
+    assert (gang.exit_status().reason, gang.exit_status().exit_code) == (c.EXIT_REASON_EXITED, 0)
     lost = Gang(2, c.LAUNCHER_MPI)
-    lost.take(report(0, READY))
-    lost.take(report(1, ENDED, None, "staging_failed"))
-    assert lost.ending()[0] == PEER
+    lost.merge_report(report(0, READY))
+    lost.merge_report(report(1, ENDED, None, c.EXIT_REASON_STAGING_FAILED))
+    assert (end := lost.end()) is not None and end.reason == PEER
 
 
 @given(

@@ -58,7 +58,7 @@ async def test_a_node_may_have_an_address_of_any_kind(address: str, local: bool)
             await runtime.host("g", 0, "bridge")
         return
     host = await runtime.host("g", 0, "bridge")
-    assert (host.name, bool(host.realm), host.port > 0) == (address, True, True)
+    assert (host.name, bool(host.network_scope), host.port > 0) == (address, True, True)
 
 
 def test_processes_of_a_run_reach_each_other_without_the_nodes_proxy() -> None:

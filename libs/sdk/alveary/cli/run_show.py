@@ -116,6 +116,8 @@ def environment_of(run: pb.Run) -> str:
 
 
 def _exit(run: pb.Run) -> str:
+    from alveary_contracts import exit_reasons
+
     if not run.exit.reason:
         return ""
     how = (
@@ -126,7 +128,7 @@ def _exit(run: pb.Run) -> str:
         else ""
     )
     where = f"rank {run.exit.rank} on {run.exit.node}" if run.exit.HasField("rank") else ""
-    return ", ".join(part for part in (run.exit.reason.replace("_", " "), how, where) if part)
+    return ", ".join(part for part in (exit_reasons.word(run.exit.reason).replace("_", " "), how, where) if part)
 
 
 def _some(lines: list[str], more: str, count: int = 0) -> list[str]:

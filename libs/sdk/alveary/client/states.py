@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from alveary_contracts import exit_reasons
 from alveary_contracts.common.v1 import common_pb2 as c
 from alveary_contracts.runs.v1 import runs_pb2 as pb
 
@@ -17,10 +18,11 @@ def state_name(state: int) -> str:
 
 
 def run_details(run: pb.Run) -> dict[str, Any]:
-    """A run as plain data: the fields of the message, with `status` and `runId` beside them."""
+    """A run as plain data: the fields of the message, with `status` and `runId` beside them. Exit reasons are words."""
     from google.protobuf.json_format import MessageToDict
 
-    plain: dict[str, Any] = MessageToDict(run, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
+    fields = MessageToDict(run, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
+    plain: dict[str, Any] = exit_reasons.with_words(fields)
     plain["status"] = state_name(run.state)
     plain["runId"] = run.id
     plain.setdefault("exit", {})

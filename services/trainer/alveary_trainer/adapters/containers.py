@@ -33,7 +33,18 @@ from alveary_contracts.proxies import for_runs, host_of
 from alveary_core import telemetry
 from alveary_core.errors import NotFound
 from alveary_core.objectstore import ObjectStore
-from alveary_trainer.adapters.runtime import MOST_PROCESSES, Host, Limits, Outcome, Place, Say, Staged, StagingFailed, Usage, View
+from alveary_trainer.adapters.runtime import (
+    MOST_PROCESSES,
+    AttemptPaths,
+    Host,
+    Limits,
+    Outcome,
+    ProgressCallback,
+    Staged,
+    StagingFailed,
+    Usage,
+    View,
+)
 from alveary_trainer.settings import TrainerSettings
 
 T = TypeVar("T")
@@ -76,7 +87,7 @@ class DockerRuntime:
     # ---- images ---------------------------------------------------------------------------------------------------
 
     @asynccontextmanager
-    async def stage(self, workspace: str, digest: str, environment: c.Environment, say: Say) -> AsyncIterator[Staged]:
+    async def stage(self, workspace: str, digest: str, environment: c.Environment, say: ProgressCallback) -> AsyncIterator[Staged]:
         """See Runtime."""
         try:
             lock = json.loads(await self._store.get("images", lock_key(workspace, digest)))
@@ -106,7 +117,7 @@ class DockerRuntime:
             raise StagingFailed(f"the docker daemon of this node does not answer: {error}") from error
         return True
 
-    async def _pull(self, image: str, say: Say) -> None:
+    async def _pull(self, image: str, say: ProgressCallback) -> None:
         loop, stop = asyncio.get_running_loop(), threading.Event()
         await say(f"pulling {image}")
         auth = None
@@ -157,30 +168,30 @@ class DockerRuntime:
 
     # ---- folders --------------------------------------------------------------------------------------------------
 
-    def view(self, place: Place, staged: Staged) -> View:
+    def view(self, paths: AttemptPaths, staged: Staged) -> View:
         """Fixed paths inside the container; it inherits the image's own variables, and the node's proxies."""
-        inputs = {name: f"{_INPUTS}/{name}" for name in place.inputs}
-        return View(_WORK, _TMP, f"{_SOCKETS}/{place.socket.name}", _LIB, inputs, _reachable(for_runs(os.environ)))
+        inputs = {name: f"{_INPUTS}/{name}" for name in paths.inputs}
+        return View(_WORK, _TMP, f"{_SOCKETS}/{paths.socket.name}", _LIB, inputs, _reachable(for_runs(os.environ)))
 
     def shared_memory(self, resources: c.Resources) -> str:
         """See Runtime."""
         size = shm_bytes(resources, self._settings.node_memory_bytes) / 2**30
         return f"its /dev/shm had {size:g} GiB: ask for more with shm_size, or use fewer workers"
 
-    def leave(self, place: Place) -> None:
+    def leave(self, paths: AttemptPaths) -> None:
         """Nothing: the paths are the container's own."""
 
-    def host_path(self, place: Place, path: str) -> Path:
+    def host_path(self, paths: AttemptPaths, path: str) -> Path:
         """Of a path below the working directory or /tmp."""
         full = posixpath.normpath(posixpath.join(_WORK, path))
-        for inside, here in ((_WORK, place.work), (_TMP, place.tmp)):
+        for inside, here in ((_WORK, paths.work), (_TMP, paths.tmp)):
             if full.startswith(f"{inside}/"):
                 return here / full.removeprefix(f"{inside}/")
         raise ValueError(f"{path} is neither below the working directory nor below {_TMP}")
 
-    def readable_below(self, place: Place) -> Path:
+    def readable_below(self, paths: AttemptPaths) -> Path:
         """The attempt's folders: a link that a script made must not make the trainer read what is the node's."""
-        return place.root
+        return paths.root
 
     def command(self, first: str, staged: Staged) -> str:
         """Whatever the image's PATH has."""
@@ -194,13 +205,13 @@ class DockerRuntime:
             return Host("localhost", "", _GANG_PORT)
         if network == "none":
             raise StagingFailed("the containers of this target have no network, and a run on several nodes needs one")
-        realm = ""
+        network_scope = ""
         if network == "bridge":
             # A network of the run's own, on one daemon; trainers of another daemon would not find it.
-            realm = str((await self._do(self._api.info))["ID"])
+            network_scope = str((await self._do(self._api.info))["ID"])
             if index == 0:
                 await self._do(lambda: self._gang_network(gang))
-        return Host(f"{gang.lower()}-{index:04d}", realm, _GANG_PORT)
+        return Host(f"{gang.lower()}-{index:04d}", network_scope, _GANG_PORT)
 
     def _gang_network(self, gang: str) -> None:
         try:
@@ -217,25 +228,27 @@ class DockerRuntime:
 
     # ---- containers -----------------------------------------------------------------------------------------------
 
-    async def launch(self, place: Place, staged: Staged, argv: Sequence[str], env: Mapping[str, str], limits: Limits) -> ContainerTree:
+    async def launch(
+        self, paths: AttemptPaths, staged: Staged, argv: Sequence[str], env: Mapping[str, str], limits: Limits
+    ) -> ContainerTree:
         """See Runtime."""
-        folder = place.root / "io"
+        folder = paths.root / "io"
         folder.mkdir()
         order = {"argv": list(argv), "cwd": _WORK, "env": dict(env) | {"HOME": _TMP}}
         (folder / "order.json").write_text(json.dumps(order))
         for name in ("stdout", "stderr"):
             os.mkfifo(folder / name, 0o600)
         if os.getuid() == 0:
-            await asyncio.to_thread(_give, [place.root, place.socket.parent], self._uid, self._gid)
+            await asyncio.to_thread(_give, [paths.root, paths.socket.parent], self._uid, self._gid)
         # Ends of our own keep the pipes from ending before the container has opened them.
         ends = {name: os.open(folder / name, os.O_RDWR | os.O_NONBLOCK) for name in ("stdout", "stderr")}
         readers = {name: os.open(folder / name, os.O_RDONLY | os.O_NONBLOCK) for name in ("stdout", "stderr")}
         try:
-            container = await self._do(lambda: self._start(place, staged, limits, folder))
+            container = await self._do(lambda: self._start(paths, staged, limits, folder))
         except BaseException as error:
             for descriptor in (*ends.values(), *readers.values()):
                 os.close(descriptor)
-            await self._do(lambda: self._remove(self._name(place)))
+            await self._do(lambda: self._remove(self._name(paths)))
             if limits.gang and limits.network == "bridge":
                 await self._do(lambda: self._leave_gang(limits.gang))
             if isinstance(error, _REFUSED):
@@ -244,10 +257,10 @@ class DockerRuntime:
             raise
         return ContainerTree(self, container, folder, readers, list(ends.values()), limits.gang if limits.network == "bridge" else "")
 
-    def _name(self, place: Place) -> str:
-        return f"alveary-{place.name.lower()}-{self._owner[:6]}"
+    def _name(self, paths: AttemptPaths) -> str:
+        return f"alveary-{paths.name.lower()}-{self._owner[:6]}"
 
-    def _start(self, place: Place, staged: Staged, limits: Limits, folder: Path) -> str:
+    def _start(self, paths: AttemptPaths, staged: Staged, limits: Limits, folder: Path) -> str:
         api, resources = self._api, limits.resources
         if limits.network == "bridge":
             network = gang_network(limits.gang) if limits.gang else self._shared_network()
@@ -257,10 +270,10 @@ class DockerRuntime:
         if limits.gang:
             aliases = api.create_networking_config({network: api.create_endpoint_config(aliases=[limits.host])})
         binds = {
-            str(place.work): {"bind": _WORK, "mode": "rw"}, str(place.tmp): {"bind": _TMP, "mode": "rw"},
-            str(folder): {"bind": _IO, "mode": "rw"}, str(place.socket.parent): {"bind": _SOCKETS, "mode": "rw"},
-            str(place.lib): {"bind": _LIB, "mode": "ro"},
-            **{str(path): {"bind": f"{_INPUTS}/{name}", "mode": "ro"} for name, path in place.inputs.items()},
+            str(paths.work): {"bind": _WORK, "mode": "rw"}, str(paths.tmp): {"bind": _TMP, "mode": "rw"},
+            str(folder): {"bind": _IO, "mode": "rw"}, str(paths.socket.parent): {"bind": _SOCKETS, "mode": "rw"},
+            str(paths.lib): {"bind": _LIB, "mode": "ro"},
+            **{str(path): {"bind": f"{_INPUTS}/{name}", "mode": "ro"} for name, path in paths.inputs.items()},
         }  # fmt: skip
         devices = [docker.types.DeviceRequest(device_ids=[str(g) for g in limits.gpus], capabilities=[["gpu"]])] if limits.gpus else None
         memory = resources.memory_bytes or None
@@ -269,10 +282,10 @@ class DockerRuntime:
             nano_cpus=int(resources.cpus * 1e9) or None, mem_limit=memory, memswap_limit=memory, shm_size=shm_bytes(resources, self._settings.node_memory_bytes),
             pids_limit=MOST_PROCESSES, device_requests=devices, log_config={"Type": "none"}, ipc_mode="private",
         )  # fmt: skip
-        shim = [staged.python, "-I", "-S", f"{_LIB}/alveary_shim.py", _IO, f"{_SOCKETS}/{place.socket.name}"]
+        shim = [staged.python, "-I", "-S", f"{_LIB}/alveary_shim.py", _IO, f"{_SOCKETS}/{paths.socket.name}"]
         created = api.create_container(
-            staged.image, entrypoint=shim, command=[], name=self._name(place), user=f"{self._uid}:{self._gid}", working_dir=_WORK,
-            host_config=host, labels={NODE_LABEL: self._owner, RUN_LABEL: place.name}, stdin_open=False, tty=False,
+            staged.image, entrypoint=shim, command=[], name=self._name(paths), user=f"{self._uid}:{self._gid}", working_dir=_WORK,
+            host_config=host, labels={NODE_LABEL: self._owner, RUN_LABEL: paths.name}, stdin_open=False, tty=False,
             networking_config=aliases, hostname="alveary",
         )  # fmt: skip
         api.start(created["Id"])
@@ -431,5 +444,5 @@ def _give(folders: Sequence[Path], uid: int, gid: int) -> None:
                 os.lchown(os.path.join(root, name), uid, gid)
 
 
-async def _say(say: Say, text: str) -> None:
+async def _say(say: ProgressCallback, text: str) -> None:
     await say(text)

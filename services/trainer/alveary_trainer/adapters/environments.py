@@ -19,7 +19,7 @@ from alveary_core.errors import NotFound
 from alveary_core.objectstore import ObjectStore
 from alveary_core.uv import python_for, uv_binary, uv_environment
 from alveary_trainer.adapters.fingerprint import Change
-from alveary_trainer.adapters.runtime import Say, StagingFailed
+from alveary_trainer.adapters.runtime import ProgressCallback, StagingFailed
 from alveary_trainer.adapters.shared_cache import SharedCache
 
 
@@ -31,7 +31,7 @@ class Environments:
         self._cache, self._store = SharedCache(folder, limit, strict=False), store
 
     @asynccontextmanager
-    async def use(self, workspace: str, digest: str, interpreter: str, user_managed: bool, say: Say) -> AsyncIterator[Path]:
+    async def use(self, workspace: str, digest: str, interpreter: str, user_managed: bool, say: ProgressCallback) -> AsyncIterator[Path]:
         """Path of the environment's python; the environment stays as long as this context does.
 
         Raises:
@@ -55,7 +55,7 @@ class Environments:
         async with self._cache.use(name, lambda part, final: self._make(workspace, digest, part, final, say), changed) as folder:
             yield folder / "bin/python"
 
-    async def _make(self, workspace: str, digest: str, part: Path, final: Path, say: Say) -> None:
+    async def _make(self, workspace: str, digest: str, part: Path, final: Path, say: ProgressCallback) -> None:
         try:
             lock = json.loads(await self._store.get("images", lock_key(workspace, digest)))
         except NotFound as error:

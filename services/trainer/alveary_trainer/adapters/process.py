@@ -29,7 +29,18 @@ from alveary_trainer.adapters import alveary_exec
 from alveary_trainer.adapters.cgroups import Group, Groups
 from alveary_trainer.adapters.environments import Environments
 from alveary_trainer.adapters.memory import used_bytes
-from alveary_trainer.adapters.runtime import MOST_PROCESSES, Host, Limits, Outcome, Place, Say, Staged, StagingFailed, Usage, View
+from alveary_trainer.adapters.runtime import (
+    MOST_PROCESSES,
+    AttemptPaths,
+    Host,
+    Limits,
+    Outcome,
+    ProgressCallback,
+    Staged,
+    StagingFailed,
+    Usage,
+    View,
+)
 from alveary_trainer.hints import shared_memory_here
 from alveary_trainer.short_paths import ShortLinks
 
@@ -59,31 +70,31 @@ class ProcessRuntime:
         self._closed = False
 
     @asynccontextmanager
-    async def stage(self, workspace: str, digest: str, environment: c.Environment, say: Say) -> AsyncIterator[Staged]:
+    async def stage(self, workspace: str, digest: str, environment: c.Environment, say: ProgressCallback) -> AsyncIterator[Staged]:
         """See Runtime."""
         async with self._environments.use(workspace, digest, environment.interpreter, environment.user_managed, say) as python:
             yield Staged(str(python))
 
-    def view(self, place: Place, staged: Staged) -> View:
+    def view(self, paths: AttemptPaths, staged: Staged) -> View:
         """The node's own paths; the temporary folder has a short name, see short_paths.py."""
         inherited = {name: os.environ[name] for name in _INHERITED if name in os.environ} | locale_of(os.environ) | for_runs(os.environ)
         inherited["PATH"] = f"{Path(staged.python).parent}:{inherited.get('PATH', '/usr/bin:/bin')}"
-        inputs = {name: str(path) for name, path in place.inputs.items()}
-        return View(str(place.work), str(self._links.make(place.tmp)), str(place.socket), str(place.lib), inputs, inherited)
+        inputs = {name: str(path) for name, path in paths.inputs.items()}
+        return View(str(paths.work), str(self._links.make(paths.tmp)), str(paths.socket), str(paths.lib), inputs, inherited)
 
     def shared_memory(self, resources: c.Resources) -> str:
         """See Runtime."""
         return shared_memory_here()
 
-    def leave(self, place: Place) -> None:
+    def leave(self, paths: AttemptPaths) -> None:
         """See Runtime."""
-        self._links.remove(place.tmp)
+        self._links.remove(paths.tmp)
 
-    def host_path(self, place: Place, path: str) -> Path:
+    def host_path(self, paths: AttemptPaths, path: str) -> Path:
         """The path itself; a relative one begins in the working directory."""
-        return place.work / path
+        return paths.work / path
 
-    def readable_below(self, place: Place) -> Path:
+    def readable_below(self, paths: AttemptPaths) -> Path:
         """Anything: the processes run as the trainer's own user, so nothing is theirs to steal."""
         return Path("/")
 
@@ -98,15 +109,15 @@ class ProcessRuntime:
         """See Runtime. The processes share the network of their node."""
         interface, subnet = interface_of(self._address)
         # A loopback address is good for the nodes of one machine.
-        realm = Path("/proc/sys/kernel/random/boot_id").read_text().strip() if is_loopback(self._address) else ""
+        network_scope = Path("/proc/sys/kernel/random/boot_id").read_text().strip() if is_loopback(self._address) else ""
         with socket.socket(socket.AF_INET6 if ":" in self._address else socket.AF_INET) as probe:
             try:
                 probe.bind((self._address, 0))
             except OSError as error:
                 raise StagingFailed(f"this node has no address {self._address}: set ALVEARY_ADDRESS ({error})") from error
-            return Host(self._address, realm, probe.getsockname()[1], interface, subnet)
+            return Host(self._address, network_scope, probe.getsockname()[1], interface, subnet)
 
-    async def launch(self, place: Place, staged: Staged, argv: Sequence[str], env: Mapping[str, str], limits: Limits) -> ProcessTree:
+    async def launch(self, paths: AttemptPaths, staged: Staged, argv: Sequence[str], env: Mapping[str, str], limits: Limits) -> ProcessTree:
         """See Runtime."""
         gpus = {"CUDA_VISIBLE_DEVICES": ",".join(str(g) for g in limits.gpus)}
         tree, self._spare = self._spare, None
@@ -114,11 +125,11 @@ class ProcessRuntime:
             if tree is None or not tree.is_ready():
                 if tree is not None:
                     await asyncio.to_thread(tree.discard)
-                tree = await self._prepare(place.name)
+                tree = await self._prepare(paths.name)
             await asyncio.to_thread(tree.group.limit_memory, limits.resources.memory_bytes)
         except OSError as error:
             raise StagingFailed(f"the control groups of this node cannot be used any more: {error}") from error
-        tree.start(argv, place.work, dict(env) | gpus)
+        tree.start(argv, paths.work, dict(env) | gpus)
         # Later: it would take CPU time from the program that starts.
         self._replenishing = asyncio.get_running_loop().call_later(_SPARE_DELAY_SECONDS, self._replenish)
         return tree

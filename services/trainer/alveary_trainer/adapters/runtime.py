@@ -13,7 +13,7 @@ from typing import Protocol
 
 from alveary_contracts.common.v1 import common_pb2 as c
 
-Say = Callable[[str], Awaitable[None]]
+ProgressCallback = Callable[[str], Awaitable[None]]
 # Processes and threads that an attempt may have at a time.
 MOST_PROCESSES = 8192
 
@@ -60,7 +60,7 @@ class Staged:
 
 
 @dataclass(frozen=True)
-class Place:
+class AttemptPaths:
     """Folders of one attempt, on this node. `root` holds all but the socket and the inputs."""
 
     name: str
@@ -111,7 +111,7 @@ class Host:
 
     name: str
     # Where the name holds; "" is everywhere.
-    realm: str
+    network_scope: str
     # A port that is free there.
     port: int
     # The network interface with that address, and its subnet, where the processes have more than one.
@@ -119,7 +119,7 @@ class Host:
     subnet: str = ""
 
 
-class Tree(Protocol):
+class ProcessTree(Protocol):
     """Running processes of an attempt. The reader of `stdout` and `stderr` (non-blocking) closes them."""
 
     stdout: int
@@ -147,7 +147,7 @@ class Runtime(Protocol):
 
     kind: str
 
-    def stage(self, workspace: str, digest: str, environment: c.Environment, say: Say) -> AbstractAsyncContextManager[Staged]:
+    def stage(self, workspace: str, digest: str, environment: c.Environment, say: ProgressCallback) -> AbstractAsyncContextManager[Staged]:
         """Make an environment ready.
 
         Raises:
@@ -155,7 +155,7 @@ class Runtime(Protocol):
         """
         ...
 
-    def view(self, place: Place, staged: Staged) -> View:
+    def view(self, paths: AttemptPaths, staged: Staged) -> View:
         """How the processes will see their folders."""
         ...
 
@@ -163,11 +163,11 @@ class Runtime(Protocol):
         """For a run that found no room in /dev/shm: how much there is, and what to do."""
         ...
 
-    def leave(self, place: Place) -> None:
-        """Forget what `view` made for a place; harmless to repeat."""
+    def leave(self, paths: AttemptPaths) -> None:
+        """Forget what `view` made for an attempt; harmless to repeat."""
         ...
 
-    def host_path(self, place: Place, path: str) -> Path:
+    def host_path(self, paths: AttemptPaths, path: str) -> Path:
         """Where a path that a process named is on this node.
 
         Raises:
@@ -175,7 +175,7 @@ class Runtime(Protocol):
         """
         ...
 
-    def readable_below(self, place: Place) -> Path:
+    def readable_below(self, paths: AttemptPaths) -> Path:
         """What the platform reads on behalf of the processes must lie below this folder, symbolic links followed."""
         ...
 
@@ -195,8 +195,8 @@ class Runtime(Protocol):
         """
         ...
 
-    async def launch(self, place: Place, staged: Staged, argv: Sequence[str], env: Mapping[str, str], limits: Limits) -> Tree:
-        """Start the processes in `place`.
+    async def launch(self, paths: AttemptPaths, staged: Staged, argv: Sequence[str], env: Mapping[str, str], limits: Limits) -> ProcessTree:
+        """Start the processes of an attempt.
 
         Raises:
             StagingFailed: they cannot be started.
@@ -213,7 +213,7 @@ class Runtime(Protocol):
 
 
 @contextlib.contextmanager
-def opened(path: Path, below: Path) -> Iterator[Path]:
+def open_beneath(path: Path, below: Path) -> Iterator[Path]:
     """A path to read a regular file by, which nobody can turn into another file meanwhile.
 
     Raises:

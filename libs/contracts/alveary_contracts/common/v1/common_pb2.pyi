@@ -96,6 +96,76 @@ LAUNCHER_MPI: Launcher.ValueType  # 3
 """Open MPI's mpirun on the first node; its daemons on the others are started by their trainers."""
 Global___Launcher: _TypeAlias = Launcher  # noqa: Y015
 
+class _ExitReason:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ExitReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ExitReason.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    EXIT_REASON_UNSPECIFIED: _ExitReason.ValueType  # 0
+    EXIT_REASON_EXITED: _ExitReason.ValueType  # 1
+    """The program ended by itself, with an exit code; 0 is success."""
+    EXIT_REASON_SIGNAL: _ExitReason.ValueType  # 2
+    """A signal ended the program, or the trainer killed it because it had more processes than a run may have."""
+    EXIT_REASON_OUT_OF_MEMORY: _ExitReason.ValueType  # 3
+    """It used more memory than it asked for, or the node ran out of memory."""
+    EXIT_REASON_DISK_FULL: _ExitReason.ValueType  # 4
+    """It filled the disk of its node."""
+    EXIT_REASON_TIMEOUT: _ExitReason.ValueType  # 5
+    """It ran longer than max_run_duration_seconds."""
+    EXIT_REASON_CANCELED: _ExitReason.ValueType  # 6
+    EXIT_REASON_PREEMPTED: _ExitReason.ValueType  # 7
+    """It made room for another run; the next attempt follows."""
+    EXIT_REASON_STAGING_FAILED: _ExitReason.ValueType  # 8
+    """Its environment, snapshot, inputs or checkpoints could not be had on the node."""
+    EXIT_REASON_LAUNCH_FAILED: _ExitReason.ValueType  # 9
+    """The program, or the launcher around it, could not be started."""
+    EXIT_REASON_UPLOAD_FAILED: _ExitReason.ValueType  # 10
+    """The program ended, but its outputs could not be stored."""
+    EXIT_REASON_BUILD_FAILED: _ExitReason.ValueType  # 11
+    """The environment could not be built; no attempt was made."""
+    EXIT_REASON_TRAINER_LOST: _ExitReason.ValueType  # 12
+    """The node of the attempt was lost."""
+    EXIT_REASON_INTERNAL_ERROR: _ExitReason.ValueType  # 13
+    """The trainer failed on it: a bug of the platform."""
+    EXIT_REASON_PEER_FAILURE: _ExitReason.ValueType  # 14
+    """Another member of the gang failed. Only between trainers: an attempt has the reason of the member that failed."""
+
+class ExitReason(_ExitReason, metaclass=_ExitReasonEnumTypeWrapper):
+    """Why an attempt, or a run that was never attempted, ended. Users see the name without its prefix, in lower case:
+    "out_of_memory".
+    """
+
+EXIT_REASON_UNSPECIFIED: ExitReason.ValueType  # 0
+EXIT_REASON_EXITED: ExitReason.ValueType  # 1
+"""The program ended by itself, with an exit code; 0 is success."""
+EXIT_REASON_SIGNAL: ExitReason.ValueType  # 2
+"""A signal ended the program, or the trainer killed it because it had more processes than a run may have."""
+EXIT_REASON_OUT_OF_MEMORY: ExitReason.ValueType  # 3
+"""It used more memory than it asked for, or the node ran out of memory."""
+EXIT_REASON_DISK_FULL: ExitReason.ValueType  # 4
+"""It filled the disk of its node."""
+EXIT_REASON_TIMEOUT: ExitReason.ValueType  # 5
+"""It ran longer than max_run_duration_seconds."""
+EXIT_REASON_CANCELED: ExitReason.ValueType  # 6
+EXIT_REASON_PREEMPTED: ExitReason.ValueType  # 7
+"""It made room for another run; the next attempt follows."""
+EXIT_REASON_STAGING_FAILED: ExitReason.ValueType  # 8
+"""Its environment, snapshot, inputs or checkpoints could not be had on the node."""
+EXIT_REASON_LAUNCH_FAILED: ExitReason.ValueType  # 9
+"""The program, or the launcher around it, could not be started."""
+EXIT_REASON_UPLOAD_FAILED: ExitReason.ValueType  # 10
+"""The program ended, but its outputs could not be stored."""
+EXIT_REASON_BUILD_FAILED: ExitReason.ValueType  # 11
+"""The environment could not be built; no attempt was made."""
+EXIT_REASON_TRAINER_LOST: ExitReason.ValueType  # 12
+"""The node of the attempt was lost."""
+EXIT_REASON_INTERNAL_ERROR: ExitReason.ValueType  # 13
+"""The trainer failed on it: a bug of the platform."""
+EXIT_REASON_PEER_FAILURE: ExitReason.ValueType  # 14
+"""Another member of the gang failed. Only between trainers: an attempt has the reason of the member that failed."""
+Global___ExitReason: _TypeAlias = ExitReason  # noqa: Y015
+
 @_typing.final
 class FileEntry(_message.Message):
     """One file of a manifest."""
@@ -473,7 +543,9 @@ class RunSpec(_message.Message):
     use_gpu: _builtins.bool
     """use_gpu was asked for; the target must have GPUs."""
     grace_seconds: _builtins.float
-    """Seconds between SIGTERM and SIGKILL on cancel; default 10, at most 300."""
+    """Seconds between SIGTERM and SIGKILL when an attempt is ended early (cancel, timeout, preemption, or the failure of
+    another node of the run); default 10, at most 300.
+    """
     module: _builtins.str
     """A module of the alveary package to run (`python -m`). Only the platform itself may set it."""
     resume_from: _builtins.str
@@ -565,19 +637,17 @@ class RetryPolicy(_message.Message):
     backoff_seconds: _builtins.float
     """Before the second attempt, seconds; doubles with each, to at most an hour. 0: at once."""
     @_builtins.property
-    def on(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Reasons of ExitStatus: "exited", "signal", "out_of_memory", "timeout", "staging_failed", "launch_failed",
-        "upload_failed".
-        """
+    def on(self) -> _containers.RepeatedScalarFieldContainer[Global___ExitReason.ValueType]:
+        """EXITED, SIGNAL, OUT_OF_MEMORY, DISK_FULL, TIMEOUT, STAGING_FAILED, LAUNCH_FAILED and UPLOAD_FAILED are accepted."""
 
     @_builtins.property
     def exit_codes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Of "exited": only these exit codes; empty: all but 0."""
+        """Of EXITED: only these exit codes; empty: all but 0."""
 
     def __init__(
         self,
         *,
-        on: _abc.Iterable[_builtins.str] | None = ...,
+        on: _abc.Iterable[Global___ExitReason.ValueType] | None = ...,
         exit_codes: _abc.Iterable[_builtins.int] | None = ...,
         backoff_seconds: _builtins.float = ...,
     ) -> None: ...
@@ -591,7 +661,7 @@ Global___RetryPolicy: _TypeAlias = RetryPolicy  # noqa: Y015
 
 @_typing.final
 class ExitStatus(_message.Message):
-    """The outcome of a process."""
+    """How a program, or an attempt as a whole, ended."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -606,10 +676,7 @@ class ExitStatus(_message.Message):
     exit_code: _builtins.int
     signal: _builtins.int
     """Signal number that ended it, where one did."""
-    reason: _builtins.str
-    """One of: "exited", "signal", "out_of_memory", "timeout", "canceled", "preempted", "staging_failed", "upload_failed",
-    "trainer_lost", "launch_failed", "internal_error" (the trainer failed on it: a bug).
-    """
+    reason: Global___ExitReason.ValueType
     message: _builtins.str
     """A sentence for the user."""
     rank: _builtins.int
@@ -628,7 +695,7 @@ class ExitStatus(_message.Message):
         *,
         exit_code: _builtins.int | None = ...,
         signal: _builtins.int | None = ...,
-        reason: _builtins.str = ...,
+        reason: Global___ExitReason.ValueType = ...,
         message: _builtins.str = ...,
         last_lines: _abc.Iterable[_builtins.str] | None = ...,
         rank: _builtins.int | None = ...,

@@ -20,6 +20,30 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _AttemptPhase:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _AttemptPhaseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AttemptPhase.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ATTEMPT_PHASE_UNSPECIFIED: _AttemptPhase.ValueType  # 0
+    ATTEMPT_PHASE_STAGING: _AttemptPhase.ValueType  # 1
+    """It fetches what the run needs, or waits for the other members of the gang."""
+    ATTEMPT_PHASE_RUNNING: _AttemptPhase.ValueType  # 2
+    ATTEMPT_PHASE_FINALIZING: _AttemptPhase.ValueType  # 3
+    """The processes have ended; outputs and logs are being stored."""
+
+class AttemptPhase(_AttemptPhase, metaclass=_AttemptPhaseEnumTypeWrapper):
+    """How far a trainer is with its part of an attempt."""
+
+ATTEMPT_PHASE_UNSPECIFIED: AttemptPhase.ValueType  # 0
+ATTEMPT_PHASE_STAGING: AttemptPhase.ValueType  # 1
+"""It fetches what the run needs, or waits for the other members of the gang."""
+ATTEMPT_PHASE_RUNNING: AttemptPhase.ValueType  # 2
+ATTEMPT_PHASE_FINALIZING: AttemptPhase.ValueType  # 3
+"""The processes have ended; outputs and logs are being stored."""
+Global___AttemptPhase: _TypeAlias = AttemptPhase  # noqa: Y015
+
 class _GangPhase:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -32,11 +56,14 @@ class _GangPhaseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_GangPhase.V
     GANG_PHASE_RUNNING: _GangPhase.ValueType  # 3
     GANG_PHASE_ENDED: _GangPhase.ValueType  # 4
     GANG_PHASE_LISTED: _GangPhase.ValueType  # 5
-    """It said in the object store which files it has."""
+    """The list of its files is in the object store."""
     GANG_PHASE_STORED: _GangPhase.ValueType  # 6
 
 class GangPhase(_GangPhase, metaclass=_GangPhaseEnumTypeWrapper):
-    """---- between the trainers of one attempt on several nodes ---------------------------------------------------------"""
+    """---- between the trainers of one attempt on several nodes ---------------------------------------------------------
+
+    How far a member of a gang is (in GangReport), or may go (in GangOrder). A member's phases only advance.
+    """
 
 GANG_PHASE_UNSPECIFIED: GangPhase.ValueType  # 0
 GANG_PHASE_STAGING: GangPhase.ValueType  # 1
@@ -44,7 +71,7 @@ GANG_PHASE_READY: GangPhase.ValueType  # 2
 GANG_PHASE_RUNNING: GangPhase.ValueType  # 3
 GANG_PHASE_ENDED: GangPhase.ValueType  # 4
 GANG_PHASE_LISTED: GangPhase.ValueType  # 5
-"""It said in the object store which files it has."""
+"""The list of its files is in the object store."""
 GANG_PHASE_STORED: GangPhase.ValueType  # 6
 Global___GangPhase: _TypeAlias = GangPhase  # noqa: Y015
 
@@ -105,8 +132,7 @@ class AttemptInfo(_message.Message):
     SECONDS_SINCE_CHECKPOINT_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     attempt: _builtins.int
-    phase: _builtins.str
-    """"staging", "running", "finalizing"."""
+    phase: Global___AttemptPhase.ValueType
     cpu_percent: _builtins.float
     memory_bytes: _builtins.int
     seconds_since_checkpoint: _builtins.float
@@ -118,7 +144,7 @@ class AttemptInfo(_message.Message):
         *,
         run_id: _builtins.str = ...,
         attempt: _builtins.int = ...,
-        phase: _builtins.str = ...,
+        phase: Global___AttemptPhase.ValueType = ...,
         pids: _abc.Iterable[_builtins.int] | None = ...,
         cpu_percent: _builtins.float = ...,
         memory_bytes: _builtins.int = ...,
@@ -260,9 +286,10 @@ Global___BeatAnswer: _TypeAlias = BeatAnswer  # noqa: Y015
 
 @_typing.final
 class GangReport(_message.Message):
-    """What the trainer of one share says to the one that leads the attempt (it holds the first share): request of NATS
-    subject alveary-gang.<workspace>.<run>.<attempt>, repeated until it is answered. It says all that is so, so that
-    nothing is lost with a message; the answer comes when it differs from what is known by `seen`, or after two seconds.
+    """What a member of a gang reports to its leader (the trainer of the placement's first node): request of NATS subject
+    alveary-gang.<workspace>.<run>.<attempt>, repeated until it is answered. Each report carries the member's full state,
+    so that no information is lost with a message. The leader answers with a GangOrder as soon as it has one that is newer
+    than `last_order_version`, or after two seconds.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -272,29 +299,30 @@ class GangReport(_message.Message):
     INCARNATION_FIELD_NUMBER: _builtins.int
     PHASE_FIELD_NUMBER: _builtins.int
     HOST_FIELD_NUMBER: _builtins.int
-    REALM_FIELD_NUMBER: _builtins.int
+    NETWORK_SCOPE_FIELD_NUMBER: _builtins.int
     EXIT_FIELD_NUMBER: _builtins.int
     FAILED_AT_FIELD_NUMBER: _builtins.int
     RANKS_FIELD_NUMBER: _builtins.int
-    LISTING_FIELD_NUMBER: _builtins.int
+    FILE_LIST_DIGEST_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
-    SEEN_FIELD_NUMBER: _builtins.int
+    LAST_ORDER_VERSION_FIELD_NUMBER: _builtins.int
     index: _builtins.int
-    """Place in PlacementMade.nodes."""
+    """Position in PlacementMade.nodes."""
     node: _builtins.str
     incarnation: _builtins.str
     phase: Global___GangPhase.ValueType
     host: _builtins.str
-    """Under which name or address the others reach its processes, and where that holds: a docker host, or "" for any."""
-    realm: _builtins.str
+    """The name or address by which the other members reach its processes."""
+    network_scope: _builtins.str
+    """Where `host` is valid: one machine, or "" for everywhere. Members with different scopes cannot reach each other."""
     failed_at: _builtins.float
     """When its first failing rank failed, Unix seconds; 0: none did."""
-    listing: _builtins.str
-    """From GANG_PHASE_LISTED on: digest of the list of its files, at runs/<run>/<attempt>/.gang/<index>.json."""
+    file_list_digest: _builtins.str
+    """From GANG_PHASE_LISTED on: SHA-256 of the list of its files, at runs/<run>/<attempt>/.gang/<index>.json."""
     error: _builtins.str
-    """Why its files could not be stored."""
-    seen: _builtins.int
-    """Version of the newest order seen."""
+    """Why its files could not be stored; empty: nothing failed."""
+    last_order_version: _builtins.int
+    """Version of the newest order that it has received."""
     @_builtins.property
     def exit(self) -> _common_pb2.ExitStatus:
         """From GANG_PHASE_ENDED on: how its launcher ended, and its ranks."""
@@ -311,17 +339,17 @@ class GangReport(_message.Message):
         incarnation: _builtins.str = ...,
         phase: Global___GangPhase.ValueType = ...,
         host: _builtins.str = ...,
-        realm: _builtins.str = ...,
+        network_scope: _builtins.str = ...,
         exit: _common_pb2.ExitStatus | None = ...,
         failed_at: _builtins.float = ...,
         ranks: _abc.Iterable[_builtins.int] | None = ...,
-        listing: _builtins.str = ...,
+        file_list_digest: _builtins.str = ...,
         error: _builtins.str = ...,
-        seen: _builtins.int = ...,
+        last_order_version: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["exit", b"exit"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "exit", b"exit", "failed_at", b"failed_at", "host", b"host", "incarnation", b"incarnation", "index", b"index", "listing", b"listing", "node", b"node", "phase", b"phase", "ranks", b"ranks", "realm", b"realm", "seen", b"seen"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "exit", b"exit", "failed_at", b"failed_at", "file_list_digest", b"file_list_digest", "host", b"host", "incarnation", b"incarnation", "index", b"index", "last_order_version", b"last_order_version", "network_scope", b"network_scope", "node", b"node", "phase", b"phase", "ranks", b"ranks"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -329,6 +357,8 @@ Global___GangReport: _TypeAlias = GangReport  # noqa: Y015
 
 @_typing.final
 class GangOrder(_message.Message):
+    """The leader's answer."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     VERSION_FIELD_NUMBER: _builtins.int
@@ -336,21 +366,24 @@ class GangOrder(_message.Message):
     HOSTS_FIELD_NUMBER: _builtins.int
     PORT_FIELD_NUMBER: _builtins.int
     COMMAND_FIELD_NUMBER: _builtins.int
-    WHY_FIELD_NUMBER: _builtins.int
+    END_REASON_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
-    NAMES_FIELD_NUMBER: _builtins.int
+    FILE_NAMES_DIGEST_FIELD_NUMBER: _builtins.int
     version: _builtins.int
+    """Grows with each change."""
     phase: Global___GangPhase.ValueType
-    """How far the node may go: READY: wait. RUNNING: launch. ENDED: end what runs. STORED: store its files."""
+    """How far the member may go. READY: wait. RUNNING: launch. ENDED: end the processes. STORED: store its files."""
     port: _builtins.int
-    why: _builtins.str
-    """With ENDED: "canceled", "timeout", "preempted" or "peer" (another node's processes failed), and a sentence."""
+    end_reason: _common_pb2.ExitReason.ValueType
+    """With ENDED: CANCELED, TIMEOUT, PREEMPTED or PEER_FAILURE, and a sentence."""
     message: _builtins.str
-    names: _builtins.str
-    """With STORED: the object runs/<run>/<attempt>/.gang/names.json says under which names."""
+    file_names_digest: _builtins.str
+    """With STORED: SHA-256 of runs/<run>/<attempt>/.gang/names.json, which says under which name each member stores each of
+    its files; "none": the names could not be decided, and nothing is stored.
+    """
     @_builtins.property
     def hosts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """With RUNNING: hosts of all shares in order, a free port of the first, and the ranks in all."""
+        """With RUNNING: hosts of all members in order, and a free port of the first."""
 
     @_builtins.property
     def command(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -364,13 +397,13 @@ class GangOrder(_message.Message):
         hosts: _abc.Iterable[_builtins.str] | None = ...,
         port: _builtins.int = ...,
         command: _abc.Iterable[_builtins.str] | None = ...,
-        why: _builtins.str = ...,
+        end_reason: _common_pb2.ExitReason.ValueType = ...,
         message: _builtins.str = ...,
-        names: _builtins.str = ...,
+        file_names_digest: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "hosts", b"hosts", "message", b"message", "names", b"names", "phase", b"phase", "port", b"port", "version", b"version", "why", b"why"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "end_reason", b"end_reason", "file_names_digest", b"file_names_digest", "hosts", b"hosts", "message", b"message", "phase", b"phase", "port", b"port", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
