@@ -52,7 +52,7 @@ class Node:
         """Let the node see an event."""
         aggregate = "run" if isinstance(message, ev.RunCancelRequested) else "placement"
         self._sequence += 1
-        self.agent._heed(Event(new_id(), Key(WORKSPACE, aggregate, run), "", message, self._sequence, time.time()))
+        self.agent._handle_event(Event(new_id(), Key(WORKSPACE, aggregate, run), "", message, self._sequence, time.time()))
 
     def place(self, code: str, *, run: str = "", attempt: int = 1, **spec: Any) -> Attempt:
         """Place a run of `code` here."""

@@ -1,4 +1,4 @@
-"""The node agent: takes placements, ends what must end; see heartbeat.py for how it beats."""
+"""The node agent: placements in, attempts out; its heartbeats are in heartbeat.py."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ class Agent:
         self.disk = DiskWatch(s.node, folders, s.disk_reserve_bytes, s.disk_reserve_fraction, self._occupants)
         context.disk_fault = self.disk.fault
         self.heartbeat = Heartbeat(
-            self._settings, self.beat_message, end=lambda name: self._end(name, EndReason.FENCED), end_all=self.end_all,
+            self._settings, self.beat_message, end=lambda name: self._end_attempt(name, EndReason.FENCED), end_all=self.end_all,
             leave=self.leave, idle=lambda: not self.attempts,
         )  # fmt: skip
 
     async def follow(self, start: int) -> None:
-        """Placements for this node, what is taken back or must make room, and cancels, for ever."""
+        """Follow placements of this node, revocations, preemptions and cancels, for ever."""
         placements = [f"alveary.*.placement.*.{what}" for what in ("made", "revoked", "preempting")]
         subjects = [*placements, "alveary.*.run.*.cancel_requested"]
         async with contextlib.aclosing(self._context.log.follow(subjects, start)) as stream:
@@ -62,35 +62,35 @@ class Agent:
                     continue
                 message, sequence = item
                 try:
-                    self._heed(decode(message.subject, dict(message.headers or {}), message.data, sequence))
+                    self._handle_event(decode(message.subject, dict(message.headers or {}), message.data, sequence))
                 except Exception:  # one event that is not understood must not stop those behind it
                     telemetry.DEAD_LETTERS.labels("trainer").inc()
                     telemetry.logger().exception("event.set_aside", subject=message.subject, sequence=sequence)
 
-    def _heed(self, event: Event) -> None:
+    def _handle_event(self, event: Event) -> None:
         telemetry.start_trace(event.traceparent)
         match event.message:
             case ev.PlacementMade() as made:
-                for index, share in enumerate(made.nodes):
-                    if (share.node, share.incarnation) == (self._settings.node, self._context.incarnation):
-                        self._take(event.key, made, index)
+                for index, mine in enumerate(made.nodes):
+                    if (mine.node, mine.incarnation) == (self._settings.node, self._context.incarnation):
+                        self._accept(event.key, made, index)
             case ev.PlacementRevoked() as revoked:
-                self._end(f"{event.key.id}-{revoked.attempt}", EndReason.FENCED)
+                self._end_attempt(f"{event.key.id}-{revoked.attempt}", EndReason.FENCED)
             case ev.PlacementPreempting() as preempting:
                 name = f"{event.key.id}-{preempting.attempt}"
                 _remember(self._preempted, name)
-                self._end(name, EndReason.PREEMPTED)
+                self._end_attempt(name, EndReason.PREEMPTED)
             case ev.RunCancelRequested():
                 _remember(self._canceled, event.key.id)
                 for attempt in list(self.attempts.values()):
                     if attempt.assignment.run_id == event.key.id:
                         attempt.end.request(EndReason.CANCELED)
 
-    def _take(self, key: Key, made: ev.PlacementMade, index: int) -> None:
+    def _accept(self, key: Key, made: ev.PlacementMade, index: int) -> None:
         name = f"{key.id}-{made.attempt}" + (f".{index}" if index else "")
         if name in self.attempts:
             return
-        # Their places may be this attempt's now, and they take a moment to be gone.
+        # Their GPUs may be this attempt's now, and their processes take a moment to exit.
         leaving = [t for t in self._tasks if (a := self.attempts.get(t.get_name())) is not None and a.end.fenced]
         try:
             attempt = Attempt(self._context, key, made, index, leaving)
@@ -110,7 +110,7 @@ class Agent:
     def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
         task = asyncio.create_task(work, name=name)
         self._tasks.add(task)
-        task.add_done_callback(self._over)
+        task.add_done_callback(self._forget)
 
     async def _refuse(self, key: Key, attempt: int, error: Exception) -> None:
         """Report the end of an attempt that could not even begin."""
@@ -120,12 +120,12 @@ class Agent:
         async with asyncio.timeout(_REPORTING):
             await self._context.log.append(where, [ev.AttemptFinished(exit=status)], 0)
 
-    def _over(self, task: asyncio.Task[None]) -> None:
+    def _forget(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         self.attempts.pop(task.get_name(), None)
         telemetry.ATTEMPTS.set(len(self.attempts))
         if not task.cancelled() and (error := task.exception()):
-            # It could not even say so itself. This node no longer names it, and the scheduler takes its placement back.
+            # It could not report its own end. This node no longer names it, so the scheduler revokes its placement.
             telemetry.logger().error("attempt.crashed", attempt=task.get_name(), exc_info=error)
 
     def leave(self) -> None:
@@ -137,7 +137,7 @@ class Agent:
         for attempt in list(self.attempts.values()):
             attempt.end.request(EndReason.FENCED)
 
-    def _end(self, attempt_id: str, reason: EndReason) -> None:
+    def _end_attempt(self, attempt_id: str, reason: EndReason) -> None:
         for attempt in list(self.attempts.values()):
             if attempt.assignment.attempt_id == attempt_id:
                 attempt.end.request(reason)
@@ -176,7 +176,7 @@ class Agent:
         )  # fmt: skip
 
     async def stop(self) -> None:
-        """End all attempts, which their runs may make again elsewhere, and say good-bye."""
+        """End all attempts, whose runs may get their next attempt elsewhere, and announce that the node leaves."""
         self.end_all()
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=10)

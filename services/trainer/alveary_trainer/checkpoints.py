@@ -2,7 +2,7 @@
 
 Under runs/<run>/checkpoints/: <attempt>/<sha256> are files, <attempt>.json names those that belong together and is
 replaced in one go. Each attempt writes its own, so that one which was fenced cannot touch what a later one wrote. Of a
-run on several nodes each has its own, <attempt>.<share>; all nodes of the next attempt find what all of them wrote, so
+run on several nodes each has its own, <attempt>.<index>; all nodes of the next attempt find what all of them wrote, so
 that checkpoints in shards (torch.distributed.checkpoint) are whole. A link from one entry to another (last.ckpt -> e1.ckpt)
 is a link again for the next attempt, and keeps what it points at.
 """
@@ -24,7 +24,7 @@ from alveary_trainer.adapters.runtime import StagingFailed, open_beneath
 
 BUCKET = "runs"
 _TRIES = 3
-_MOST_REMARKS = 20
+_MAX_REMARKS = 20
 # Size, time of change, inode.
 _Stamp = tuple[int, int, int]
 
@@ -48,15 +48,15 @@ class Checkpoints:
     """What one attempt writes into its folder."""
 
     def __init__(
-        self, store: ObjectStore, run_id: str, attempt: int, folder: Path, keep: int, share: int = 0,
-        note: Callable[[str], None] = lambda _: None,
+        self, store: ObjectStore, run_id: str, attempt: int, folder: Path, keep: int, index: int = 0,
+        log: Callable[[str], None] = lambda _: None,
     ) -> None:  # fmt: skip
         """`keep`: how many of the newest entries of the folder (files, or folders with all that is in them) are kept.
 
-        `share`: which of the run's nodes this is. `note` is told, once, what is not kept.
+        `index`: which of the run's nodes this is. `log` is told, once, what is not kept.
         """
-        self._store, self._folder, self._keep, self._note = store, folder, keep, note
-        self._prefix = f"{run_id}/checkpoints/{attempt}" + (f".{share}" if share else "")
+        self._store, self._folder, self._keep, self._log = store, folder, keep, log
+        self._prefix = f"{run_id}/checkpoints/{attempt}" + (f".{index}" if index else "")
         self._seen: dict[str, _Stamp] = {}
         self._sent: dict[str, tuple[_Stamp, str, int]] = {}
         self._named: dict[str, str] = {}
@@ -123,9 +123,9 @@ class Checkpoints:
         """
         scan, remarks = await asyncio.to_thread(self._scan)
         for text in remarks:
-            if text not in self._told and len(self._told) < _MOST_REMARKS:
+            if text not in self._told and len(self._told) < _MAX_REMARKS:
                 self._told.add(text)
-                self._note(text)
+                self._log(text)
         copied, named = 0, dict[str, str]()
         for files in scan.entries.values():
             whole: dict[str, str] = {}
@@ -233,17 +233,17 @@ def _link(folder: Path, relative: str, target: str, run_id: str) -> None:
 
 
 async def _named(store: ObjectStore, prefix: str) -> tuple[list[tuple[str, str, str]], dict[str, str]]:
-    """(path, object, digest) of what all shares of an attempt named, and links; of one path, what the first of them did."""
-    shares = {}
+    """(path, object, digest) of what all members of a gang named, and links; of one path, what the first of them did."""
+    listings = {}
     for key in await store.keys(BUCKET, f"{prefix}."):
         name = key.removeprefix(f"{prefix}.")
         if name == "json":
-            shares[0] = key
+            listings[0] = key
         elif name.endswith(".json") and name.removesuffix(".json").isdigit():
-            shares[int(name.removesuffix(".json"))] = key
+            listings[int(name.removesuffix(".json"))] = key
     found: dict[str, tuple[str, str, str]] = {}
     links: dict[str, str] = {}
-    for _, key in sorted(shares.items()):
+    for _, key in sorted(listings.items()):
         try:
             data = await store.get(BUCKET, key)
         except NotFound:

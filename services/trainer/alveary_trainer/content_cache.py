@@ -30,20 +30,20 @@ class ContentCache:
         self._bucket, self._store, self._read_only = bucket, store, read_only
 
     @asynccontextmanager
-    async def use(self, digest: str, say: ProgressCallback | None = None) -> AsyncIterator[Path]:
+    async def use(self, digest: str, progress: ProgressCallback | None = None) -> AsyncIterator[Path]:
         """The folder with the manifest's files; it stays as long as this context does.
 
-        `say` is told where what was here has changed, and is fetched anew.
+        `progress` is told where a folder has changed on this node and is fetched again.
 
         Raises:
             StagingFailed: the manifest is unknown, damaged, or would leave the folder; or a blob is not what its name says.
         """
 
         async def changed(change: Change) -> None:
-            text = f"{self._bucket}: {digest[:12]} was changed on this node since it was fetched: {change.words}; it is fetched anew"
+            text = f"{self._bucket}: {digest[:12]} was changed on this node since it was fetched: {change.words}; it is fetched again"
             telemetry.logger().warning("cache.changed", bucket=self._bucket, digest=digest, what=change.words)
-            if say is not None:
-                await say(text)
+            if progress is not None:
+                await progress(text)
 
         async with self._cache.use(digest, lambda part, _: self._fetch(digest, part), changed) as folder:
             yield folder

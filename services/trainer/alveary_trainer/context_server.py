@@ -1,6 +1,6 @@
 """What a training script may ask, over a Unix socket of its attempt: JSON lines, one object each.
 
-The socket is the identity: whoever reaches it is this attempt and no other, and no message can name another run.
+The socket is the identity: a process that reaches it acts for this attempt and no other, and no message can name another run.
 Metrics are one-way; everything else carries an `id` and is answered {"id", "ok"} or {"id", "error"}, with {"id", "working"} every
 few seconds before that where it takes longer. A metric that is refused is answered {"id": null, "error"}; one with an `id` is
 answered in any case.
@@ -29,7 +29,7 @@ _LARGE = 128 << 10
 _WORKING_SECONDS = 15.0
 # Answers that nobody asked for are left out while so many bytes wait to be read.
 _UNREAD = 64 << 10
-_MOST_NOTES = 20
+_MAX_REFUSALS_LOGGED = 20
 _NAME = re.compile(rb'"name": ?"((?:[^"\\]|\\.){1,1536})"')
 Ask = Callable[[dict[str, Any]], Awaitable[Any]]
 
@@ -38,14 +38,14 @@ class ContextServer:
     """The socket of one attempt."""
 
     def __init__(
-        self, path: Path, run_id: str, metrics: Shipper, asks: dict[str, Ask], note: Callable[[str], None] = lambda _: None,
+        self, path: Path, run_id: str, metrics: Shipper, asks: dict[str, Ask], log: Callable[[str], None] = lambda _: None,
         budget: MetricBudget | None = None,
     ) -> None:  # fmt: skip
-        """`note` is told of what was refused, a bounded number of times."""
-        self._path, self._run_id, self._metrics, self._asks, self._note = path, run_id, metrics, asks, note
+        """`log` is told of what was refused, a bounded number of times."""
+        self._path, self._run_id, self._metrics, self._asks, self._log = path, run_id, metrics, asks, log
         self._server: asyncio.Server | None = None
         self._connections: set[asyncio.Task[None]] = set()
-        self._noted = 0
+        self._refusals = 0
         self._budget = budget or MetricBudget()
 
     async def start(self) -> None:
@@ -53,10 +53,10 @@ class ContextServer:
         self._server = await asyncio.start_unix_server(self._serve, str(self._path), limit=MAX_LINE)
         self._path.chmod(0o600)
 
-    async def finish(self, patience: float = 10.0) -> None:
+    async def finish(self, timeout: float = 10.0) -> None:
         """The processes are gone: read what they left in the socket, then close."""
         if self._connections:
-            await asyncio.wait(self._connections, timeout=patience)
+            await asyncio.wait(self._connections, timeout=timeout)
         if self._server:
             self._server.close()
         for task in self._connections:
@@ -141,10 +141,10 @@ class ContextServer:
             return {"id": ident, "error": str(error) or type(error).__name__}
 
     def _refuse(self, ident: object, error: Exception) -> dict[str, Any]:
-        self._noted += 1
-        if self._noted <= _MOST_NOTES:
-            more = "; no more of this is said here" if self._noted == _MOST_NOTES else ""
-            self._note(f"{error}{more}")
+        self._refusals += 1
+        if self._refusals <= _MAX_REFUSALS_LOGGED:
+            more = "; further refusals are not logged" if self._refusals == _MAX_REFUSALS_LOGGED else ""
+            self._log(f"{error}{more}")
         return {"id": ident, "error": str(error)}
 
 
@@ -152,12 +152,12 @@ class ContextServer:
 async def _working(ident: object, writer: asyncio.StreamWriter) -> Any:
     """Let who asked know every few seconds that it is being worked on."""
 
-    async def say() -> None:
+    async def report() -> None:
         while True:
             await asyncio.sleep(_WORKING_SECONDS)
             writer.write(json.dumps({"id": ident, "working": True}).encode() + b"\n")
 
-    task = asyncio.create_task(say())
+    task = asyncio.create_task(report())
     try:
         yield
     finally:

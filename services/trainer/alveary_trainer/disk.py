@@ -17,7 +17,7 @@ _INTERVAL_SECONDS = 1.0
 # Folders are measured every so often: seldom on a disk with space, often on one that is nearly full; and never for more than
 # a tenth of the time.
 _CALM_SECONDS, _SHARE = 30.0, 0.1
-# So long after the disk had space again, servers that use it may still be starting anew.
+# How long after the disk has space again servers that use it may take to restart.
 _LINGERS_SECONDS = 30.0
 # A folder counts as growing from this much on.
 _GROWTH = 1 << 20
@@ -44,7 +44,7 @@ def usage(folder: Path) -> int:
 
 @dataclass
 class Occupant:
-    """An attempt's share, as the watch sees it: its name, its folder, and how to end it with a sentence."""
+    """A part of an attempt, as the watch sees it: its name, its folder, and how to end it with a sentence."""
 
     name: str
     folder: Path
@@ -120,6 +120,6 @@ class DiskWatch:
             self._measure_at = 0.0
 
     def fault(self) -> str:
-        """What to say of something that failed while the disk is full, or was so a moment ago; empty: it was not."""
+        """A sentence for a failure while the disk is full, or was a moment ago; empty: it was not."""
         recent = time.monotonic() - self._critical_at < _LINGERS_SECONDS
         return f"the disk of node {self._node} was full" if recent else ""

@@ -1,4 +1,4 @@
-"""What a failure of a script probably means, where its own words do not say it."""
+"""The probable cause of a script's failure, where the script does not name it."""
 
 from __future__ import annotations
 

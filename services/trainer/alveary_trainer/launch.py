@@ -24,12 +24,12 @@ _JOIN_SECONDS = 300
 
 @dataclass(frozen=True)
 class Team:
-    """The shares of an attempt, and which of them this one is."""
+    """Where the members of a gang are, and which of them this one is."""
 
     index: int
     hosts: Sequence[str]
     port: int
-    # Of this share.
+    # Of this member.
     host: Host
 
     @property
@@ -101,7 +101,7 @@ def mpi_index(host: str) -> int:
 def mpirun(spec: c.RunSpec, mpirun_path: str, team: Team) -> list[str]:
     """Open MPI's mpirun (4.x) on the first node; its daemons on the others go through `alveary-rsh`.
 
-    The daemons stay in the foreground, as whoever started them waits for their end; each is started by the first node
+    The daemons stay in the foreground, because the trainers that started them wait for their end; each is started by the first node
     itself; processes are not bound to cores, which the run may share.
     """
     each = spec.process_count_per_node
@@ -136,14 +136,14 @@ def variables(spec: c.RunSpec, view: View, python: str, run_id: str, attempt: in
     if has_ranks(spec):
         env |= {"ALVEARY_RANKS": view.socket.rpartition("/")[0], "ALVEARY_PYTHON": python, "ALVEARY_LIB": view.lib}
     if spec.launcher == c.LAUNCHER_TORCHRUN and spec.max_restarts:
-        # Workers that are started anew would meet in the store that they had before, find addresses of processes that
-        # are gone in it, and wait for these for ever (seen with torch 2.13 and gloo): each start gets a store of its own.
+        # Restarted workers would meet in their earlier store, find addresses of processes that have exited in it, and wait
+        # for these for ever (seen with torch 2.13 and gloo): each start gets a store of its own.
         env.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     if spec.launcher == c.LAUNCHER_TORCHRUN and spec.process_count_per_node > 1:
         # As many threads as there are cores for each; torchrun would say 1, and warn.
         env.setdefault("OMP_NUM_THREADS", str(max(int(spec.resources.cpus / spec.process_count_per_node), 1)))
     if spec.launcher == c.LAUNCHER_MPI:
-        # In a container everybody is somebody; outside, whoever runs the trainer decided that.
+        # Open MPI refuses to run as root unless told otherwise.
         env |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     if team.count > 1 or spec.launcher == c.LAUNCHER_MPI:
         env |= {"MASTER_ADDR": team.hosts[0], "MASTER_PORT": str(team.port), "NODE_RANK": str(team.index), "NODE_COUNT": str(team.count)}

@@ -21,7 +21,7 @@ LINE = 256 << 10
 SHOW_SECONDS = 0.5
 _SHOWN = 2000
 # What is held back of a program that moves the cursor up: lines, and seconds after which they count as left alone.
-_MOST_ROWS = 16
+_MAX_ROWS = 16
 _SETTLED_SECONDS = 2.0
 # A segment with one of these is data, not text: a carriage return in it overwrites nothing.
 _DATA = re.compile(rb"[\x00-\x06\x0e-\x1a\x1c-\x1f]")
@@ -143,7 +143,7 @@ class Lines:
             elif part.startswith(b"\x1b[") and part[-1:] in b"AB" and _MOVES.fullmatch(part):
                 steps = int(part[2:-1] or b"1")
                 if part.endswith(b"A"):
-                    self._depth = max(self._depth, min(steps, _MOST_ROWS))
+                    self._depth = max(self._depth, min(steps, _MAX_ROWS))
                     self._row = max(self._row - steps, 0)
                 else:
                     self._row = min(self._row + steps, len(rows) - 1)

@@ -1,7 +1,7 @@
 """./logs while a run lives: text is followed line by line, everything else is left to be synced as files.
 
 A file is followed as what was opened, not as its name: it may be renamed (rotated), removed, replaced by another one of its name,
-truncated or written anew; nothing of it is shipped twice, and the new file of the name goes on in the same stream.
+truncated or rewritten; nothing of it is shipped twice, and the new file of the name goes on in the same stream.
 All reading happens on threads.
 """
 
@@ -21,13 +21,13 @@ from alveary_trainer.lines import Lines
 from alveary_trainer.shipper import Shipper
 
 # Files that are followed at once, and bytes of one and of all that are shipped as lines.
-_MOST_FILES = 100
-_MOST_BYTES, _MOST_BYTES_IN_ALL = 64 << 20, 512 << 20
+_MAX_FILES = 100
+_MAX_BYTES, _MAX_BYTES_IN_ALL = 64 << 20, 512 << 20
 _LOOK_SECONDS = 0.5
 _CHUNK = 1 << 16
 _HEAD = 512
 # Files of the folder that are looked at.
-_MOST_ENTRIES = 20_000
+_MAX_ENTRIES = 20_000
 
 
 def is_text(head: bytes) -> bool:
@@ -45,21 +45,21 @@ class _Followed:
     name: str
     position: int = 0
     shipped: int = 0
-    # Its first bytes, to tell what was appended to from what was written anew.
+    # Its first bytes, to tell what was appended to from what was rewritten.
     head: bytes = b""
     changed: tuple[int, int] = (0, 0)
-    anew: bool = False
+    rewritten: bool = False
 
 
 class LogFolder:
     """Follows the files of a folder, each a stream of its own: logs/<path>."""
 
     def __init__(
-        self, folder: Path, shipper: Shipper, attempt: int, below: Path, rank: int = 0, note: Callable[[str], None] = lambda _: None
+        self, folder: Path, shipper: Shipper, attempt: int, below: Path, rank: int = 0, log: Callable[[str], None] = lambda _: None
     ) -> None:
-        """`below`: where what is read must lie. `note` is told what is not followed."""
+        """`below`: where what is read must lie. `log` is told what is not followed."""
         self._folder, self._shipper, self._attempt, self._below, self._rank = folder, shipper, attempt, below, rank
-        self._note = note
+        self._log = log
         self._followed: dict[tuple[int, int], _Followed] = {}
         # What is no text, or too much of it; by device and inode.
         self._left: set[tuple[int, int]] = set()
@@ -115,17 +115,17 @@ class LogFolder:
                     continue  # it went meanwhile
                 if os.path.isfile(path) and not os.path.islink(path):
                     found.setdefault((info.st_dev, info.st_ino), path)
-                if len(found) >= _MOST_ENTRIES:
+                if len(found) >= _MAX_ENTRIES:
                     return found
         return found
 
     async def _begin(self, key: tuple[int, int], path: Path) -> bool:
         """Open a file that is new here; False: it is not followed."""
         name, _ = stored_name(os.fsencode(f"logs/{path.relative_to(self._folder)}"))
-        if len(self._followed) >= _MOST_FILES:
+        if len(self._followed) >= _MAX_FILES:
             if not self._full:
                 self._full = True
-                self._note(f"more than {_MOST_FILES} files in ./logs: {name} and others are not followed line by line; all are stored")
+                self._log(f"more than {_MAX_FILES} files in ./logs: {name} and others are not followed line by line; all are stored")
             return False
         held = ExitStack()
 
@@ -143,11 +143,11 @@ class LogFolder:
         if not head:
             held.close()
             return False  # what it is will be seen once there is something in it
-        if not is_text(head) or size > _MOST_BYTES:
+        if not is_text(head) or size > _MAX_BYTES:
             held.close()
             self._left.add(key)
             if is_text(head):
-                self._note(f"{name} is not followed line by line: it has more than {_MOST_BYTES >> 20} MiB; it is stored as a file")
+                self._log(f"{name} is not followed line by line: it has more than {_MAX_BYTES >> 20} MiB; it is stored as a file")
             return False
         lines = Lines(self._shipper, name, self._rank, self._attempt)
         self._followed[key] = _Followed(lines, descriptor, held, name)
@@ -158,20 +158,20 @@ class LogFolder:
         while True:
             await self._shipper.room()
             data = await asyncio.to_thread(self._read, file)
-            if data is None:  # it was written anew, as something else
+            if data is None:  # it was rewritten, as something else
                 self._leave(key)
                 return
-            if file.anew:
-                file.anew = False
+            if file.rewritten:
+                file.rewritten = False
                 file.lines.end()
             if not data:
                 break
             file.lines.feed(data)
             self._total += len(data)
             file.shipped += len(data)
-            if file.shipped > _MOST_BYTES or self._total > _MOST_BYTES_IN_ALL:
+            if file.shipped > _MAX_BYTES or self._total > _MAX_BYTES_IN_ALL:
                 self._leave(key)
-                self._note(
+                self._log(
                     f"{file.name} is no longer followed line by line: that was {file.shipped >> 20} MiB of it; it is stored as a file"
                 )
                 return
@@ -192,13 +192,13 @@ class LogFolder:
         """What comes next in a file; None: it is no text any more."""
         info = os.fstat(file.descriptor)
         stamp = (info.st_size, info.st_mtime_ns)
-        # Truncated, or truncated and grown again since: it begins anew.
+        # Truncated, or truncated and grown again since: it starts again.
         if (
             stamp != file.changed
             and file.position
             and (info.st_size < file.position or os.pread(file.descriptor, len(file.head), 0) != file.head)
         ):
-            file.position, file.head, file.anew = 0, b"", True
+            file.position, file.head, file.rewritten = 0, b"", True
         data = os.pread(file.descriptor, _CHUNK, file.position)
         if not file.position and not is_text(data[:8192]):
             return None

@@ -1,4 +1,4 @@
-"""What all attempts of a node share."""
+"""Connections, caches and folders of a node, and what scripts ask of the platform through it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from alveary_trainer.settings import TrainerSettings
 
 T = TypeVar("T")
 # How long what a script asks of the platform is repeated, and one try of it may take, seconds.
-_PATIENCE, _ONE_TRY = 60.0, 30.0
+_CALL_SECONDS, _TRY_SECONDS = 60.0, 30.0
 # What a service that is being restarted, or a proxy before it, answers. All that is asked may be repeated.
 _PASSING = (
     grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.ABORTED, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED,
@@ -62,7 +62,7 @@ class NodeContext:
     sockets_dir: Path
     # Holds the `alveary` package for training processes.
     runtime_dir: Path
-    # What to say of an attempt that failed by itself while the node's disk is full; empty: it is not.
+    # A sentence while the node's disk is full, for attempts that fail meanwhile; else empty.
     disk_fault: Callable[[], str] = str
     # By endpoint; they reconnect by themselves.
     _channels: dict[str, grpc.aio.Channel] = field(default_factory=dict)
@@ -95,15 +95,15 @@ class NodeContext:
         """One idempotent call, repeated with backoff while the service is away.
 
         Raises:
-            Refused: it said no, or for _PATIENCE seconds nothing.
+            Refused: it said no, or for _CALL_SECONDS seconds nothing.
         """
         metadata = (("authorization", f"Bearer {self.settings.node_token.get_secret_value()}"),)
         try:
-            async for attempt in stamina.retry_context(on=_passing, attempts=None, timeout=_PATIENCE, wait_initial=0.1, wait_max=3.0):
+            async for attempt in stamina.retry_context(on=_passing, attempts=None, timeout=_CALL_SECONDS, wait_initial=0.1, wait_max=3.0):
                 with attempt:
-                    return await method(request, metadata=metadata, timeout=_ONE_TRY)
+                    return await method(request, metadata=metadata, timeout=_TRY_SECONDS)
         except grpc.aio.AioRpcError as error:
-            tried = f" (tried again for {_PATIENCE:.0f} s)" if _passing(error) else ""
+            tried = f" (tried again for {_CALL_SECONDS:.0f} s)" if _passing(error) else ""
             raise Refused(f"{what}: {error.details() or error.code().name}{tried}") from error
         raise AssertionError("unreachable")
 
@@ -120,12 +120,12 @@ class NodeContext:
         await self._call("the run's tags", runs_pb2_grpc.RunServiceStub(self._channel(self.settings.endpoint)).TagRun, request)
 
     async def register(
-        self, run_id: str, path: Path, message: dict[str, Any], own: Path, below: Path, note: Callable[[str], None] = lambda _: None
+        self, run_id: str, path: Path, message: dict[str, Any], own: Path, below: Path, log: Callable[[str], None] = lambda _: None
     ) -> dict[str, Any]:
         """RegisterModel on behalf of a script, with files as they are now; they must lie below `below`.
 
         Links are followed within `own`. The same content under the same name is one version of a run, however often it is asked
-        for. `note` is told what is left out.
+        for. `log` is told what is left out.
 
         Raises:
             Refused: the platform said no, or did not answer in time.
@@ -134,7 +134,7 @@ class NodeContext:
         single = path.is_file()
         found = await asyncio.to_thread(walk, path.parent if single else path, (path.name if single else ".",), own, below)
         for text in found.remarks[:20]:
-            note(f"model {message['name']}: {text}")
+            log(f"model {message['name']}: {text}")
         if not found.files:
             raise ValueError(f"{path.name} has no file that could be stored")
         digested: list[tuple[FoundFile, c.FileEntry]] = []

@@ -121,7 +121,7 @@ class Ranks:
         except ValueError as error:
             return {"error": str(error), "exit_code": 1}
 
-    async def finish(self, patience: float = 10.0) -> None:
+    async def finish(self, timeout: float = 10.0) -> None:
         """The processes are gone: read what they left, then close."""
         self._over.set()
         if self._accepting is not None:
@@ -129,7 +129,7 @@ class Ranks:
             await asyncio.gather(self._accepting, return_exceptions=True)
         self._listener.close()
         if self._tasks:
-            await asyncio.wait(list(self._tasks), timeout=patience)
+            await asyncio.wait(list(self._tasks), timeout=timeout)
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

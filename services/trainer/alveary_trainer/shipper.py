@@ -58,14 +58,14 @@ class Shipper:
     """Publishes messages in batches, each under an id of its own, until it is acknowledged."""
 
     def __init__(
-        self, js: JetStreamContext | Publish, subject: str, make: Callable[[list[Message]], Message], note: Callable[[str], None] = lambda _: None,
+        self, js: JetStreamContext | Publish, subject: str, make: Callable[[list[Message]], Message], log: Callable[[str], None] = lambda _: None,
         what: str = "messages", refusing_seconds: float = _REFUSING_SECONDS,
     ) -> None:  # fmt: skip
-        """`note` is told of what was lost or refused, `what` names the messages in it.
+        """`log` is told of what was lost or refused, `what` names the messages in it.
 
         `refusing_seconds`: how long a stream may refuse a batch before it is lost.
         """
-        self._js, self._subject, self._make, self._note, self._what = js, subject, make, note, what
+        self._js, self._subject, self._make, self._log, self._what = js, subject, make, log, what
         self._refusing_seconds = refusing_seconds
         self._queue: deque[tuple[Message, int]] = deque()
         self._waiting = 0
@@ -129,15 +129,15 @@ class Shipper:
             if time.monotonic() - self._tried < _RETRY_SECONDS:
                 self._lose(len(batch))
                 return
-            patience = 0.0
+            timeout = 0.0
         else:
-            patience = self._refusing_seconds
+            timeout = self._refusing_seconds
         try:
-            await self._publish(self._make(batch).SerializeToString(), patience)
+            await self._publish(self._make(batch).SerializeToString(), timeout)
             self._acknowledged, self._refusing = time.monotonic(), 0.0
             if self._unsaid:
                 lost, self._unsaid = self._unsaid, 0
-                self._note(f"{lost:,} {self._what} were lost: the stream {self._subject.partition('.')[0]} took nothing, it was full")
+                self._log(f"{lost:,} {self._what} were lost: the stream {self._subject.partition('.')[0]} took nothing, it was full")
         except TooLarge as error:
             if len(batch) > 1:
                 half = len(batch) // 2
@@ -145,12 +145,12 @@ class Shipper:
                 await self._ship(batch[half:])
                 return
             self._lose(1, said=True)
-            self._note(f"one of the {self._what} was refused by the message bus: {error}")
+            self._log(f"one of the {self._what} was refused by the message bus: {error}")
         except Exception as error:  # the stream refuses, or something that nobody foresaw: the next batch may do better
             self._lose(len(batch))
             telemetry.logger().warning("ship.lost", subject=self._subject, messages=len(batch), error=str(error) or type(error).__name__)
 
-    async def _publish(self, data: bytes, patience: float) -> None:
+    async def _publish(self, data: bytes, timeout: float) -> None:
         # One at a time keeps the order; an id that stays the same makes repeating harmless.
         headers = {"Nats-Msg-Id": new_id()}
         pause = 0.05
@@ -165,7 +165,7 @@ class Shipper:
                 if isinstance(error, APIError) and error.err_code == _TOO_LARGE:
                     raise TooLarge(f"{len(data):,} bytes are more than its stream takes") from error
                 self._refusing = self._refusing or time.monotonic()
-                if time.monotonic() >= self._refusing + patience or self._given_up:
+                if time.monotonic() >= self._refusing + timeout or self._given_up:
                     raise
                 telemetry.logger().info("ship.refused", subject=self._subject, error=str(error) or type(error).__name__)
             except (nats.errors.Error, TimeoutError, OSError) as error:
@@ -181,13 +181,13 @@ class Shipper:
         self._unsaid += 0 if said else count
         telemetry.LOST.labels(self._what).inc(count)
 
-    async def flush(self, patience: float | None = None) -> None:
+    async def flush(self, timeout: float | None = None) -> None:
         """Return when all that was added is acknowledged, or lost.
 
         Raises:
-            TimeoutError: not within `patience` seconds.
+            TimeoutError: not within `timeout` seconds.
         """
-        async with asyncio.timeout(patience):
+        async with asyncio.timeout(timeout):
             await self._drained.wait()
 
     async def finish(self, stalled_seconds: float) -> None:

@@ -99,7 +99,7 @@ async def test_what_is_missing_or_damaged_is_said(tmp_path: Path, monkeypatch: p
 
 async def test_a_link_among_checkpoints_is_one_for_the_next_attempt_and_keeps_its_target(tmp_path: Path) -> None:
     store, folder, remarks = MemoryStore(), tmp_path / "c", list[str]()
-    kept = Checkpoints(store, "r", 1, folder, keep=2, note=remarks.append)  # type: ignore[arg-type]
+    kept = Checkpoints(store, "r", 1, folder, keep=2, log=remarks.append)  # type: ignore[arg-type]
     for age in range(1, 5):
         write(folder, f"e{age}.ckpt", f"E{age}", age)
         write(folder, f"epoch{age}/w", f"W{age}", age)

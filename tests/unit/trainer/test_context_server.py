@@ -116,7 +116,7 @@ async def test_refusals_that_nobody_reads_hold_nothing_up(attempt: Attempt) -> N
     await attempt.writer.drain()
     attempt.log("after", "x")
     assert await attempt.logged() == ["after"]
-    assert len(attempt.notes) == 20 and "no more of this" in attempt.notes[-1]
+    assert len(attempt.notes) == 20 and "further refusals" in attempt.notes[-1]
 
 
 async def test_who_waits_long_is_told_that_it_is_worked_on(attempt: Attempt, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,7 +33,7 @@ def folder(tmp_path: Path) -> Path:
 
 def follow(folder: Path) -> tuple[LogFolder, Sink, list[str]]:
     sink, said = Sink(), list[str]()
-    return LogFolder(folder, sink, 1, folder.parent, note=said.append), sink, said  # type: ignore[arg-type]
+    return LogFolder(folder, sink, 1, folder.parent, log=said.append), sink, said  # type: ignore[arg-type]
 
 
 async def test_rotation_replacement_truncation_and_removal(folder: Path) -> None:
@@ -70,7 +70,7 @@ async def test_rotation_replacement_truncation_and_removal(folder: Path) -> None
 
 
 async def test_what_is_no_text_or_too_much_is_left_to_be_synced(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(log_folder, "_MOST_BYTES", 1000)
+    monkeypatch.setattr(log_folder, "_MAX_BYTES", 1000)
     logs, sink, said = follow(folder)
     (folder / "events.out.tfevents.1.host").write_bytes(b"\x18\0\0\0\0\0\0\0" + b"x" * 100)
     (folder / "model.ckpt").write_bytes(os.urandom(5000))
@@ -94,7 +94,7 @@ async def test_what_is_no_text_or_too_much_is_left_to_be_synced(folder: Path, mo
 
 
 async def test_only_so_many_are_followed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(log_folder, "_MOST_FILES", 3)
+    monkeypatch.setattr(log_folder, "_MAX_FILES", 3)
     logs, sink, said = follow(folder)
     for number in range(5):
         (folder / f"{number}.log").write_text("x\n")

@@ -93,7 +93,7 @@ async def test_what_is_refused_or_never_answered_is_said(context: NodeContext, m
         await context.tag("r", {"set": {"a": "b"}})
     assert len(platform.seen) == 1
     platform.errors = [grpc.StatusCode.UNAVAILABLE] * 10_000
-    monkeypatch.setattr(nodes, "_PATIENCE", 0.5)
+    monkeypatch.setattr(nodes, "_CALL_SECONDS", 0.5)
     with pytest.raises(Refused, match="not now .tried again for"):
         await context.tag("r", {"set": {"a": "b"}})
     assert len(platform.seen) > 2

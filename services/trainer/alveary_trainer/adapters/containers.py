@@ -87,7 +87,7 @@ class DockerRuntime:
     # ---- images ---------------------------------------------------------------------------------------------------
 
     @asynccontextmanager
-    async def stage(self, workspace: str, digest: str, environment: c.Environment, say: ProgressCallback) -> AsyncIterator[Staged]:
+    async def stage(self, workspace: str, digest: str, environment: c.Environment, progress: ProgressCallback) -> AsyncIterator[Staged]:
         """See Runtime."""
         try:
             lock = json.loads(await self._store.get("images", lock_key(workspace, digest)))
@@ -102,7 +102,7 @@ class DockerRuntime:
             image = self._settings.registry_at + image.removeprefix(self._settings.registry)
         async with self._pulls.setdefault(image, asyncio.Lock()):
             if not await self._do(lambda: self._has(image)):
-                await self._pull(image, say)
+                await self._pull(image, progress)
                 await self._do(self._evict)
         mark = self._marks / image.rpartition(":")[2]
         mark.touch()
@@ -117,9 +117,9 @@ class DockerRuntime:
             raise StagingFailed(f"the docker daemon of this node does not answer: {error}") from error
         return True
 
-    async def _pull(self, image: str, say: ProgressCallback) -> None:
+    async def _pull(self, image: str, progress: ProgressCallback) -> None:
         loop, stop = asyncio.get_running_loop(), threading.Event()
-        await say(f"pulling {image}")
+        await progress(f"pulling {image}")
         auth = None
         if self._settings.registry_user and image.startswith(f"{self._settings.registry_at or self._settings.registry}/"):
             auth = {"username": self._settings.registry_user, "password": self._settings.registry_password.get_secret_value()}
@@ -139,7 +139,7 @@ class DockerRuntime:
                     if layers and time.monotonic() - said > 2:
                         said = time.monotonic()
                         done, total = (sum(x) / 1e6 for x in zip(*layers.values(), strict=True))
-                        asyncio.run_coroutine_threadsafe(_say(say, f"pulled {done:.0f} of {total:.0f} MB"), loop)
+                        asyncio.run_coroutine_threadsafe(_report(progress, f"pulled {done:.0f} of {total:.0f} MB"), loop)
             except _REFUSED as error:
                 raise StagingFailed(f"{image} cannot be pulled: {error}") from error
 
@@ -147,7 +147,7 @@ class DockerRuntime:
             await self._do(work)
         finally:
             stop.set()  # cancelled: the thread ends with the next message
-        await say("the image is here")
+        await progress("the image is here")
 
     def _evict(self) -> None:
         """Images beyond the limit, least recently used first. Those without a registry cannot be had again: they stay."""
@@ -444,5 +444,5 @@ def _give(folders: Sequence[Path], uid: int, gid: int) -> None:
                 os.lchown(os.path.join(root, name), uid, gid)
 
 
-async def _say(say: ProgressCallback, text: str) -> None:
-    await say(text)
+async def _report(progress: ProgressCallback, text: str) -> None:
+    await progress(text)

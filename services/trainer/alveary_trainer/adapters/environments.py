@@ -31,7 +31,9 @@ class Environments:
         self._cache, self._store = SharedCache(folder, limit, strict=False), store
 
     @asynccontextmanager
-    async def use(self, workspace: str, digest: str, interpreter: str, user_managed: bool, say: ProgressCallback) -> AsyncIterator[Path]:
+    async def use(
+        self, workspace: str, digest: str, interpreter: str, user_managed: bool, progress: ProgressCallback
+    ) -> AsyncIterator[Path]:
         """Path of the environment's python; the environment stays as long as this context does.
 
         Raises:
@@ -48,20 +50,22 @@ class Environments:
 
         async def changed(change: Change) -> None:
             telemetry.logger().warning("cache.changed", bucket="environments", digest=digest, what=change.words)
-            await say(f"environment {digest[:12]} was changed on this node since it was installed: {change.words}; it is installed anew")
+            await progress(
+                f"environment {digest[:12]} was changed on this node since it was installed: {change.words}; it is installed again"
+            )
             if change.linked:  # what was changed is uv's own copy, from which it would be installed again
                 await self._uv(["cache", "clean", "--quiet"], Path("/"))
 
-        async with self._cache.use(name, lambda part, final: self._make(workspace, digest, part, final, say), changed) as folder:
+        async with self._cache.use(name, lambda part, final: self._make(workspace, digest, part, final, progress), changed) as folder:
             yield folder / "bin/python"
 
-    async def _make(self, workspace: str, digest: str, part: Path, final: Path, say: ProgressCallback) -> None:
+    async def _make(self, workspace: str, digest: str, part: Path, final: Path, progress: ProgressCallback) -> None:
         try:
             lock = json.loads(await self._store.get("images", lock_key(workspace, digest)))
         except NotFound as error:
             raise StagingFailed(f"the lock of environment {digest[:12]} is gone from the object store") from error
-        await say(f"environment {digest[:12]}: installing {len(lock['packages'])} packages")
-        python = await python_for(lock["python_version"], say)
+        await progress(f"environment {digest[:12]}: installing {len(lock['packages'])} packages")
+        python = await python_for(lock["python_version"], progress)
         await self._uv(["venv", "--quiet", "--allow-existing", "--python", python, str(part)], part)
         if lock["packages"]:
             (part / "lock.txt").write_text(lock["requirements"])
@@ -78,7 +82,7 @@ class Environments:
                 text = script.read_bytes()
                 if bytes(part) in text:
                     script.write_bytes(text.replace(bytes(part), bytes(final)))
-        await say(f"environment {digest[:12]}: ready")
+        await progress(f"environment {digest[:12]}: ready")
 
     async def _uv(self, arguments: list[str], cwd: Path, wheels: Path | None = None) -> None:
         env = uv_environment()

@@ -70,9 +70,9 @@ class ProcessRuntime:
         self._closed = False
 
     @asynccontextmanager
-    async def stage(self, workspace: str, digest: str, environment: c.Environment, say: ProgressCallback) -> AsyncIterator[Staged]:
+    async def stage(self, workspace: str, digest: str, environment: c.Environment, progress: ProgressCallback) -> AsyncIterator[Staged]:
         """See Runtime."""
-        async with self._environments.use(workspace, digest, environment.interpreter, environment.user_managed, say) as python:
+        async with self._environments.use(workspace, digest, environment.interpreter, environment.user_managed, progress) as python:
             yield Staged(str(python))
 
     def view(self, paths: AttemptPaths, staged: Staged) -> View:

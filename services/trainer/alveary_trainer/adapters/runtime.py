@@ -147,7 +147,9 @@ class Runtime(Protocol):
 
     kind: str
 
-    def stage(self, workspace: str, digest: str, environment: c.Environment, say: ProgressCallback) -> AbstractAsyncContextManager[Staged]:
+    def stage(
+        self, workspace: str, digest: str, environment: c.Environment, progress: ProgressCallback
+    ) -> AbstractAsyncContextManager[Staged]:
         """Make an environment ready.
 
         Raises:
@@ -188,7 +190,7 @@ class Runtime(Protocol):
         ...
 
     async def host(self, gang: str, index: int, network: str) -> Host:
-        """Where the processes of share `index` of a run on several nodes will be; `network` as in PlacementMade.
+        """Where the processes of member `index` of a run on several nodes will be; `network` as in PlacementMade.
 
         Raises:
             StagingFailed: they cannot be reached from other nodes.
