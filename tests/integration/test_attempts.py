@@ -19,8 +19,7 @@ from alveary_contracts.trainer.v1 import trainer_pb2 as pb
 from alveary_core.errors import Unavailable
 from alveary_core.events import Key
 from alveary_core.objectstore import ObjectStore
-from alveary_trainer import attempt as attempts
-from alveary_trainer import exit_status, launch
+from alveary_trainer import attempt_parts, exit_status, launch
 from alveary_trainer.adapters import process
 from alveary_trainer.checkpoints import Checkpoints
 from alveary_trainer.log_folder import LogFolder
@@ -65,7 +64,7 @@ async def test_whatever_fails_of_one_attempt_fails_it_alone_and_says_so(
     task = next(t for t in node.agent._tasks if t.get_name() == neighbour.assignment.name)
     with monkeypatch.context() as patch:
         if name == "usage":  # the neighbour is measured as well: only the next one is broken
-            tree = neighbour._supervisor.tree
+            tree = neighbour._parts.supervisor.tree
             patch.setattr(
                 process.ProcessTree, name, lambda self, original=process.ProcessTree.usage: original(self) if self is tree else bug()
             )
@@ -84,7 +83,7 @@ async def test_whatever_fails_of_one_attempt_fails_it_alone_and_says_so(
     assert await node.lines(neighbour.assignment.run_id, "stdout") == ["went on"]
 
 
-@pytest.mark.parametrize(("where", "name"), [(Checkpoints, "_scan"), (LogFolder, "_scan"), (attempts, "remove_tree")])
+@pytest.mark.parametrize(("where", "name"), [(Checkpoints, "_scan"), (LogFolder, "_scan"), (attempt_parts, "remove_tree")])
 async def test_what_is_beside_a_run_does_not_end_it(node: Node, monkeypatch: pytest.MonkeyPatch, where: Any, name: str) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(where, name, bug)
@@ -92,14 +91,14 @@ async def test_what_is_beside_a_run_does_not_end_it(node: Node, monkeypatch: pyt
         finished = await node.over(attempt)
     assert (finished.exit.reason, finished.exit.exit_code) == (c.EXIT_REASON_EXITED, 0)
     assert (await node.files(attempt))["outputs/m"] == b"weights"
-    if where is not attempts:
+    if where is not attempt_parts:
         assert any("a bug in" in line for line in await node.lines(attempt.assignment.run_id))
 
 
 async def test_a_placement_that_cannot_be_taken_fails_and_one_event_stops_nothing(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     run = new_id()
     with monkeypatch.context() as patch:
-        patch.setattr(attempts, "Checkpoints", bug)
+        patch.setattr(attempt_parts, "Checkpoints", bug)
         with pytest.raises(KeyError):
             node.place("print('never')", run=run)
         await asyncio.gather(*node.agent._tasks)
@@ -134,7 +133,7 @@ async def test_cancel_and_the_time_limit_work_while_outputs_are_being_stored(nod
     attempt = node.place(code)
     async with asyncio.timeout(60):
         await stuck.wait()
-        while attempt._outputs.stored < 1:
+        while attempt._parts.store.stored < 1:
             await asyncio.sleep(0.01)
     node.heed(attempt.assignment.run_id, ev.RunCancelRequested(requested_by="u"))
     finished = await node.over(attempt)
