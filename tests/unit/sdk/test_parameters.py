@@ -17,6 +17,7 @@ from alveary import AlvearyError, script_run
 from alveary.aio import Client
 from alveary.client import compute, datasets, events, logs, metrics, models, runs
 from alveary.events import Events
+from alveary_contracts.common.v1 import common_pb2 as c
 
 ROOT = Path(alveary.__file__).parent
 # Parameters that no body uses, and why that is right.
@@ -131,6 +132,7 @@ REFUSED: list[tuple[str, Callable[[Path], Any]]] = [
     ("a Distribution says how many", lambda folder: alveary.PyTorch(str(folder), node_count=2, distributed_training=alveary.Distribution())),
     ("leave distributed_backend out", lambda folder: alveary.PyTorch(str(folder), distributed_backend="mpi", distributed_training=3)),
     ("exit_codes choose among exits", lambda folder: alveary.Retry(exit_codes=[75])),
+    ("'oom' is not an exit reason", lambda folder: alveary.Retry(on=["oom"])),
     ("give it user_managed, pip_packages as well", lambda folder: alveary.PyTorch(
         str(folder), environment_definition=alveary.Environment("e"), user_managed=True, pip_packages=["x"])),
     ("pip_requirements_file and pip_requirements_file_path are the same", lambda folder: alveary.PyTorch(
@@ -166,5 +168,10 @@ def test_options_of_a_run_reach_its_specification(tmp_path: Path) -> None:
     assert (made.resources.cpus, made.resources.memory_bytes, made.resources.shm_bytes) == (1.5, 2 << 30, 1 << 30)
     assert (made.resources.gpus, made.resources.gpu_milli, list(made.resources.gpu_models)) == (1, 500, ["A100"])
     assert dict(made.node_labels) == {"zone": "a"}
-    assert (made.max_attempts, list(made.retry.on), list(made.retry.exit_codes), made.retry.backoff_seconds) == (4, ["exited"], [75], 3)
+    assert (made.max_attempts, list(made.retry.on), list(made.retry.exit_codes), made.retry.backoff_seconds) == (
+        4,
+        [c.EXIT_REASON_EXITED],
+        [75],
+        3,
+    )
     assert not config(tmp_path, None)._spec().HasField("retry")
