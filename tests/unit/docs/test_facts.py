@@ -217,6 +217,13 @@ def test_commands_and_options_that_are_shown_exist(page: Path) -> None:
 
 
 @PAGES
+def test_tests_that_are_named_exist(page: Path) -> None:
+    for found in inline_code(page):
+        if re.fullmatch(r"test_[a-z0-9_]+", found):
+            assert f"def {found}(" in sources(), f"{name_of(page)} names {found}"
+
+
+@PAGES
 def test_make_targets_that_are_shown_exist(page: Path) -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     shown = [line for b in blocks(page) if b.language not in ("python", "mermaid") for line in b.text.splitlines()]
