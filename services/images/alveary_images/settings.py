@@ -1,4 +1,4 @@
-"""What the images service is told from outside, beside the core settings."""
+"""Settings of the images service, beside the core settings."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from alveary_core.settings import CoreSettings
 
 
 class ImagesSettings(CoreSettings):
-    """ALVEARY_* variables; see each field."""
+    """Of the images service."""
 
     # "venv": locks that nodes install. "docker": container images.
     builder: Literal["venv", "docker"] = "venv"
@@ -19,16 +19,21 @@ class ImagesSettings(CoreSettings):
     # host:port of the registry that images are pushed to; empty: they stay with the daemon, which then must be the
     # trainers' as well.
     registry: str = ""
+    # User of that registry; empty: it asks for none.
     registry_user: str = ""
+    # Password of that user.
     registry_password: SecretStr = SecretStr("")
+    # Whether that registry speaks TLS.
     registry_secure: bool = False
     # host:port at which this service itself reaches it, where that is another; empty: `registry`.
     registry_api: str = ""
     # Network of the steps of a build; empty: the daemon's default.
     build_network: str = ""
-    # A build that takes longer is stopped, and fails.
+    # Seconds; a build that takes longer is stopped and fails.
     build_seconds: float = Field(default=3600.0, gt=0.0)
-    # Images that no run asked for in this long, or beyond this many bytes in all, are removed.
+    # Images that no run used for this many days are removed.
     images_days: float = Field(default=90.0, gt=0.0)
+    # Bytes of all images together; beyond them, the longest unused are removed.
     images_bytes: int = Field(default=200 * 2**30, gt=0)
+    # Seconds between two removals.
     collect_seconds: float = Field(default=3600.0, gt=0.0)

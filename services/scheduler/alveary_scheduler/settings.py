@@ -1,4 +1,4 @@
-"""What the scheduler is told from outside, beside the core settings."""
+"""Settings of the scheduler, beside the core settings."""
 
 from __future__ import annotations
 
@@ -8,23 +8,28 @@ from alveary_core.settings import CoreSettings
 
 
 class SchedulerSettings(CoreSettings):
-    """ALVEARY_* variables; see each field."""
+    """Of the scheduler."""
 
-    # Kind of targets that name none. Where it is "nodes", this scheduler starts no trainers, and "local" is refused.
+    # Kind of targets that name none. With "nodes", this scheduler starts no trainers and refuses "local".
     default_kind: Literal["local", "nodes"] = "local"
-    # A target of kind "nodes" that is made at the start, where it is missing; empty: none.
+    # A target of kind "nodes" that is created at the start if it is missing; empty: none.
     default_target: str = ""
+    # Workspace of that target.
     default_workspace: str = "default"
-    # How machines elsewhere reach this platform; empty: they do not. Of trainers' variables (ALVEARY_TRAINER_*), those that
-    # name credentials are handed to whoever has a join token.
+    # host:port at which other machines reach the scheduler; empty: they cannot join. A machine with a join token also gets
+    # those of the trainers' variables (ALVEARY_TRAINER_*) that name credentials.
     join_endpoint: str = ""
-    # Other services, where they are not behind one endpoint.
+    # host:port of the runs service, where not all services have one endpoint.
     join_runs_endpoint: str = ""
+    # host:port of the registry, likewise.
     join_registry_endpoint: str = ""
+    # URL at which other machines reach the message bus.
     join_nats_url: str = ""
+    # host:port at which other machines reach the object store.
     join_s3_endpoint: str = ""
+    # Whether that endpoint speaks TLS.
     join_s3_secure: bool = False
-    # The endpoints above speak TLS.
+    # Whether the gRPC endpoints above speak TLS.
     join_tls: bool = False
-    # host:port at which their docker daemons reach the registry of images, where its name is another here.
+    # host:port at which docker daemons of other machines reach the registry of images, if not by its name here.
     join_image_registry: str = ""

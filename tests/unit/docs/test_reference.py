@@ -37,6 +37,10 @@ def test_every_settings_class_of_the_tree_is_in_the_reference() -> None:
     assert "| `ALVEARY_LEASE_SECONDS` | `float` | `30.0` |" in page
 
 
+def test_every_setting_has_a_meaning() -> None:
+    assert [f.variable for c in settings.settings_classes() for f in c.fields if not f.text] == []
+
+
 def test_every_event_and_every_rpc_is_in_the_reference() -> None:
     events, grpc = protos.render_events(), protos.render_grpc()
     for file in protos.files():
