@@ -13,7 +13,7 @@ from reference.markdown import page, plain
 
 # Public classes that users receive from others rather than import.
 RECEIVED = ("alveary.script_run:ContextRun", "alveary.events:Events", "alveary.events:Event")
-_SECTION = re.compile(r"^(Args|Raises|Returns|Yields|Note|Example):\s*$", re.MULTILINE)
+_SECTION = re.compile(r"^(Args|Attributes|Raises|Returns|Yields|Note|Example):\s*$", re.MULTILINE)
 _INTRODUCTION = """
 Names, parameters and return types follow Azure ML's SDK v1. Import every class from `alveary`. Inside a training script,
 `Run.get_context()` returns a [ContextRun](#contextrun), which needs nothing but the standard library.

@@ -137,10 +137,11 @@ def test_paths_of_the_repository_exist(page: Path) -> None:
             assert (ROOT / found).exists() or found.startswith(("docs/reference", "deploy/secrets")), f"{name_of(page)} names {found}"
 
 
-@pytest.mark.parametrize("service", [*SEVEN, "core"])
+@pytest.mark.parametrize("service", [*SEVEN, "core", "sdk"])
 def test_the_map_of_a_service_names_modules_that_exist(service: str) -> None:
     page = (ROOT / f"docs/contributing/{service}.md").read_text()
-    package = ROOT / ("libs/core/alveary_core" if service == "core" else f"services/{service}/alveary_{service}")
+    libraries = {"core": "libs/core/alveary_core", "sdk": "libs/sdk/alveary"}
+    package = ROOT / libraries.get(service, f"services/{service}/alveary_{service}")
     mark = re.search(r"^\| Module \| Job \|$", page, re.MULTILINE)
     assert mark, f"docs/contributing/{service}.md has no table of modules"
     for module, _ in table_after(page, mark.start()):
