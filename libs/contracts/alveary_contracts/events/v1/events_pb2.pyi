@@ -73,7 +73,7 @@ class RunDeleted(_message.Message):
     deleted_by: _builtins.str
     reason: _builtins.str
     state: _common_pb2.RunState.ValueType
-    """How it had ended."""
+    """How it ended."""
     attempt: _builtins.int
     """Its newest attempt."""
     experiment: _builtins.str
@@ -166,13 +166,13 @@ class RunPrepared(_message.Message):
     ATTEMPTS_USED_FIELD_NUMBER: _builtins.int
     image_digest: _builtins.str
     cached: _builtins.bool
-    """The image was there already."""
+    """The image existed already."""
     submitted_by: _builtins.str
     attempts_used: _builtins.int
-    """Attempts that were used up before."""
+    """Attempts that were used before."""
     @_builtins.property
     def spec(self) -> _common_pb2.RunSpec:
-        """All that the scheduler needs, so that it need not keep RunSubmitted."""
+        """Everything that the scheduler needs, so it does not have to keep RunSubmitted."""
 
     def __init__(
         self,
@@ -629,8 +629,8 @@ Global___RunArchived: _TypeAlias = RunArchived  # noqa: Y015
 
 @_typing.final
 class RunCompacted(_message.Message):
-    """A final run in one event: some time after its end, when everybody has seen how it came about, it takes the place of
-    all earlier events of the run, its placements and its attempts, which are then purged. Replay costs one event a run.
+    """A snapshot of a final run. Some time after its end, it replaces all earlier events of the run, its placements and its
+    attempts, which are then purged. So replay costs one event per run.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -777,7 +777,7 @@ class ImageBuildStarted(_message.Message):
     BUILDER_FIELD_NUMBER: _builtins.int
     LEASE_UNTIL_FIELD_NUMBER: _builtins.int
     builder: _builtins.str
-    """The replica that builds; another takes over when this one stops renewing."""
+    """The replica that builds; another one takes over when it stops renewing."""
     lease_until: _builtins.float
     """Unix seconds until which the builder holds the build."""
     def __init__(
@@ -821,7 +821,7 @@ class ImageReady(_message.Message):
     @_builtins.property
     def packages(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """"name==version", sorted.
-        conda packages stand as "conda:name=version=build".
+        conda packages are written as "conda:name=version=build".
         """
 
     @_builtins.property
@@ -854,9 +854,9 @@ class ImageFailed(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     CANCELED_FIELD_NUMBER: _builtins.int
     reason: _builtins.str
-    """The resolver's own words."""
+    """The resolver's message."""
     canceled: _builtins.bool
-    """No run wants it any more."""
+    """No run waits for it any longer."""
     def __init__(
         self,
         *,
@@ -1566,7 +1566,7 @@ Global___AttemptFinished: _TypeAlias = AttemptFinished  # noqa: Y015
 class LogArchived(_message.Message):
     """---- log (writer: logs) -------------------------------------------------------------------------------------------
 
-    A part of a run's log is in the object store; what it holds is no longer on the stream of logs.
+    A part of a run's log is in the object store; its lines are no longer on the stream of logs.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -1639,7 +1639,7 @@ class Lineage(_message.Message):
     experiment: _builtins.str
     compute_target: _builtins.str
     run_state: _common_pb2.RunState.ValueType
-    """How that run had ended; unset: not known, or it was still running."""
+    """How that run ended; unset: unknown, or it was still running."""
     @_builtins.property
     def datasets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """"<dataset>:<version>"."""
@@ -1747,7 +1747,7 @@ class ModelRegistered(_message.Message):
     def lineage(self) -> Global___Lineage: ...
     @_builtins.property
     def environment(self) -> _common_pb2.Environment:
-        """What it needs to be loaded, where that is known."""
+        """What loading it needs, if known."""
 
     def __init__(
         self,
@@ -2042,7 +2042,7 @@ class ModelExported(_message.Message):
     def inputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TensorSpec]: ...
     @_builtins.property
     def outputs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Names of its outputs. Of models that answer dicts and nested tuples, flattened: "logits", "output_1_0"."""
+        """Names of its outputs. Outputs that are dicts and nested tuples are flattened: "logits", "output_1_0"."""
 
     def __init__(
         self,

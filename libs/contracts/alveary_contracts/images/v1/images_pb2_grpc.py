@@ -82,7 +82,7 @@ class ImageServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def BuildImage(self, request, context):
-        """Starts a build without a run; answers at once. Of a ready image: its state.
+        """Starts a build without a run and returns at once; of a ready image, its state.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

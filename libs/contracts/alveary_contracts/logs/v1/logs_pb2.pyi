@@ -59,11 +59,11 @@ class LogLine(_message.Message):
     rank: _builtins.int
     attempt: _builtins.int
     data: _builtins.bytes
-    """Bytes as they were written, without the line end; not necessarily UTF-8. Of text that carriage returns overwrote,
-    what was left at the end.
+    """Bytes as they were written, without the line end; not necessarily UTF-8. Text that carriage returns
+    overwrote is left out.
     """
     partial: _builtins.bool
-    """The line goes on in the next LogLine of the same stream, rank and attempt (longer than 256 KiB)."""
+    """The line is longer than 256 KiB and continues in the next LogLine of the same stream, rank and attempt."""
     provisional: _builtins.bool
     """What an unfinished line shows at this moment (a progress bar, a prompt), at most 2,000 bytes of it. The next LogLine
     of the same stream, rank and attempt replaces it. Archives keep none; Read shows the newest of a line that is still
@@ -158,7 +158,7 @@ class TailLine(_message.Message):
     CURSOR_FIELD_NUMBER: _builtins.int
     LINE_FIELD_NUMBER: _builtins.int
     cursor: _builtins.int
-    """Grows along the run's log; stays what it is after archiving."""
+    """Grows along the run's log; archiving does not change it."""
     @_builtins.property
     def line(self) -> Global___LogLine: ...
     def __init__(
@@ -194,12 +194,12 @@ class ReadRequest(_message.Message):
     limit: _builtins.int
     """1 to 10,000; 0: 1,000."""
     newest: _builtins.bool
-    """The newest `limit` lines (behind `after`, ahead of `before`) instead of the first ones."""
+    """The newest `limit` lines (after `after`, before `before`) instead of the first ones."""
     rank: _builtins.int
     before: _builtins.int
-    """Only lines ahead of this cursor; 0: to the end. With `newest`, the page that precedes a line."""
+    """Only lines before this cursor; 0: to the end. With `newest`, the page that precedes a line."""
     line: _builtins.int
-    """Start at this line of the run's log, counted from 1 over all streams and ranks; 0: no matter."""
+    """Start at this line of the run's log, counted from 1 over all streams and ranks; 0: ignored."""
     @_builtins.property
     def streams(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -236,7 +236,7 @@ class ReadResponse(_message.Message):
     LINES_FIELD_NUMBER: _builtins.int
     NEXT_FIELD_NUMBER: _builtins.int
     next: _builtins.int
-    """Pass it as `after` to go on; 0: there is no more now."""
+    """Pass it as `after` to continue; 0: there is nothing more now."""
     @_builtins.property
     def lines(self) -> _containers.RepeatedCompositeFieldContainer[Global___TailLine]: ...
     def __init__(
@@ -266,9 +266,9 @@ class SearchRequest(_message.Message):
     LIMIT_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     text: _builtins.str
-    """Looked for in each line as it is, as UTF-8; 1 to 1,000 characters."""
+    """The text to find in each line, as UTF-8; 1 to 1,000 characters."""
     ignore_case: _builtins.bool
-    """Take A for a: of ASCII letters only."""
+    """Ignore the case of ASCII letters."""
     rank: _builtins.int
     after: _builtins.int
     limit: _builtins.int
@@ -303,7 +303,7 @@ class SearchResponse(_message.Message):
     LINES_FIELD_NUMBER: _builtins.int
     NEXT_FIELD_NUMBER: _builtins.int
     next: _builtins.int
-    """Pass it as `after` to find more; 0: that was all. A call that takes long returns early, possibly without lines."""
+    """Pass it as `after` to find more; 0: there are no more. A slow call returns early, possibly without lines."""
     @_builtins.property
     def lines(self) -> _containers.RepeatedCompositeFieldContainer[Global___TailLine]: ...
     def __init__(
@@ -409,8 +409,8 @@ Global___DownloadPart: _TypeAlias = DownloadPart  # noqa: Y015
 
 @_typing.final
 class LogIndex(_message.Message):
-    """What an archived part of a log ends with: where its frames are and what is in them. It is the content of a zstd
-    skippable frame, itself compressed with zstd.
+    """The end of an archived part of a log: where its frames are and what is in them. It is the content of a zstd skippable
+    frame, itself compressed with zstd.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -492,7 +492,7 @@ class LogFrame(_message.Message):
     latest_us: _builtins.int
     @_builtins.property
     def sources(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Which of the sources have lines here."""
+        """The sources that have lines in this frame."""
 
     def __init__(
         self,

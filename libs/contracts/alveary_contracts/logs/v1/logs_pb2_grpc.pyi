@@ -38,7 +38,7 @@ class LogServiceStub:
     Read: _grpc.UnaryUnaryMultiCallable[_logs_pb2.ReadRequest, _logs_pb2.ReadResponse]
     """One page of lines: from `after` on, or the newest ones."""
     Search: _grpc.UnaryUnaryMultiCallable[_logs_pb2.SearchRequest, _logs_pb2.SearchResponse]
-    """Lines that hold a text."""
+    """Lines that contain a text."""
     Download: _grpc.UnaryUnaryMultiCallable[_logs_pb2.DownloadRequest, _logs_pb2.DownloadResponse]
     """Links to the compressed archive; FAILED_PRECONDITION until the run is final and archived."""
 
@@ -52,7 +52,7 @@ class LogServiceAsyncStub(LogServiceStub):
     Read: _aio.UnaryUnaryMultiCallable[_logs_pb2.ReadRequest, _logs_pb2.ReadResponse]  # type: ignore[assignment]
     """One page of lines: from `after` on, or the newest ones."""
     Search: _aio.UnaryUnaryMultiCallable[_logs_pb2.SearchRequest, _logs_pb2.SearchResponse]  # type: ignore[assignment]
-    """Lines that hold a text."""
+    """Lines that contain a text."""
     Download: _aio.UnaryUnaryMultiCallable[_logs_pb2.DownloadRequest, _logs_pb2.DownloadResponse]  # type: ignore[assignment]
     """Links to the compressed archive; FAILED_PRECONDITION until the run is final and archived."""
 
@@ -81,7 +81,7 @@ class LogServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _logs_pb2.SearchRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_logs_pb2.SearchResponse, _abc.Awaitable[_logs_pb2.SearchResponse]]:
-        """Lines that hold a text."""
+        """Lines that contain a text."""
 
     @_abc_1.abstractmethod
     def Download(

@@ -91,9 +91,9 @@ class ModelVersion(_message.Message):
     framework_version: _builtins.str
     registered_by: _builtins.str
     export_error: _builtins.str
-    """Why the newest export did not succeed; empty otherwise."""
+    """Why the newest export failed; empty otherwise."""
     export_pending: _builtins.str
-    """An export is under way: its id."""
+    """The id of an export that is running."""
     archived: _builtins.bool
     manifest_digest: _builtins.str
     file_count: _builtins.int
@@ -161,7 +161,7 @@ class PrepareModelRequest(_message.Message):
 
     @_builtins.property
     def doubted(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Digests of the manifest whose blobs are to be read again; what is not what its name says is set aside and asked for."""
+        """Digests of the manifest whose blobs to read again; a blob that does not match its digest is set aside and asked for."""
 
     @_builtins.property
     def run_output(self) -> Global___RunOutput:
@@ -190,9 +190,9 @@ class PrepareModelResponse(_message.Message):
     PENDING_FIELD_NUMBER: _builtins.int
     TOTAL_FIELD_NUMBER: _builtins.int
     pending: _builtins.int
-    """Files that are being copied or verified, or whose slots did not fit in here."""
+    """Files that are being copied or verified, or whose slots did not fit into this message."""
     total: _builtins.int
-    """With run_output: how many files it has."""
+    """With run_output: its number of files."""
     @_builtins.property
     def slots(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.UploadSlot]: ...
     def __init__(
@@ -353,7 +353,7 @@ class RegisterModelResponse(_message.Message):
     def model(self) -> Global___ModelVersion: ...
     @_builtins.property
     def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Sentences for the user, for example that the run had failed."""
+        """Warnings for the user, for example that the run failed."""
 
     def __init__(
         self,
@@ -380,7 +380,7 @@ class GetModelRequest(_message.Message):
     MIN_SEQUENCE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     version: _builtins.int
-    """0: the latest, or the alias's."""
+    """0: the latest, or the one that the alias names."""
     alias: _builtins.str
     min_sequence: _builtins.int
     def __init__(
@@ -706,9 +706,9 @@ class ListModelFilesRequest(_message.Message):
     """1 to 10,000, which is the default."""
     page_token: _builtins.str
     without_urls: _builtins.bool
-    """Names alone: no links are made."""
+    """Return names only, without links."""
     prefix: _builtins.str
-    """Only files of this path, or that begin with it."""
+    """Only the file with this path, or files with this prefix."""
     def __init__(
         self,
         *,
@@ -905,7 +905,7 @@ class PrepareDatasetResponse(_message.Message):
     SLOTS_FIELD_NUMBER: _builtins.int
     PENDING_FIELD_NUMBER: _builtins.int
     pending: _builtins.int
-    """Files that are being verified, or whose slots did not fit in here."""
+    """Files that are being verified, or whose slots did not fit into this message."""
     @_builtins.property
     def slots(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.UploadSlot]: ...
     def __init__(
@@ -1096,9 +1096,9 @@ class ListDatasetFilesRequest(_message.Message):
     """1 to 10,000, which is the default."""
     page_token: _builtins.str
     without_urls: _builtins.bool
-    """Names alone: no links are made."""
+    """Return names only, without links."""
     prefix: _builtins.str
-    """Only files of this path, or that begin with it."""
+    """Only the file with this path, or files with this prefix."""
     def __init__(
         self,
         *,

@@ -142,7 +142,7 @@ class ModelServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ExportModel(self, request, context):
-        """Answers at once; model.exported or model.export_failed follows.
+        """Returns at once; model.exported or model.export_failed follows.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -497,7 +497,7 @@ class DatasetServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def RegisterDataset(self, request, context):
-        """The next version; identical content answers with the version that has it.
+        """Registers the next version; identical content returns the version that has it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -45,7 +45,7 @@ class ModelServiceStub:
     ListModelFiles: _grpc.UnaryUnaryMultiCallable[_registry_pb2.ListModelFilesRequest, _registry_pb2.ListModelFilesResponse]
     """Files of a version with links, its ONNX export among them as onnx/model.onnx."""
     ExportModel: _grpc.UnaryUnaryMultiCallable[_registry_pb2.ExportModelRequest, _registry_pb2.ExportModelResponse]
-    """Answers at once; model.exported or model.export_failed follows."""
+    """Returns at once; model.exported or model.export_failed follows."""
 
 @_typing.type_check_only
 class ModelServiceAsyncStub(ModelServiceStub):
@@ -64,7 +64,7 @@ class ModelServiceAsyncStub(ModelServiceStub):
     ListModelFiles: _aio.UnaryUnaryMultiCallable[_registry_pb2.ListModelFilesRequest, _registry_pb2.ListModelFilesResponse]  # type: ignore[assignment]
     """Files of a version with links, its ONNX export among them as onnx/model.onnx."""
     ExportModel: _aio.UnaryUnaryMultiCallable[_registry_pb2.ExportModelRequest, _registry_pb2.ExportModelResponse]  # type: ignore[assignment]
-    """Answers at once; model.exported or model.export_failed follows."""
+    """Returns at once; model.exported or model.export_failed follows."""
 
 class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -134,7 +134,7 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _registry_pb2.ExportModelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_registry_pb2.ExportModelResponse, _abc.Awaitable[_registry_pb2.ExportModelResponse]]:
-        """Answers at once; model.exported or model.export_failed follows."""
+        """Returns at once; model.exported or model.export_failed follows."""
 
 def add_ModelServiceServicer_to_server(servicer: ModelServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 
@@ -145,7 +145,7 @@ class DatasetServiceStub:
     def __new__(cls, channel: _aio.Channel) -> DatasetServiceAsyncStub: ...
     PrepareDataset: _grpc.UnaryUnaryMultiCallable[_registry_pb2.PrepareDatasetRequest, _registry_pb2.PrepareDatasetResponse]
     RegisterDataset: _grpc.UnaryUnaryMultiCallable[_registry_pb2.RegisterDatasetRequest, _registry_pb2.RegisterDatasetResponse]
-    """The next version; identical content answers with the version that has it."""
+    """Registers the next version; identical content returns the version that has it."""
     GetDataset: _grpc.UnaryUnaryMultiCallable[_registry_pb2.GetDatasetRequest, _registry_pb2.GetDatasetResponse]
     ListDatasets: _grpc.UnaryUnaryMultiCallable[_registry_pb2.ListDatasetsRequest, _registry_pb2.ListDatasetsResponse]
     ListDatasetFiles: _grpc.UnaryUnaryMultiCallable[_registry_pb2.ListDatasetFilesRequest, _registry_pb2.ListDatasetFilesResponse]
@@ -155,7 +155,7 @@ class DatasetServiceAsyncStub(DatasetServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     PrepareDataset: _aio.UnaryUnaryMultiCallable[_registry_pb2.PrepareDatasetRequest, _registry_pb2.PrepareDatasetResponse]  # type: ignore[assignment]
     RegisterDataset: _aio.UnaryUnaryMultiCallable[_registry_pb2.RegisterDatasetRequest, _registry_pb2.RegisterDatasetResponse]  # type: ignore[assignment]
-    """The next version; identical content answers with the version that has it."""
+    """Registers the next version; identical content returns the version that has it."""
     GetDataset: _aio.UnaryUnaryMultiCallable[_registry_pb2.GetDatasetRequest, _registry_pb2.GetDatasetResponse]  # type: ignore[assignment]
     ListDatasets: _aio.UnaryUnaryMultiCallable[_registry_pb2.ListDatasetsRequest, _registry_pb2.ListDatasetsResponse]  # type: ignore[assignment]
     ListDatasetFiles: _aio.UnaryUnaryMultiCallable[_registry_pb2.ListDatasetFilesRequest, _registry_pb2.ListDatasetFilesResponse]  # type: ignore[assignment]
@@ -174,7 +174,7 @@ class DatasetServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _registry_pb2.RegisterDatasetRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_registry_pb2.RegisterDatasetResponse, _abc.Awaitable[_registry_pb2.RegisterDatasetResponse]]:
-        """The next version; identical content answers with the version that has it."""
+        """Registers the next version; identical content returns the version that has it."""
 
     @_abc_1.abstractmethod
     def GetDataset(

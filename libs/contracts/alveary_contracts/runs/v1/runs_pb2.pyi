@@ -180,7 +180,7 @@ class DeadLetterOutcome(_message.Message):
     MESSAGE_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     handled: _builtins.bool
-    """It is handled, or will be when its read model is folded anew."""
+    """It is handled, or will be when its read model is folded again."""
     message: _builtins.str
     """What happened, in words."""
     def __init__(
@@ -460,7 +460,7 @@ class Run(_message.Message):
     id: _builtins.str
     state: _common_pb2.RunState.ValueType
     reason: _builtins.str
-    """Why it is in that state, in words a user can act on."""
+    """Why it is in that state, in words that a user can act on."""
     attempt: _builtins.int
     submitted_by: _builtins.str
     image_digest: _builtins.str
@@ -540,13 +540,13 @@ class GetRunRequest(_message.Message):
     MIN_SEQUENCE_FIELD_NUMBER: _builtins.int
     METRIC_NAMES_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
-    """The id of a run, or its first characters (at least four, in either case) where no other run of the workspace has them:
-    so in every request that names a run. Of several: INVALID_ARGUMENT, which names them.
+    """The id of a run, or a prefix of it (at least four characters, in either case) that is unique in the workspace, as in every
+    request that names a run. Ambiguous: INVALID_ARGUMENT, which names the candidates.
     """
     min_sequence: _builtins.int
     @_builtins.property
     def metric_names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Metrics that are shown, at most 1,000."""
+        """Metrics to show, at most 1,000."""
 
     def __init__(
         self,
@@ -609,7 +609,7 @@ class ListRunsRequest(_message.Message):
     include_archived: _builtins.bool
     @_builtins.property
     def metric_names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Metrics that are shown of each run, at most 1,000."""
+        """Metrics to show of each run, at most 1,000."""
 
     def __init__(
         self,
@@ -662,7 +662,7 @@ class WatchRunRequest(_message.Message):
     AFTER_SEQUENCE_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     after_sequence: _builtins.int
-    """Answer first when the run has changed beyond this sequence."""
+    """Send the first answer when the run has changed beyond this sequence."""
     def __init__(
         self,
         *,
@@ -894,7 +894,7 @@ Global___TagRunResponse: _TypeAlias = TagRunResponse  # noqa: Y015
 
 @_typing.final
 class MetricPoint(_message.Message):
-    """One call of run.log and its kin."""
+    """One call of run.log or a similar function."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1056,19 +1056,19 @@ class GetMetricsRequest(_message.Message):
     name: _builtins.str
     """Empty: all."""
     recursive: _builtins.bool
-    """Of this run's children too, by run id."""
+    """Also metrics of this run's children, by run id."""
     page_token: _builtins.str
-    """next_page_token of the answer before, with all else the same."""
+    """next_page_token of the previous answer; the rest of the request must be the same."""
     max_points: _builtins.int
-    """At most so many points of each metric (4 to 10,000): the extremes of equal stretches, so that a plot of them shows what
-    a plot of all would. Points that are no numbers are left out evenly. 0: all points.
+    """The maximum number of points of each metric (4 to 10,000): the extremes of equal stretches, so a plot of them shows what a
+    plot of all points would. NaN and infinite points are thinned evenly. 0: all points.
     """
     attempt: _builtins.int
-    """Of one attempt alone. 0: what the run says in the end. Of a metric that several attempts logged, an earlier attempt's
+    """Points of this attempt only. 0: those that count for the run. Of a metric that several attempts logged, an earlier attempt's
     points count up to the first step that a later attempt logged again; points without a step are the last attempt's.
     """
     columns: _builtins.bool
-    """Answer numbers in `columns` where there are no descriptions: many times less to read."""
+    """Return numbers in `columns` where there are no descriptions, which is much smaller."""
     def __init__(
         self,
         *,
@@ -1098,7 +1098,7 @@ class GetMetricsResponse(_message.Message):
     """Empty: no more."""
     @_builtins.property
     def series(self) -> _containers.RepeatedCompositeFieldContainer[Global___MetricSeries]:
-        """A page: a metric may go on, under the same name, in further elements and on further pages."""
+        """A page: a metric may continue under the same name in further elements and on further pages."""
 
     def __init__(
         self,
@@ -1131,7 +1131,7 @@ class MetricSeries(_message.Message):
     attempt: _builtins.int
     """Which attempt logged it; 0: from outside, before there was one."""
     point_count: _builtins.int
-    """How many points the attempt logged under the name."""
+    """Number of points that the attempt logged under the name."""
     @_builtins.property
     def points(self) -> _containers.RepeatedCompositeFieldContainer[Global___MetricPoint]: ...
     @_builtins.property
@@ -1197,9 +1197,9 @@ class ListFilesRequest(_message.Message):
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     prefix: _builtins.str
-    """Only paths that begin so."""
+    """Only paths with this prefix."""
     with_urls: _builtins.bool
-    """Also make links, to the files of this page."""
+    """Also create links to the files of this page."""
     page_size: _builtins.int
     """1 to 10,000, which is the default."""
     page_token: _builtins.str
@@ -1428,7 +1428,7 @@ class SubscribeStart(_message.Message):
     durable: _builtins.str
     """1 to 64 of [A-Za-z0-9_-]; empty: not durable."""
     from_sequence: _builtins.int
-    """Where a new subscription begins. Neither: with what comes next."""
+    """Where a new subscription starts. Neither: with the next event."""
     @_builtins.property
     def from_time(self) -> _timestamp_pb2.Timestamp: ...
     def __init__(

@@ -125,7 +125,7 @@ class RunServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def SubmitRun(self, request, context):
-        """Accepts a run. With an idempotency_key that was used in the workspace before, answers with that run.
+        """Accepts a run. With an idempotency_key that the workspace has seen before, returns that run.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -144,15 +144,14 @@ class RunServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def WatchRun(self, request, context):
-        """The run now, then once more whenever it changes; ends after the final state.
+        """The run as it is now, then again whenever it changes; ends after the final state.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DeleteRun(self, request, context):
-        """In every state. Of a final run: FAILED_PRECONDITION.
-        Erase a final run: its files, checkpoints, log, metrics and events. A tombstone stays (run.deleted); models that were
+        """Erase a final run: its files, checkpoints, log, metrics and events. A tombstone stays (run.deleted); models that were
         registered from it, and datasets, stay too.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -160,7 +159,8 @@ class RunServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def CancelRun(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Ends a run in any state that is not final. Of a final run: FAILED_PRECONDITION.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -775,7 +775,7 @@ class WorkspaceService(object):
 
 
 class EventServiceStub(object):
-    """Everything that happened, for automations that would rather not speak NATS.
+    """Everything that happened, for automations that do not speak NATS.
     """
 
     def __init__(self, channel):
@@ -792,13 +792,13 @@ class EventServiceStub(object):
 
 
 class EventServiceServicer(object):
-    """Everything that happened, for automations that would rather not speak NATS.
+    """Everything that happened, for automations that do not speak NATS.
     """
 
     def Subscribe(self, request_iterator, context):
         """First message: `start`. Then `ack` of what was handled. At most 16 events are sent ahead of their acknowledgements. While the
-        stream lives, an event comes once, however long it takes to handle; what was not acknowledged by its end comes again. With a
-        durable name the position survives the connection, and several streams of one name share its events.
+        stream lives, an event is delivered once, however long it takes to handle; events that are not acknowledged when it ends are
+        delivered again. With a durable name, the position survives the connection, and several streams with that name share its events.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -821,7 +821,7 @@ def add_EventServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class EventService(object):
-    """Everything that happened, for automations that would rather not speak NATS.
+    """Everything that happened, for automations that do not speak NATS.
     """
 
     @staticmethod
@@ -853,7 +853,7 @@ class EventService(object):
 
 
 class DeadLetterServiceStub(object):
-    """Events of the workspace that some service could not handle.
+    """Events of the workspace that a service could not handle.
     """
 
     def __init__(self, channel):
@@ -885,7 +885,7 @@ class DeadLetterServiceStub(object):
 
 
 class DeadLetterServiceServicer(object):
-    """Events of the workspace that some service could not handle.
+    """Events of the workspace that a service could not handle.
     """
 
     def CountDeadLetters(self, request, context):
@@ -903,15 +903,15 @@ class DeadLetterServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def RetryDeadLetters(self, request, context):
-        """Hands letters to the services that set them aside, once more. What succeeds is no dead letter any longer. A read model
-        cannot take an event out of order: it is folded anew, with the event in its place, when its service starts next.
+        """Hands letters to the services that set them aside, once more. Letters that succeed are removed. A read model cannot take an
+        event out of order: it is folded again from the start, with the event in its place, when its service starts next.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DropDeadLetters(self, request, context):
-        """Forgets letters. Their events stay in the event log, unhandled.
+        """Removes letters. Their events stay in the event log, unhandled.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -949,7 +949,7 @@ def add_DeadLetterServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class DeadLetterService(object):
-    """Events of the workspace that some service could not handle.
+    """Events of the workspace that a service could not handle.
     """
 
     @staticmethod

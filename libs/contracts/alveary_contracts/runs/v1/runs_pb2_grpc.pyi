@@ -38,17 +38,17 @@ class RunServiceStub:
     CommitSnapshot: _grpc.UnaryUnaryMultiCallable[_runs_pb2.CommitSnapshotRequest, _runs_pb2.CommitSnapshotResponse]
     """Verifies that all blobs are there and stores the manifest. Idempotent. FAILED_PRECONDITION names missing blobs."""
     SubmitRun: _grpc.UnaryUnaryMultiCallable[_runs_pb2.SubmitRunRequest, _runs_pb2.SubmitRunResponse]
-    """Accepts a run. With an idempotency_key that was used in the workspace before, answers with that run."""
+    """Accepts a run. With an idempotency_key that the workspace has seen before, returns that run."""
     GetRun: _grpc.UnaryUnaryMultiCallable[_runs_pb2.GetRunRequest, _runs_pb2.GetRunResponse]
     ListRuns: _grpc.UnaryUnaryMultiCallable[_runs_pb2.ListRunsRequest, _runs_pb2.ListRunsResponse]
     WatchRun: _grpc.UnaryStreamMultiCallable[_runs_pb2.WatchRunRequest, _runs_pb2.WatchRunResponse]
-    """The run now, then once more whenever it changes; ends after the final state."""
+    """The run as it is now, then again whenever it changes; ends after the final state."""
     DeleteRun: _grpc.UnaryUnaryMultiCallable[_runs_pb2.DeleteRunRequest, _runs_pb2.DeleteRunResponse]
-    """In every state. Of a final run: FAILED_PRECONDITION.
-    Erase a final run: its files, checkpoints, log, metrics and events. A tombstone stays (run.deleted); models that were
+    """Erase a final run: its files, checkpoints, log, metrics and events. A tombstone stays (run.deleted); models that were
     registered from it, and datasets, stay too.
     """
     CancelRun: _grpc.UnaryUnaryMultiCallable[_runs_pb2.CancelRunRequest, _runs_pb2.CancelRunResponse]
+    """Ends a run in any state that is not final. Of a final run: FAILED_PRECONDITION."""
     TagRun: _grpc.UnaryUnaryMultiCallable[_runs_pb2.TagRunRequest, _runs_pb2.TagRunResponse]
     LogMetrics: _grpc.StreamUnaryMultiCallable[_runs_pb2.LogMetricsRequest, _runs_pb2.LogMetricsResponse]
     """Metrics from outside a training process (inside one, alveary.Run.get_context() needs no credential)."""
@@ -68,17 +68,17 @@ class RunServiceAsyncStub(RunServiceStub):
     CommitSnapshot: _aio.UnaryUnaryMultiCallable[_runs_pb2.CommitSnapshotRequest, _runs_pb2.CommitSnapshotResponse]  # type: ignore[assignment]
     """Verifies that all blobs are there and stores the manifest. Idempotent. FAILED_PRECONDITION names missing blobs."""
     SubmitRun: _aio.UnaryUnaryMultiCallable[_runs_pb2.SubmitRunRequest, _runs_pb2.SubmitRunResponse]  # type: ignore[assignment]
-    """Accepts a run. With an idempotency_key that was used in the workspace before, answers with that run."""
+    """Accepts a run. With an idempotency_key that the workspace has seen before, returns that run."""
     GetRun: _aio.UnaryUnaryMultiCallable[_runs_pb2.GetRunRequest, _runs_pb2.GetRunResponse]  # type: ignore[assignment]
     ListRuns: _aio.UnaryUnaryMultiCallable[_runs_pb2.ListRunsRequest, _runs_pb2.ListRunsResponse]  # type: ignore[assignment]
     WatchRun: _aio.UnaryStreamMultiCallable[_runs_pb2.WatchRunRequest, _runs_pb2.WatchRunResponse]  # type: ignore[assignment]
-    """The run now, then once more whenever it changes; ends after the final state."""
+    """The run as it is now, then again whenever it changes; ends after the final state."""
     DeleteRun: _aio.UnaryUnaryMultiCallable[_runs_pb2.DeleteRunRequest, _runs_pb2.DeleteRunResponse]  # type: ignore[assignment]
-    """In every state. Of a final run: FAILED_PRECONDITION.
-    Erase a final run: its files, checkpoints, log, metrics and events. A tombstone stays (run.deleted); models that were
+    """Erase a final run: its files, checkpoints, log, metrics and events. A tombstone stays (run.deleted); models that were
     registered from it, and datasets, stay too.
     """
     CancelRun: _aio.UnaryUnaryMultiCallable[_runs_pb2.CancelRunRequest, _runs_pb2.CancelRunResponse]  # type: ignore[assignment]
+    """Ends a run in any state that is not final. Of a final run: FAILED_PRECONDITION."""
     TagRun: _aio.UnaryUnaryMultiCallable[_runs_pb2.TagRunRequest, _runs_pb2.TagRunResponse]  # type: ignore[assignment]
     LogMetrics: _aio.StreamUnaryMultiCallable[_runs_pb2.LogMetricsRequest, _runs_pb2.LogMetricsResponse]  # type: ignore[assignment]
     """Metrics from outside a training process (inside one, alveary.Run.get_context() needs no credential)."""
@@ -113,7 +113,7 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _runs_pb2.SubmitRunRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_runs_pb2.SubmitRunResponse, _abc.Awaitable[_runs_pb2.SubmitRunResponse]]:
-        """Accepts a run. With an idempotency_key that was used in the workspace before, answers with that run."""
+        """Accepts a run. With an idempotency_key that the workspace has seen before, returns that run."""
 
     @_abc_1.abstractmethod
     def GetRun(
@@ -135,7 +135,7 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _runs_pb2.WatchRunRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_runs_pb2.WatchRunResponse], _abc.AsyncIterator[_runs_pb2.WatchRunResponse]]:
-        """The run now, then once more whenever it changes; ends after the final state."""
+        """The run as it is now, then again whenever it changes; ends after the final state."""
 
     @_abc_1.abstractmethod
     def DeleteRun(
@@ -143,8 +143,7 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _runs_pb2.DeleteRunRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_runs_pb2.DeleteRunResponse, _abc.Awaitable[_runs_pb2.DeleteRunResponse]]:
-        """In every state. Of a final run: FAILED_PRECONDITION.
-        Erase a final run: its files, checkpoints, log, metrics and events. A tombstone stays (run.deleted); models that were
+        """Erase a final run: its files, checkpoints, log, metrics and events. A tombstone stays (run.deleted); models that were
         registered from it, and datasets, stay too.
         """
 
@@ -153,7 +152,8 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         self,
         request: _runs_pb2.CancelRunRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_runs_pb2.CancelRunResponse, _abc.Awaitable[_runs_pb2.CancelRunResponse]]: ...
+    ) -> _typing.Union[_runs_pb2.CancelRunResponse, _abc.Awaitable[_runs_pb2.CancelRunResponse]]:
+        """Ends a run in any state that is not final. Of a final run: FAILED_PRECONDITION."""
 
     @_abc_1.abstractmethod
     def TagRun(
@@ -243,7 +243,7 @@ class WorkspaceServiceServicer(metaclass=_abc_1.ABCMeta):
 def add_WorkspaceServiceServicer_to_server(servicer: WorkspaceServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 
 class EventServiceStub:
-    """Everything that happened, for automations that would rather not speak NATS."""
+    """Everything that happened, for automations that do not speak NATS."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -251,23 +251,23 @@ class EventServiceStub:
     def __new__(cls, channel: _aio.Channel) -> EventServiceAsyncStub: ...
     Subscribe: _grpc.StreamStreamMultiCallable[_runs_pb2.SubscribeRequest, _runs_pb2.SubscribeResponse]
     """First message: `start`. Then `ack` of what was handled. At most 16 events are sent ahead of their acknowledgements. While the
-    stream lives, an event comes once, however long it takes to handle; what was not acknowledged by its end comes again. With a
-    durable name the position survives the connection, and several streams of one name share its events.
+    stream lives, an event is delivered once, however long it takes to handle; events that are not acknowledged when it ends are
+    delivered again. With a durable name, the position survives the connection, and several streams with that name share its events.
     """
 
 @_typing.type_check_only
 class EventServiceAsyncStub(EventServiceStub):
-    """Everything that happened, for automations that would rather not speak NATS."""
+    """Everything that happened, for automations that do not speak NATS."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Subscribe: _aio.StreamStreamMultiCallable[_runs_pb2.SubscribeRequest, _runs_pb2.SubscribeResponse]  # type: ignore[assignment]
     """First message: `start`. Then `ack` of what was handled. At most 16 events are sent ahead of their acknowledgements. While the
-    stream lives, an event comes once, however long it takes to handle; what was not acknowledged by its end comes again. With a
-    durable name the position survives the connection, and several streams of one name share its events.
+    stream lives, an event is delivered once, however long it takes to handle; events that are not acknowledged when it ends are
+    delivered again. With a durable name, the position survives the connection, and several streams with that name share its events.
     """
 
 class EventServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Everything that happened, for automations that would rather not speak NATS."""
+    """Everything that happened, for automations that do not speak NATS."""
 
     @_abc_1.abstractmethod
     def Subscribe(
@@ -276,14 +276,14 @@ class EventServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_runs_pb2.SubscribeResponse], _abc.AsyncIterator[_runs_pb2.SubscribeResponse]]:
         """First message: `start`. Then `ack` of what was handled. At most 16 events are sent ahead of their acknowledgements. While the
-        stream lives, an event comes once, however long it takes to handle; what was not acknowledged by its end comes again. With a
-        durable name the position survives the connection, and several streams of one name share its events.
+        stream lives, an event is delivered once, however long it takes to handle; events that are not acknowledged when it ends are
+        delivered again. With a durable name, the position survives the connection, and several streams with that name share its events.
         """
 
 def add_EventServiceServicer_to_server(servicer: EventServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 
 class DeadLetterServiceStub:
-    """Events of the workspace that some service could not handle."""
+    """Events of the workspace that a service could not handle."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -294,15 +294,15 @@ class DeadLetterServiceStub:
     ListDeadLetters: _grpc.UnaryUnaryMultiCallable[_runs_pb2.ListDeadLettersRequest, _runs_pb2.ListDeadLettersResponse]
     """Oldest first. This and what follows needs the role owner."""
     RetryDeadLetters: _grpc.UnaryUnaryMultiCallable[_runs_pb2.RetryDeadLettersRequest, _runs_pb2.RetryDeadLettersResponse]
-    """Hands letters to the services that set them aside, once more. What succeeds is no dead letter any longer. A read model
-    cannot take an event out of order: it is folded anew, with the event in its place, when its service starts next.
+    """Hands letters to the services that set them aside, once more. Letters that succeed are removed. A read model cannot take an
+    event out of order: it is folded again from the start, with the event in its place, when its service starts next.
     """
     DropDeadLetters: _grpc.UnaryUnaryMultiCallable[_runs_pb2.DropDeadLettersRequest, _runs_pb2.DropDeadLettersResponse]
-    """Forgets letters. Their events stay in the event log, unhandled."""
+    """Removes letters. Their events stay in the event log, unhandled."""
 
 @_typing.type_check_only
 class DeadLetterServiceAsyncStub(DeadLetterServiceStub):
-    """Events of the workspace that some service could not handle."""
+    """Events of the workspace that a service could not handle."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     CountDeadLetters: _aio.UnaryUnaryMultiCallable[_runs_pb2.CountDeadLettersRequest, _runs_pb2.CountDeadLettersResponse]  # type: ignore[assignment]
@@ -310,14 +310,14 @@ class DeadLetterServiceAsyncStub(DeadLetterServiceStub):
     ListDeadLetters: _aio.UnaryUnaryMultiCallable[_runs_pb2.ListDeadLettersRequest, _runs_pb2.ListDeadLettersResponse]  # type: ignore[assignment]
     """Oldest first. This and what follows needs the role owner."""
     RetryDeadLetters: _aio.UnaryUnaryMultiCallable[_runs_pb2.RetryDeadLettersRequest, _runs_pb2.RetryDeadLettersResponse]  # type: ignore[assignment]
-    """Hands letters to the services that set them aside, once more. What succeeds is no dead letter any longer. A read model
-    cannot take an event out of order: it is folded anew, with the event in its place, when its service starts next.
+    """Hands letters to the services that set them aside, once more. Letters that succeed are removed. A read model cannot take an
+    event out of order: it is folded again from the start, with the event in its place, when its service starts next.
     """
     DropDeadLetters: _aio.UnaryUnaryMultiCallable[_runs_pb2.DropDeadLettersRequest, _runs_pb2.DropDeadLettersResponse]  # type: ignore[assignment]
-    """Forgets letters. Their events stay in the event log, unhandled."""
+    """Removes letters. Their events stay in the event log, unhandled."""
 
 class DeadLetterServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Events of the workspace that some service could not handle."""
+    """Events of the workspace that a service could not handle."""
 
     @_abc_1.abstractmethod
     def CountDeadLetters(
@@ -341,8 +341,8 @@ class DeadLetterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _runs_pb2.RetryDeadLettersRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_runs_pb2.RetryDeadLettersResponse, _abc.Awaitable[_runs_pb2.RetryDeadLettersResponse]]:
-        """Hands letters to the services that set them aside, once more. What succeeds is no dead letter any longer. A read model
-        cannot take an event out of order: it is folded anew, with the event in its place, when its service starts next.
+        """Hands letters to the services that set them aside, once more. Letters that succeed are removed. A read model cannot take an
+        event out of order: it is folded again from the start, with the event in its place, when its service starts next.
         """
 
     @_abc_1.abstractmethod
@@ -351,6 +351,6 @@ class DeadLetterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _runs_pb2.DropDeadLettersRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_runs_pb2.DropDeadLettersResponse, _abc.Awaitable[_runs_pb2.DropDeadLettersResponse]]:
-        """Forgets letters. Their events stay in the event log, unhandled."""
+        """Removes letters. Their events stay in the event log, unhandled."""
 
 def add_DeadLetterServiceServicer_to_server(servicer: DeadLetterServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
