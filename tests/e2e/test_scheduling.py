@@ -132,7 +132,7 @@ def test_a_drained_node_takes_nothing_more(own: Embedded, workspace: Workspace, 
     running = submit(workspace, source, HOLD, 3, compute_target=name)
     until(lambda: "begun" in lines(running), "it runs")
     (node,) = ComputeTarget(workspace, name).list_nodes()
-    assert node.state == "ready" and dict(node.labels) == {"zone": "a"}
+    assert node.state == pb.NODE_STATE_READY and dict(node.labels) == {"zone": "a"}
     own.cli("compute", "drain", node.id)
     assert "draining" in own.cli("compute", "nodes", "--target", name).stdout
     finished(running)

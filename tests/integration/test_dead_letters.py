@@ -11,6 +11,7 @@ import pytest
 from support import eventually
 
 from alveary.local.layout import Layout
+from alveary_contracts.common.v1 import common_pb2 as c
 from alveary_contracts.events.v1 import events_pb2 as ev
 from alveary_contracts.ids import new_id
 from alveary_core import consumer as consumers
@@ -296,7 +297,7 @@ async def test_the_schedulers_state_is_what_it_was_before_an_event_that_it_canno
     connection = await connect(f"nats://127.0.0.1:{bare_servers.ports.nats}", "scheduler", bare_servers.secrets["scheduler"], "scheduler")
     log = EventLog(connection, "scheduler")
     for name, text in (("a", "good"), ("b", "bad"), ("c", "good")):
-        created = ev.TargetCreated(spec=ev.ComputeSpec(kind="nodes", description=text))
+        created = ev.TargetCreated(spec=ev.ComputeSpec(kind=c.TARGET_KIND_NODES, description=text))
         last = await log.append(Key(key.workspace, "target", name), [created], 0)
     async with running(view, log):
         await view.wait_for(last.sequence)

@@ -18,6 +18,16 @@ if TYPE_CHECKING:
     from alveary.session import Session
 
 
+def _target_kind(name: str) -> c.TargetKind.ValueType:
+    if not name:
+        return c.TARGET_KIND_UNSPECIFIED
+    try:
+        return c.TargetKind.Value(f"TARGET_KIND_{name.upper()}")
+    except ValueError:
+        sentence = f"kind {name!r}: 'local' (this machine), 'nodes' (machines that join) or 'ray' (an existing Ray cluster)"
+        raise ComputeTargetException(sentence, "INVALID_ARGUMENT") from None
+
+
 class ComputeTarget:
     """Where runs run. `ComputeTarget(workspace, name)` finds one."""
 
@@ -206,7 +216,7 @@ class AmlCompute(ComputeTarget):
         lets runs ask for a part of a GPU. Runs of a "lowpriority" target may have to make room for others.
 
         Raises:
-            ComputeTargetException: something that only makes sense in Azure was asked for.
+            ComputeTargetException: something that only makes sense in Azure was asked for, or an unknown kind.
         """
         azure = {
             "admin_username": admin_username, "admin_user_password": admin_user_password, "admin_user_ssh_key": admin_user_ssh_key,
@@ -222,7 +232,7 @@ class AmlCompute(ComputeTarget):
         spec = ev.ComputeSpec(
             vm_size=vm_size, vm_priority=vm_priority, min_nodes=min_nodes, max_nodes=max_nodes or 0,
             idle_seconds_before_scaledown=idle_seconds_before_scaledown, tags=tags, description=description or "",
-            network=network, multi_tenant=multi_tenant, kind=kind, placement_policy=placement_policy,
+            network=network, multi_tenant=multi_tenant, kind=_target_kind(kind), placement_policy=placement_policy,
             gpu_sharing=gpu_sharing, quotas=[q._proto() for q in quotas], address=address,
             cooldown_seconds=cooldown_seconds,
         )  # fmt: skip

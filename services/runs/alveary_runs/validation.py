@@ -135,7 +135,7 @@ def _compute(spec: c.RunSpec, target: ev.ComputeSpec | None, targets: list[str],
         return
     node = target.node_resources
     # It may not be known what the machines have that join a target: then the queue says what is missing.
-    known = target.kind == "local" or node.cpus > 0
+    known = target.kind == c.TARGET_KIND_LOCAL or node.cpus > 0
     if not 1 <= spec.node_count <= MAX_NODE_COUNT:
         say("node_count", f"{spec.node_count}: 1 to {MAX_NODE_COUNT}")
     elif not spec.pack and (spec.min_node_count or spec.node_count) > target.max_nodes:

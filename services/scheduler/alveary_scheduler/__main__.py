@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 import os
 
+from alveary_contracts.common.v1 import common_pb2 as c
 from alveary_contracts.events.v1 import events_pb2 as ev
 from alveary_contracts.scheduler.v1 import scheduler_pb2, scheduler_pb2_grpc
 from alveary_core.events import Key
 from alveary_core.service import Service, serve
 from alveary_scheduler.adapters.local import LocalNodes
-from alveary_scheduler.api import ComputeService, NodeService, QueueService, complete
+from alveary_scheduler.api import ComputeService, NodeService, QueueService
 from alveary_scheduler.joining import Joining
 from alveary_scheduler.projection import SchedulerProjection
 from alveary_scheduler.service import Scheduler
 from alveary_scheduler.settings import SchedulerSettings
+from alveary_scheduler.targets import kind_of, validate_and_default
 
 _PREFIX = "ALVEARY_TRAINER_"
 
@@ -34,7 +36,7 @@ async def start(service: Service) -> None:
     scheduler = Scheduler(service, projection, local, joining)
     await scheduler.take_over()
     grpc_server = service.server.server
-    scheduler_pb2_grpc.add_ComputeServiceServicer_to_server(ComputeService(scheduler, settings.default_kind), grpc_server)
+    scheduler_pb2_grpc.add_ComputeServiceServicer_to_server(ComputeService(scheduler, kind_of(settings.default_kind)), grpc_server)
     scheduler_pb2_grpc.add_NodeServiceServicer_to_server(NodeService(scheduler, joining), grpc_server)
     scheduler_pb2_grpc.add_QueueServiceServicer_to_server(QueueService(scheduler), grpc_server)
     service.server.add(scheduler_pb2.DESCRIPTOR.services_by_name.values())
@@ -51,7 +53,8 @@ async def ensure_target(scheduler: Scheduler, settings: SchedulerSettings) -> No
     name = settings.default_target
     if not name or (settings.default_workspace, name) in scheduler.state.targets:
         return
-    spec = complete(name, ev.ComputeSpec(kind="nodes", description="trainers that were started with the platform"))
+    asked = ev.ComputeSpec(kind=c.TARGET_KIND_NODES, description="trainers that were started with the platform")
+    spec = validate_and_default(name, asked)
     await scheduler.append(Key(settings.default_workspace, "target", name), ev.TargetCreated(spec=spec))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import socket
 import time
 from importlib.metadata import version
@@ -10,43 +9,44 @@ from typing import Any
 
 from alveary_contracts.common.v1 import common_pb2 as c
 from alveary_contracts.events.v1 import events_pb2 as ev
-from alveary_contracts.names import name_problem
 from alveary_contracts.scheduler.v1 import scheduler_pb2 as pb
 from alveary_contracts.scheduler.v1 import scheduler_pb2_grpc as rpc
 from alveary_core import auth, telemetry
 from alveary_core.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
 from alveary_core.events import Key
-from alveary_scheduler.adapters.local import machine
-from alveary_scheduler.adapters.ray_nodes import installed
-from alveary_scheduler.core.packing import POLICIES
+from alveary_scheduler.core.planner import Obstacle
 from alveary_scheduler.core.resources import WHOLE
 from alveary_scheduler.joining import DAY, YEAR, Joining
 from alveary_scheduler.service import Scheduler
 from alveary_scheduler.state import Node, Placed, Target, TargetKey, Waiting
+from alveary_scheduler.targets import kind_name, validate_and_default
+from alveary_scheduler.wait_reason import limit_of, reason_for, render
 
-MAX_LOCAL_NODES, MAX_NODES = 64, 10_000
 # What may change while runs use a target.
 _CHANGEABLE = ("min_nodes", "max_nodes", "idle_seconds_before_scaledown", "cooldown_seconds", "quotas", "tags", "description")
-KINDS = ("local", "nodes", "ray")
-_ADDRESS = re.compile(r"(ray://)?[A-Za-z0-9_.-]+:\d{1,5}")
-_NETWORK = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
+
+_WAIT_CODES = {
+    Obstacle.QUOTA: c.WAIT_CODE_QUOTA,
+    Obstacle.NO_SUCH_NODE: c.WAIT_CODE_NO_SUCH_NODE,
+    Obstacle.IN_USE: c.WAIT_CODE_IN_USE,
+}
 
 
 class ComputeService(rpc.ComputeServiceServicer):
     """alveary.scheduler.v1.ComputeService."""
 
-    def __init__(self, scheduler: Scheduler, default_kind: str = "local") -> None:
+    def __init__(self, scheduler: Scheduler, default_kind: c.TargetKind.ValueType = c.TARGET_KIND_LOCAL) -> None:
         self._scheduler, self._default_kind = scheduler, default_kind
 
     async def CreateTarget(self, request: pb.CreateTargetRequest, context: Any) -> pb.CreateTargetResponse:
         who = auth.require("writer")
-        spec = complete(request.name, request.spec, self._default_kind)
+        spec = validate_and_default(request.name, request.spec, self._default_kind)
         present = self._scheduler.state.targets.get((who.workspace, request.name))
         if present is not None:
             if present.spec == spec:
                 return pb.CreateTargetResponse(target=self._target(present))
             raise AlreadyExists("compute target", request.name, "with another specification; delete it first or choose another name")
-        if spec.kind == "ray":
+        if spec.kind == c.TARGET_KIND_RAY:
             self._scheduler.joining.require_ray()
         sequence = await self._scheduler.append(Key(who.workspace, "target", request.name), ev.TargetCreated(spec=spec))
         target = self._scheduler.state.targets[who.workspace, request.name]
@@ -57,13 +57,12 @@ class ComputeService(rpc.ComputeServiceServicer):
         present = self._scheduler.state.targets.get((who.workspace, request.name))
         if present is None:
             raise NotFound("compute target", request.name, "`alveary compute list` shows those there are")
-        # What it has now counts as given, so that limits of this machine are not filled in anew.
-        spec = complete(request.name, request.spec, self._default_kind)
+        spec = validate_and_default(request.name, request.spec, self._default_kind)
         fixed = [
             f.name for f in spec.DESCRIPTOR.fields if f.name not in _CHANGEABLE and getattr(spec, f.name) != getattr(present.spec, f.name)
         ]
         if fixed:
-            raise InvalidArgument(*((f"spec.{name}", "cannot change: delete the target and create it anew") for name in fixed))
+            raise InvalidArgument(*((f"spec.{name}", "cannot change: delete the target and create it again") for name in fixed))
         key, sequence = Key(who.workspace, "target", request.name), 0
         if spec != present.spec:
             sequence = await self._scheduler.append(key, ev.TargetUpdated(spec=spec))
@@ -109,83 +108,6 @@ class ComputeService(rpc.ComputeServiceServicer):
         )  # fmt: skip
 
 
-def complete(name: str, asked: ev.ComputeSpec, default_kind: str = "local") -> ev.ComputeSpec:
-    """Defaults filled in: Azure's four nodes and half an hour.
-
-    Raises:
-        InvalidArgument: with every fault.
-    """
-    spec = ev.ComputeSpec()
-    spec.CopyFrom(asked)
-    spec.kind = asked.kind or default_kind
-    spec.max_nodes = asked.max_nodes or 4
-    spec.vm_priority = asked.vm_priority or "dedicated"
-    spec.network = asked.network or ("none" if asked.multi_tenant else "bridge")
-    faults = []
-    if spec.placement_policy and spec.placement_policy not in POLICIES:
-        faults.append(("spec.placement_policy", f"{spec.placement_policy!r}: one of {', '.join(sorted(POLICIES))}"))
-    users = [q.user for q in spec.quotas]
-    for quota in spec.quotas:
-        if quota.weight < 0 or users.count(quota.user) > 1:
-            faults.append(("spec.quotas", f"user {quota.user!r}: one quota each, with a weight above 0"))
-    if not _NETWORK.fullmatch(spec.network) or spec.network == "host":
-        faults.append(("spec.network", f"{spec.network[:80]!r}: 'none', 'bridge' or the name of a docker network"))
-    if problem := name_problem(name):
-        faults.append(("name", problem))
-    if spec.kind not in KINDS:
-        faults.append(
-            ("spec.kind", f"{spec.kind!r}: 'local' (this machine), 'nodes' (machines that join) or 'ray' (an existing Ray cluster)")
-        )
-    if spec.kind == "ray":
-        if not _ADDRESS.fullmatch(spec.address):
-            faults.append(("spec.address", f"{spec.address!r}: the Ray cluster's 'host:port' or 'ray://host:port'"))
-        if spec.min_nodes or asked.HasField("node_resources"):
-            faults.append(("spec.min_nodes", "nodes of a Ray cluster are as large as each run asks for, and none is kept for none"))
-        if not installed():
-            faults.append(("spec.kind", "'ray': Ray is not installed beside the scheduler: pip install 'alveary-scheduler[ray]'"))
-    elif spec.address:
-        faults.append(("spec.address", f"only targets of kind 'ray' have one, and this is of kind {spec.kind!r}"))
-    if spec.cooldown_seconds < 0:
-        faults.append(("spec.cooldown_seconds", "cannot be negative"))
-    if spec.kind == "local" and default_kind != "local":
-        faults.append(("spec.kind", "'local': this platform starts no trainers by itself; use 'nodes', and start trainers for the target"))
-    if spec.kind == "nodes":
-        spec.max_nodes = asked.max_nodes or MAX_NODES
-    most = MAX_LOCAL_NODES if spec.kind == "local" else MAX_NODES
-    if not 0 <= spec.min_nodes <= spec.max_nodes <= most:
-        faults.append(("spec.max_nodes", f"0 <= min_nodes ({spec.min_nodes}) <= max_nodes ({spec.max_nodes}) <= {most} must hold"))
-    if spec.idle_seconds_before_scaledown < 0:
-        faults.append(("spec.idle_seconds_before_scaledown", "cannot be negative"))
-    if spec.vm_priority not in ("dedicated", "lowpriority"):
-        faults.append(("spec.vm_priority", f"{spec.vm_priority!r}: 'dedicated' or 'lowpriority'"))
-    here, _ = machine(spec.max_nodes)
-    want = spec.node_resources
-    if spec.kind == "local" and (
-        want.cpus > here.cpus
-        or want.memory_bytes > here.memory_bytes
-        or want.gpus > here.gpus
-        or min(want.cpus, want.memory_bytes, want.gpus) < 0
-    ):
-        faults.append(
-            (
-                "spec.node_resources",
-                f"this machine can give a node {here.cpus:g} CPUs, {here.memory_bytes / 2**30:.1f} GiB and {here.gpus} GPUs",
-            )
-        )
-    if faults:
-        raise InvalidArgument(*faults)
-    given = spec.HasField("node_resources")
-    if spec.kind == "ray" or (spec.kind == "nodes" and not given):
-        return spec  # whatever joins
-    spec.node_resources.CopyFrom(
-        c.Resources(
-            cpus=want.cpus or here.cpus, memory_bytes=want.memory_bytes or here.memory_bytes,
-            gpus=want.gpus if given else here.gpus,
-        )
-    )  # fmt: skip
-    return spec
-
-
 class NodeService(rpc.NodeServiceServicer):
     """alveary.scheduler.v1.NodeService."""
 
@@ -208,19 +130,20 @@ class NodeService(rpc.NodeServiceServicer):
                 one.gpu_models[:] = pulse.beat.gpu_models
                 one.hostname, one.cpu_percent = pulse.beat.hostname, pulse.beat.cpu_percent
                 one.memory_used_bytes = pulse.beat.memory_used_bytes
-                one.seconds_since_beat = time.monotonic() - pulse.at
+                one.seconds_since_heartbeat = time.monotonic() - pulse.at
                 one.disk_total_bytes, one.disk_free_bytes = pulse.beat.disk_total_bytes, pulse.beat.disk_free_bytes
                 one.cordon_reason = pulse.beat.cordon_reason
-                if one.cordon_reason and one.state == "ready":
-                    one.state = "cordoned"
+                if one.cordon_reason and one.state == pb.NODE_STATE_READY:
+                    one.state = pb.NODE_STATE_CORDONED
             found.append(one)
         return pb.ListNodesResponse(nodes=found)
 
-    def _state(self, node: Node) -> str:
-        pool = self._scheduler.state.pools.get((node.workspace, node.target))
+    def _state(self, node: Node) -> pb.NodeState.ValueType:
         if node.draining:
-            return "draining"
-        return "quarantined" if pool is not None and node.id in pool.quarantine.active(time.time()) else "ready"
+            return pb.NODE_STATE_DRAINING
+        pool = self._scheduler.state.pool_of(node)
+        quarantined = pool is not None and node.id in pool.quarantine.active(time.time())
+        return pb.NODE_STATE_QUARANTINED if quarantined else pb.NODE_STATE_READY
 
     async def GetStatus(self, request: pb.GetStatusRequest, context: Any) -> pb.GetStatusResponse:
         auth.require("reader")
@@ -248,7 +171,7 @@ class NodeService(rpc.NodeServiceServicer):
         who = auth.require("owner")
         if not 0 <= request.valid_seconds <= YEAR:
             raise InvalidArgument(("valid_seconds", f"{request.valid_seconds:g}: 0 (a day) to {YEAR:g}"))
-        self._joined_by_itself(who.workspace, request.target)
+        self._require_joinable(who.workspace, request.target, c.TARGET_KIND_NODES)
         endpoint = self._joining.endpoint
         token = self._joining.token(who.workspace, request.target, request.valid_seconds or DAY)
         return pb.CreateJoinTokenResponse(token=token, endpoint=endpoint)
@@ -256,19 +179,19 @@ class NodeService(rpc.NodeServiceServicer):
     async def JoinNode(self, request: pb.JoinNodeRequest, context: Any) -> pb.JoinNodeResponse:
         who = auth.require("joiner")
         target = self._joining.target(who)
-        self._joined_by_itself(who.workspace, target, "nodes", "ray")
+        self._require_joinable(who.workspace, target, c.TARGET_KIND_NODES, c.TARGET_KIND_RAY)
         telemetry.logger().info("node.admitted", workspace=who.workspace, target=target, hostname=request.hostname[:200])
         return pb.JoinNodeResponse(
             workspace=who.workspace, target=target, environment=self._joining.environment(who.workspace, target)
         )  # fmt: skip
 
-    def _joined_by_itself(self, workspace: str, name: str, *kinds: str) -> None:
+    def _require_joinable(self, workspace: str, name: str, *kinds: c.TargetKind.ValueType) -> None:
         target = self._scheduler.state.targets.get((workspace, name))
         if target is None:
             raise NotFound("compute target", name, "`alveary compute create NAME --kind nodes` makes one that machines can join")
-        if target.spec.kind not in (kinds or ("nodes",)):
+        if target.spec.kind not in kinds:
             raise FailedPrecondition(
-                f"compute target {name!r} is of kind {target.spec.kind!r}, and starts its nodes itself: machines join those of kind "
+                f"compute target {name!r} is of kind {kind_name(target.spec.kind)!r}, and starts its nodes itself: machines join those of kind "
                 "'nodes' (`alveary compute create NAME --kind nodes`)", f"target/{name}",
             )  # fmt: skip
 
@@ -294,19 +217,25 @@ class QueueService(rpc.QueueServiceServicer):
         waiting = self._scheduler.state.queue.get(request.run_id)
         if waiting is None or waiting.workspace != who.workspace:
             raise NotFound("waiting run", request.run_id, "it does not wait for a place: `alveary run show` says what it does")
-        pool = self._scheduler.state.pools.get(target_key(waiting))
-        if pool is None:
-            return pb.ExplainRunResponse(waiting=_waiting(waiting, 0), would_help=waiting.reason)
+        answer = pb.ExplainRunResponse(waiting=_waiting(waiting, 0), waits_for=str(waiting.request))
         now = time.time()
+        pool = self._scheduler.state.pool_of(waiting)
         if (until := waiting.request.not_before) > now:
-            text = f"its next attempt may begin in {until - now:.0f} s, as its retry policy says"
-            answer = pb.ExplainRunResponse(waiting=_waiting(waiting, 0), waits_for=str(waiting.request), would_help=text)
+            answer.waiting.wait_reason.CopyFrom(reason_for(c.WAIT_CODE_RETRY_DELAY, waiting.request, waiting.target))
+            answer.waiting.wait_reason.seconds = until - now
             answer.expected_start.FromNanoseconds(int(until * 1e9))
-            return answer
-        found = pool.explain(request.run_id, now)
-        answer = pb.ExplainRunResponse(waiting=_waiting(waiting, found.position), waits_for=str(waiting.request), would_help=waiting.reason)
-        if found.expected is not None:
-            answer.expected_start.FromNanoseconds(int(found.expected * 1e9))
+        elif pool is not None:
+            found = pool.explain(request.run_id, now)
+            answer.waiting.position = found.position
+            if waiting.reason is None:
+                answer.waiting.wait_reason.CopyFrom(reason_for(_WAIT_CODES[found.obstacle], waiting.request, waiting.target))
+                answer.waiting.wait_reason.target_kind = self._scheduler.state.targets[target_key(waiting)].spec.kind
+                answer.waiting.wait_reason.nodes = len(pool.nodes)
+                if found.limit is not None:
+                    answer.waiting.wait_reason.limit.CopyFrom(limit_of(found.limit))
+            if found.expected is not None:
+                answer.expected_start.FromNanoseconds(int(found.expected * 1e9))
+        answer.would_help = render(answer.waiting.wait_reason)
         return answer
 
 
@@ -316,7 +245,11 @@ def target_key(waiting: Waiting) -> TargetKey:
 
 
 def _waiting(waiting: Waiting, position: int) -> pb.Waiting:
-    return pb.Waiting(run_id=waiting.run, position=position, reason=waiting.reason, priority=waiting.request.tier, target=waiting.target)
+    found = pb.Waiting(run_id=waiting.run, position=position, priority=waiting.request.tier, target=waiting.target)
+    if waiting.reason is not None:
+        found.reason = render(waiting.reason)
+        found.wait_reason.CopyFrom(waiting.reason)
+    return found
 
 
 def _used(held: list[Placed], node: str) -> c.Resources:

@@ -9,12 +9,15 @@ import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from alveary_contracts.common.v1 import common_pb2 as c
 from alveary_scheduler.core.planner import Obstacle, Planner
 from alveary_scheduler.core.pool import Pool
-from alveary_scheduler.core.requests import Placement, Preemption
+from alveary_scheduler.core.requests import Placement, Preemption, Request
 from alveary_scheduler.core.reservation import Reservation
 from alveary_scheduler.core.resources import HypotheticalNode, Machine, Shape
-from alveary_scheduler.state import State, Target, TargetKey, Waiting, milli
+from alveary_scheduler.resources import milli
+from alveary_scheduler.state import State, Target, TargetKey, Waiting
+from alveary_scheduler.wait_reason import limit_of, reason_for
 
 # Runs whose wait reason is looked at in one round: those that have one, and those that have none yet.
 _MAX_EXPLAINED_AGAIN = 50
@@ -26,8 +29,7 @@ class Wait:
     """Say why a run waits."""
 
     run: str
-    reason: str
-    provisioning: bool
+    reason: c.WaitReason
 
 
 @dataclass(frozen=True)
@@ -115,9 +117,9 @@ def plan(
         target_plan = plans.get(key)
         if target_plan is not None and waiting.run in target_plan.planner.placed:
             continue
-        wait = _wait(state, waiting, target_plan, (troubles or {}).get(key, ""), cordoned or {})
-        if (waiting.reason, waiting.provisioning) != (wait.reason, wait.provisioning):
-            decisions.append(wait)
+        reason = _explain(state, waiting, target_plan, (troubles or {}).get(key, ""), cordoned or {})
+        if reason != waiting.reason:
+            decisions.append(Wait(waiting.run, reason))
     return decisions
 
 
@@ -137,9 +139,9 @@ def _plan_target(
     found = _TargetPlan(planner, [*proposal.placements, *proposal.preemptions])
     found.decisions += _reserve(target.workspace, pool, planner, proposal.reservation)
     joined = sum((n.workspace, n.target) == (target.workspace, target.name) and not n.draining for n in state.nodes.values())
-    if target.spec.kind == "ray":
+    if target.spec.kind == c.TARGET_KIND_RAY:
         _plan_groups(found, target, pool, joined, idle, coming)
-    elif target.spec.kind == "local":
+    elif target.spec.kind == c.TARGET_KIND_LOCAL:
         _plan_scale(found, state, target, pool, joined, starting, idle, cordoned)
     return found  # of other kinds nodes come and go as those who run them say
 
@@ -204,52 +206,49 @@ def _plan_groups(found: _TargetPlan, target: Target, pool: Pool, joined: int, id
 def _like_new(state: State, target: Target) -> Machine:
     """A node that does not exist yet; its labels and GPU model are those of other nodes of this machine."""
     whole = target.spec.node_resources
-    local = (pool for key, pool in state.pools.items() if state.targets[key].spec.kind == "local")
+    local = (pool for key, pool in state.pools.items() if state.targets[key].spec.kind == c.TARGET_KIND_LOCAL)
     like = next((machine for pool in local for machine in pool.nodes.machines()), Machine("", 0, 0))
     return Machine("", milli(whole.cpus), whole.memory_bytes, whole.gpus, like.model, like.labels)
 
 
-def _wait(state: State, waiting: Waiting, found: _TargetPlan | None, trouble: str, cordoned: Mapping[str, str]) -> Wait:
-    name, request, run = waiting.target, waiting.request, waiting.run
+def _explain(state: State, waiting: Waiting, found: _TargetPlan | None, trouble: str, cordoned: Mapping[str, str]) -> c.WaitReason:
+    request, name = waiting.request, waiting.target
     if trouble:
-        return Wait(run, trouble, False)
+        reason = reason_for(c.WAIT_CODE_PROVIDER_UNAVAILABLE, request, name)
+        reason.detail = trouble
+        return reason
     if found is None:
-        return Wait(run, f"its compute target {name!r} was deleted: cancel the run, or create the target again", False)
-    pool, target, growing = state.pools[waiting.workspace, name], state.targets[waiting.workspace, name], found.grows_for(run)
+        return reason_for(c.WAIT_CODE_TARGET_DELETED, request, name)
+    target, pool = state.targets[waiting.workspace, name], state.pools[waiting.workspace, name]
     obstacle, limit = found.planner.obstacle(request)
+    reason = reason_for(_wait_code(state, target, found, request, obstacle), request, name)
+    reason.target_kind = target.spec.kind
+    reason.nodes = len(pool.nodes)
+    reason.max_nodes = target.spec.max_nodes
+    closed = sorted(node for node in cordoned if node in pool.nodes)
+    if obstacle is Obstacle.QUOTA and limit is not None:
+        reason.limit.CopyFrom(limit_of(limit))
+    elif closed and not found.grows_for(request.run):
+        reason.code = c.WAIT_CODE_CORDONED
+        reason.cordoned_nodes = len(closed)
+        reason.node = closed[0]
+        reason.detail = cordoned[closed[0]]
+    return reason
+
+
+def _fits_new_node(state: State, target: Target, request: Request) -> bool:
+    return HypotheticalNode(_like_new(state, target)).times(request.shape) > 0
+
+
+def _wait_code(state: State, target: Target, found: _TargetPlan, request: Request, obstacle: Obstacle) -> c.WaitCode.ValueType:
+    """The code of a reason, cordoned nodes aside."""
     if obstacle is Obstacle.QUOTA:
-        text = f"waits for {request}: it would exceed the quota of {limit}; wait for others of its own to end, or ask for more"
-        return Wait(run, text, False)
-    there = len(pool.nodes)
-    closed = [node for node in cordoned if node in pool.nodes]
-    if closed and not growing:
-        first, count = min(closed), len(closed)
-        who = f"node {first} takes" if count == 1 else f"{count} of the {there} nodes of {name} take"
-        return Wait(run, f"waits for {request}: {who} no new runs: {cordoned[first]}", False)
-    if target.spec.kind == "ray":
-        if growing:
-            return Wait(run, f"Ray is asked for {request}; if no node of the cluster has that free, its autoscaler starts some", True)
-        return Wait(
-            run, f"waits for {request}: {name} has as many nodes as its maximum of {target.spec.max_nodes} allows; raise max_nodes, use "
-            "another target, or wait", False,
-        )  # fmt: skip
-    if target.spec.kind == "nodes":
-        if not there:
-            return Wait(run, f"waits for {request}: no node has joined {name}: start a trainer for it", False)
-        if obstacle is Obstacle.NO_SUCH_NODE:
-            text = f"waits for {request}: none of the {there} nodes that are there has that much, even when empty"
-            return Wait(run, f"{text}; start another trainer for {name}, or ask for less", False)
-        return Wait(
-            run, f"waits for {request}: the {there} nodes of {name} are in use by earlier runs, or kept for them; "
-            "start another trainer for it, or wait", False,
-        )  # fmt: skip
-    if not HypotheticalNode(_like_new(state, target)).times(request.shape) and obstacle is Obstacle.NO_SUCH_NODE:
-        return Wait(
-            run, f"waits for {request}: no node of {name} is like that, nor would a new one be; ask for less, or use another target", False
-        )
-    if growing:
-        return Wait(run, f"{name} is starting a node for it ({request})", True)
-    return Wait(
-        run, f"waits for {request}: the nodes of {name} are in use by earlier runs, or kept for them, and it has its maximum of "
-        f"{target.spec.max_nodes}; raise max_nodes, use another target, or wait", False,
-    )  # fmt: skip
+        return c.WAIT_CODE_QUOTA
+    kind = target.spec.kind
+    if kind == c.TARGET_KIND_NODES:
+        if not state.pools[target.workspace, target.name].nodes:
+            return c.WAIT_CODE_NO_NODES
+        return c.WAIT_CODE_NO_SUCH_NODE if obstacle is Obstacle.NO_SUCH_NODE else c.WAIT_CODE_IN_USE
+    if kind == c.TARGET_KIND_LOCAL and obstacle is Obstacle.NO_SUCH_NODE and not _fits_new_node(state, target, request):
+        return c.WAIT_CODE_NO_SUCH_NODE
+    return c.WAIT_CODE_PROVISIONING if found.grows_for(request.run) else c.WAIT_CODE_IN_USE

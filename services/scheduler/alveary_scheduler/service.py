@@ -31,6 +31,7 @@ from alveary_scheduler.joining import Joining
 from alveary_scheduler.plan import Decision, ProvisionGroup, ReleaseGroup, Reserve, Scale, Wait, plan
 from alveary_scheduler.projection import SchedulerProjection
 from alveary_scheduler.state import State, lost_nodes
+from alveary_scheduler.wait_reason import render
 
 _TRIES = 5
 # Another scheduler is at work: this one must stop.
@@ -90,7 +91,7 @@ class Scheduler:
     def desired(self, key: tuple[str, str]) -> int:
         """How many nodes a target has or is getting."""
         target = self.state.targets.get(key)
-        if target is not None and target.spec.kind != "local":
+        if target is not None and target.spec.kind != c.TARGET_KIND_LOCAL:
             return self._joined(key) + sum(self._coming().get(key, {}).values())
         return len([n for n in self._local.nodes(key) if n not in self._leaving])
 
@@ -100,7 +101,7 @@ class Scheduler:
     def _coming(self) -> dict[tuple[str, str], dict[str, int]]:
         """What is gathered for single runs, by target."""
         joined = set(self.state.nodes)
-        return {key: self._ray.coming(key, joined) for key, t in self.state.targets.items() if t.spec.kind == "ray"}
+        return {key: self._ray.coming(key, joined) for key, t in self.state.targets.items() if t.spec.kind == c.TARGET_KIND_RAY}
 
     async def append(self, key: Key, message: Message) -> int:
         """Append one event of ours and wait until the state includes it."""
@@ -177,7 +178,7 @@ class Scheduler:
         # is decided until that is said, and nothing else happens between the last look and the decisions.
         while await self._revoke_stale():
             pass
-        clusters = {key: t.spec.address for key, t in self.state.targets.items() if t.spec.kind == "ray"}
+        clusters = {key: t.spec.address for key, t in self.state.targets.items() if t.spec.kind == c.TARGET_KIND_RAY}
         self._ray.tend(clusters)
         troubles = {key: trouble for key in clusters if (trouble := self._ray.trouble(key))}
         for decision in plan(self.state, self._starting(), self._idle(), time.time(), self._coming(), troubles, cordoned):
@@ -238,13 +239,13 @@ class Scheduler:
             case Reserve(workspace=workspace, run=run, nodes=names):
                 if run in self.state.queue:
                     await self.append(Key(workspace, "placement", run), ev.PlacementReserved(nodes=names))
-            case Wait(run=run, reason=reason, provisioning=provisioning):
+            case Wait(run=run, reason=reason):
                 waiting = self.state.queue.get(run)
                 if waiting is None:
                     return
-                told: Message = ev.PlacementWaiting(reason=reason)
-                if provisioning:
-                    told = ev.PlacementProvisioning(reason=reason, target=waiting.target)
+                told: Message = ev.PlacementWaiting(reason=render(reason), wait_reason=reason)
+                if reason.code == c.WAIT_CODE_PROVISIONING:
+                    told = ev.PlacementProvisioning(reason=render(reason), wait_reason=reason, target=waiting.target)
                 await self.append(Key(waiting.workspace, "placement", run), told)
             case Scale():
                 await self._scale(decision)
@@ -333,7 +334,7 @@ class Scheduler:
     async def _scale(self, decision: Scale) -> None:
         key = (decision.workspace, decision.target)
         target = self.state.targets[key]
-        present = self._local.nodes(key) if target.spec.kind == "local" else [n for n in self.state.nodes if self._of(n) == key]
+        present = self._local.nodes(key) if target.spec.kind == c.TARGET_KIND_LOCAL else [n for n in self.state.nodes if self._of(n) == key]
         if decision.nodes > len(present):
             await self.append(Key(*_target_key(key)), ev.TargetScaling(desired_nodes=decision.nodes, reason=decision.reason))
             self._resized[key] = time.monotonic()
@@ -430,7 +431,7 @@ class Scheduler:
                 await self._declare_lost(limit)
             except Unavailable as error:
                 telemetry.logger().warning("lost.unavailable", error=str(error))
-            for key in [k for k, t in self.state.targets.items() if t.spec.kind == "local"]:
+            for key in [k for k, t in self.state.targets.items() if t.spec.kind == c.TARGET_KIND_LOCAL]:
                 self._local.keep_alive(key, self.state.targets[key].spec, self._leaving)
             await asyncio.sleep(min(0.5, self._settings.beat_seconds))
 

@@ -6,7 +6,6 @@ changes the state only when its decisions come back as events.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -17,41 +16,12 @@ from alveary_scheduler.core.fairness import Quota
 from alveary_scheduler.core.packing import POLICIES
 from alveary_scheduler.core.pool import Pool
 from alveary_scheduler.core.requests import Account, AllocatedNode, Request
-from alveary_scheduler.core.resources import UNLIMITED, WHOLE, Machine, ResourceVector, Shape
+from alveary_scheduler.core.resources import UNLIMITED, WHOLE, Machine, ResourceVector
+from alveary_scheduler.resources import milli, shape_of
 
 TargetKey = tuple[str, str]
-_MAX_CPUS = 1e6
 # Failures that may be the node's fault rather than the run's.
 _NODE_FAULTS = (c.EXIT_REASON_STAGING_FAILED, c.EXIT_REASON_LAUNCH_FAILED, c.EXIT_REASON_UPLOAD_FAILED)
-
-
-def milli(value: float) -> int:
-    """Thousandths, limited to 0 and a million CPUs; 0 for NaN."""
-    return 0 if math.isnan(value) else round(min(max(value, 0.0), _MAX_CPUS) * 1000)
-
-
-def shape_of(resources: c.Resources, labels: Mapping[str, str]) -> Shape:
-    """What each node of a run gives to it."""
-    gpus = 1 if resources.gpu_milli else resources.gpus
-    return Shape(
-        milli(resources.cpus),
-        resources.memory_bytes,
-        gpus,
-        resources.gpu_milli or WHOLE,
-        frozenset(resources.gpu_models) if gpus else frozenset(),
-        frozenset(labels.items()),
-    )
-
-
-def resources_of(shape: Shape) -> c.Resources:
-    """The inverse, without labels."""
-    return c.Resources(
-        cpus=shape.cpu_milli / 1000,
-        memory_bytes=shape.memory,
-        gpus=shape.gpus,
-        gpu_milli=shape.gpu_milli if shape.shares else 0,
-        gpu_models=sorted(shape.models),
-    )
 
 
 @dataclass(frozen=True)
@@ -83,9 +53,8 @@ class Waiting:
     workspace: str
     target: str
     request: Request
-    # What its run was told last.
-    reason: str = ""
-    provisioning: bool = False
+    # What its run was told last; None: nothing yet.
+    reason: c.WaitReason | None = None
 
     @property
     def run(self) -> str:
@@ -96,6 +65,11 @@ class Waiting:
     def attempt(self) -> int:
         """The attempt that comes next."""
         return self.request.attempt
+
+    @property
+    def provisioning(self) -> bool:
+        """Whether nodes are being started for it."""
+        return self.reason is not None and self.reason.code == c.WAIT_CODE_PROVISIONING
 
 
 @dataclass(frozen=True)
@@ -190,10 +164,8 @@ def evolve(state: State, event: Event) -> None:
             _unplace(state, key.id, event.time)
             state.canceled.pop(key.id, None)
             state.arrivals.pop(key.id, None)
-        case ev.PlacementWaiting():
-            _explain(state, key.id, message.reason, provisioning=False)
-        case ev.PlacementProvisioning():
-            _explain(state, key.id, message.reason, provisioning=True)
+        case ev.PlacementWaiting() | ev.PlacementProvisioning():
+            _explain(state, key.id, message.wait_reason)
         case ev.PlacementMade():
             _place(state, event, message)
         case ev.PlacementReserved():
@@ -356,7 +328,7 @@ def _attribute_end(state: State, event: Event) -> None:
         pool.quarantine.clear_failures(name, event.time)
 
 
-def _explain(state: State, run: str, reason: str, *, provisioning: bool) -> None:
+def _explain(state: State, run: str, reason: c.WaitReason) -> None:
     if run in state.queue:
-        state.queue[run] = replace(state.queue[run], reason=reason, provisioning=provisioning)
+        state.queue[run] = replace(state.queue[run], reason=reason)
         state.unexplained.pop(run, None)

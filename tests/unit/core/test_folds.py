@@ -49,7 +49,7 @@ TEXTS = (
 )
 # What a random number would make too long to wait for: as many nodes as that are looked at one after another.
 FIXED = {
-    "ComputeSpec.kind": ("local", "nodes", "ray", ""), "ComputeSpec.max_nodes": (0, 1, 4, -1), "ComputeSpec.min_nodes": (0, 1, -1),
+    "ComputeSpec.kind": (0, 1, 2, 3), "ComputeSpec.max_nodes": (0, 1, 4, -1), "ComputeSpec.min_nodes": (0, 1, -1),
     "RunSpec.compute_target": ("t", ""), "RunSpec.node_count": (0, 1, 2, -1, 1024, 2**31 - 1), "PlacementMade.target": ("t", ""),
     "NodeJoined.target": ("t", ""), "AllocatedNode.node": ("n1", "n2", ""), "AllocatedNode.incarnation": ("", "i"), "NodeJoined.incarnation": ("", "i"),
 }  # fmt: skip

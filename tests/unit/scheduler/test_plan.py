@@ -14,7 +14,9 @@ from alveary_contracts.events.v1 import events_pb2 as ev
 from alveary_core.events import Event, Key, name_of
 from alveary_scheduler.core.requests import Placement, Preemption
 from alveary_scheduler.plan import Decision, ProvisionGroup, ReleaseGroup, Reserve, Scale, Wait, plan
-from alveary_scheduler.state import State, evolve, resources_of
+from alveary_scheduler.resources import resources_of
+from alveary_scheduler.state import State, evolve
+from alveary_scheduler.wait_reason import render
 
 NODE = c.Resources(cpus=4, memory_bytes=8 << 30, gpus=2)
 T = ("w", "t")
@@ -25,7 +27,7 @@ class World:
 
     def __init__(self, min_nodes: int = 0, max_nodes: int = 3) -> None:
         self.state, self.sequence, self.names, self.now = State(), count(1), count(1), 0.0
-        spec = ev.ComputeSpec(kind="local", min_nodes=min_nodes, max_nodes=max_nodes, node_resources=NODE)
+        spec = ev.ComputeSpec(kind=c.TARGET_KIND_LOCAL, min_nodes=min_nodes, max_nodes=max_nodes, node_resources=NODE)
         self.say("target", "t", ev.TargetCreated(spec=spec))
 
     def say(self, aggregate: str, ident: str, message: Message) -> None:
@@ -62,9 +64,16 @@ class World:
             elif isinstance(decision, Reserve):
                 self.say("placement", decision.run, ev.PlacementReserved(nodes=decision.nodes))
             elif isinstance(decision, Wait):
-                kind = ev.PlacementProvisioning if decision.provisioning else ev.PlacementWaiting
-                self.say("placement", decision.run, kind(reason=decision.reason))
+                provisioning = decision.reason.code == c.WAIT_CODE_PROVISIONING
+                kind = ev.PlacementProvisioning if provisioning else ev.PlacementWaiting
+                self.say("placement", decision.run, kind(wait_reason=decision.reason))
         return decisions
+
+
+def _code(world: World, run: str) -> int:
+    reason = world.state.queue[run].reason
+    assert reason is not None
+    return reason.code
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -251,7 +260,7 @@ def test_runs_of_a_deleted_target_say_what_to_do() -> None:
     run = world.submit(1.0)
     world.say("target", "t", ev.TargetDeleted())
     world.act()
-    assert "was deleted" in world.state.queue[run].reason
+    assert _code(world, run) == c.WAIT_CODE_TARGET_DELETED
 
 
 def test_a_node_that_comes_back_to_life_is_empty_and_its_old_runs_hold_nothing() -> None:
@@ -298,7 +307,7 @@ def test_nodes_on_which_runs_fail_for_their_sake_take_nothing_for_a_while() -> N
 def test_quotas_shares_of_gpus_and_labels_come_from_specifications() -> None:
     world = World()
     spec = ev.ComputeSpec(
-        kind="nodes", max_nodes=9, node_resources=NODE, gpu_sharing=True,
+        kind=c.TARGET_KIND_NODES, max_nodes=9, node_resources=NODE, gpu_sharing=True,
         quotas=[ev.Quota(user="me", maximum=c.Resources(cpus=1.5)), ev.Quota(user="you", weight=2, guaranteed=c.Resources(gpus=1))],
     )  # fmt: skip
     world.say("target", "shared", ev.TargetCreated(spec=spec))
@@ -316,13 +325,13 @@ def test_quotas_shares_of_gpus_and_labels_come_from_specifications() -> None:
     assert [d.run for d in decisions if isinstance(d, Placement)] == ["one"]
     share = ev.AllocatedNode(node="n", incarnation="1", gpu_indexes=[0])
     world.say("placement", "one", ev.PlacementMade(attempt=1, target="shared", nodes=[share], spec=run))
-    told = {d.run: d.reason for d in plan(world.state, {}, {}, 0.0) if isinstance(d, Wait)}
+    told = {d.run: render(d.reason) for d in plan(world.state, {}, {}, 0.0) if isinstance(d, Wait)}
     assert "quota of 1.5 CPU" in told["two"] and "zone=elsewhere" in told["three"]
 
 
 def ray_world(max_nodes: int) -> World:
     world = World()
-    spec = ev.ComputeSpec(kind="ray", max_nodes=max_nodes, address="h:1")
+    spec = ev.ComputeSpec(kind=c.TARGET_KIND_RAY, max_nodes=max_nodes, address="h:1")
     world.say("target", "t", ev.TargetCreated(spec=spec))
     return world
 
@@ -333,8 +342,8 @@ def test_of_ray_each_run_that_waits_gets_a_group_up_to_the_maximum() -> None:
     decisions = plan(world.state, {}, {}, world.now)
     gathered = [(d.run, d.count) for d in decisions if isinstance(d, ProvisionGroup)]
     assert gathered == [(pair, 2), (single, 1)]
-    waits = {d.run: d for d in decisions if isinstance(d, Wait)}
-    assert waits[pair].provisioning and waits[single].provisioning and not waits[late].provisioning
+    codes = {d.run: d.reason.code for d in decisions if isinstance(d, Wait)}
+    assert codes == {pair: c.WAIT_CODE_PROVISIONING, single: c.WAIT_CODE_PROVISIONING, late: c.WAIT_CODE_IN_USE}
     # Asked for once; and given up when nobody waits for it.
     coming = {T: {pair: 2, single: 1}}
     again = plan(world.state, {}, {}, world.now, coming)
@@ -364,7 +373,8 @@ def test_of_ray_idle_nodes_in_the_way_of_a_run_go_at_once() -> None:
 def test_of_a_cluster_that_does_not_answer_those_who_wait_are_told() -> None:
     world = ray_world(2)
     run = world.submit(1.0)
-    assert Wait(run, "no answer", False) in plan(world.state, {}, {}, world.now, {}, {T: "no answer"})
+    (wait,) = [d for d in plan(world.state, {}, {}, world.now, {}, {T: "no answer"}) if isinstance(d, Wait)]
+    assert (wait.run, wait.reason.code, render(wait.reason)) == (run, c.WAIT_CODE_PROVIDER_UNAVAILABLE, "no answer")
 
 
 def test_limits_of_a_target_change_under_its_runs() -> None:
@@ -373,14 +383,26 @@ def test_limits_of_a_target_change_under_its_runs() -> None:
     first, second = world.submit(4.0), world.submit(4.0)
     world.act()
     assert first in world.state.placed and second in world.state.queue
-    spec = ev.ComputeSpec(kind="local", max_nodes=2, node_resources=NODE)
+    spec = ev.ComputeSpec(kind=c.TARGET_KIND_LOCAL, max_nodes=2, node_resources=NODE)
     world.say("target", "t", ev.TargetUpdated(spec=spec))
     assert first in world.state.placed
     assert Scale("w", "t", 2, "1 runs wait") in world.act()
 
 
 def _reasons(decisions: list[Decision]) -> list[str]:
-    return [d.reason for d in decisions if isinstance(d, Wait)]
+    return [render(d.reason) for d in decisions if isinstance(d, Wait)]
+
+
+def test_a_node_label_named_quota_changes_nothing() -> None:
+    world = World(max_nodes=1)
+    world.join()
+    world.submit(4.0)
+    world.act()
+    spec = c.RunSpec(compute_target="t", resources=c.Resources(cpus=1), node_labels={"quota": "quota: 1"})
+    for run in ("one", "two"):
+        world.say("run", run, ev.RunPrepared(spec=spec, submitted_by="quota"))
+    world.act()
+    assert _code(world, "one") == _code(world, "two") == c.WAIT_CODE_NO_SUCH_NODE
 
 
 def test_nothing_is_placed_on_a_cordoned_node_and_those_who_wait_are_told_why() -> None:

@@ -27,7 +27,7 @@ async def test_a_batch_that_the_disk_refused_is_folded_once_and_written_later(tm
     node = ev.NodeJoined(target="t", incarnation="i", resources=c.Resources(cpus=4, memory_bytes=8))
     made = ev.PlacementMade(attempt=1, target="t", nodes=[ev.AllocatedNode(node="n", incarnation="i")], spec=spec)
     batch = [
-        raw(1, "target", "t", ev.TargetCreated(spec=ev.ComputeSpec(kind="local", max_nodes=1))),
+        raw(1, "target", "t", ev.TargetCreated(spec=ev.ComputeSpec(kind=c.TARGET_KIND_LOCAL, max_nodes=1))),
         raw(2, "node", "n", node), raw(3, "run", "r", ev.RunPrepared(spec=spec)), raw(4, "placement", "r", made),
     ]  # fmt: skip
     refused = 2

@@ -103,9 +103,19 @@ def split(reference: str) -> tuple[str, int | None]:
     return name, int(version) if version else None
 
 
+def enum_word(message: Any, field: str) -> str:
+    """An enum field as users write it: "ready" where it is NODE_STATE_READY; empty where it is unspecified or unknown."""
+    kind = message.DESCRIPTOR.fields_by_name[field].enum_type
+    number = getattr(message, field)
+    if not number or number not in kind.values_by_number:
+        return ""
+    prefix = kind.values_by_number[0].name.removesuffix("UNSPECIFIED")
+    return str(kind.values_by_number[number].name.removeprefix(prefix).lower())
+
+
 def target_row(t: Any) -> dict[str, Any]:
     """A compute target as a row of a table."""
     return {
-        "name": t.name, "kind": t.spec.kind, "vm_size": t.spec.vm_size, "state": t.state, "nodes": f"{t.current_nodes}/{t.spec.max_nodes}",
+        "name": t.name, "kind": enum_word(t.spec, "kind"), "vm_size": t.spec.vm_size, "state": t.state, "nodes": f"{t.current_nodes}/{t.spec.max_nodes}",
         "cpus": t.spec.node_resources.cpus, "gpus": t.spec.node_resources.gpus, "running": t.running, "waiting": t.waiting,
     }  # fmt: skip

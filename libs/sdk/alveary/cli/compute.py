@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from alveary.cli.common import json_option, open_workspace, target_row
+from alveary.cli.common import enum_word, json_option, open_workspace, target_row
 from alveary.cli.table import show
 
 
@@ -92,7 +92,7 @@ def nodes(target: str, as_json: bool) -> None:
     found = workspace._call(workspace._client.compute.nodes(target))
     rows = [
         {
-            "node": n.id, "target": n.target, "state": n.state, "runs": str(len(n.run_ids)),
+            "node": n.id, "target": n.target, "state": enum_word(n, "state"), "runs": str(len(n.run_ids)),
             "cpus": f"{n.used.cpus:g}/{n.resources.cpus:g}", "gpus": f"{n.used.gpus + n.used.gpu_milli / 1000:g}/{n.resources.gpus}",
             "labels": " ".join(f"{k}={v}" for k, v in sorted(n.labels.items())),
         }

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from alveary.cli.common import NO_PLATFORM, json_option, print_json, say, state_dir_option, state_folder, target_row
+from alveary.cli.common import NO_PLATFORM, enum_word, json_option, print_json, say, state_dir_option, state_folder, target_row
 from alveary.cli.table import show
 from alveary.errors import AlvearyError
 
@@ -233,7 +233,7 @@ def _ask(workspace: Workspace) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     }  # fmt: skip
     rows = [
         {
-            "node": n.id, "target": n.target, "state": n.state, "runs": len(n.run_ids), "disk_free_bytes": n.disk_free_bytes,
+            "node": n.id, "target": n.target, "state": enum_word(n, "state"), "runs": len(n.run_ids), "disk_free_bytes": n.disk_free_bytes,
             "disk_total_bytes": n.disk_total_bytes, "trouble": n.cordon_reason,
         }
         for n in nodes

@@ -55,8 +55,13 @@ class Request:
         return (workspace, (self.workspace, self.user)) if self.user else (workspace,)
 
     def __str__(self) -> str:
-        each = f"{self.count} nodes of {self.shape}" if self.count > 1 else str(self.shape)
-        return each + ("" if not self.min_count or self.min_count == self.count else f" (at least {self.min_count})")
+        return describe(self.shape, self.count, self.min_count)
+
+
+def describe(shape: Shape, count: int, min_count: int) -> str:
+    """What a request asks for, as text: "2 nodes of 4 CPU + 1 GPU (at least 1)"."""
+    each = f"{count} nodes of {shape}" if count > 1 else str(shape)
+    return each + ("" if not min_count or min_count == count else f" (at least {min_count})")
 
 
 @dataclass(frozen=True, slots=True)

@@ -166,6 +166,81 @@ EXIT_REASON_PEER_FAILURE: ExitReason.ValueType  # 14
 """Another member of the gang failed. Only between trainers: an attempt has the reason of the member that failed."""
 Global___ExitReason: _TypeAlias = ExitReason  # noqa: Y015
 
+class _TargetKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _TargetKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_TargetKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    TARGET_KIND_UNSPECIFIED: _TargetKind.ValueType  # 0
+    TARGET_KIND_LOCAL: _TargetKind.ValueType  # 1
+    """Trainer processes on the scheduler's machine, started and stopped with the work."""
+    TARGET_KIND_NODES: _TargetKind.ValueType  # 2
+    """Trainers that are started elsewhere and join by themselves."""
+    TARGET_KIND_RAY: _TargetKind.ValueType  # 3
+    """Trainers in actors of a Ray cluster: a placement group for each run that waits, as large as the run asks for."""
+
+class TargetKind(_TargetKind, metaclass=_TargetKindEnumTypeWrapper):
+    """How a compute target gets its nodes."""
+
+TARGET_KIND_UNSPECIFIED: TargetKind.ValueType  # 0
+TARGET_KIND_LOCAL: TargetKind.ValueType  # 1
+"""Trainer processes on the scheduler's machine, started and stopped with the work."""
+TARGET_KIND_NODES: TargetKind.ValueType  # 2
+"""Trainers that are started elsewhere and join by themselves."""
+TARGET_KIND_RAY: TargetKind.ValueType  # 3
+"""Trainers in actors of a Ray cluster: a placement group for each run that waits, as large as the run asks for."""
+Global___TargetKind: _TypeAlias = TargetKind  # noqa: Y015
+
+class _WaitCode:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _WaitCodeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WaitCode.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    WAIT_CODE_UNSPECIFIED: _WaitCode.ValueType  # 0
+    WAIT_CODE_TARGET_DELETED: _WaitCode.ValueType  # 1
+    """Its compute target was deleted."""
+    WAIT_CODE_PROVIDER_UNAVAILABLE: _WaitCode.ValueType  # 2
+    """The target can get no nodes; `detail` says why."""
+    WAIT_CODE_QUOTA: _WaitCode.ValueType  # 3
+    """It would exceed `limit`, the maximum quota of its workspace or user."""
+    WAIT_CODE_CORDONED: _WaitCode.ValueType  # 4
+    """`cordoned_nodes` of the target's `nodes` take no new runs, `node` among them because of `detail`."""
+    WAIT_CODE_NO_NODES: _WaitCode.ValueType  # 5
+    """No node has joined the target."""
+    WAIT_CODE_NO_SUCH_NODE: _WaitCode.ValueType  # 6
+    """None of the target's `nodes` has what it asks for, even when empty."""
+    WAIT_CODE_IN_USE: _WaitCode.ValueType  # 7
+    """The target's `nodes` are in use by earlier runs or reserved for them, and it has its maximum."""
+    WAIT_CODE_PROVISIONING: _WaitCode.ValueType  # 8
+    """Nodes are being started for it."""
+    WAIT_CODE_RETRY_DELAY: _WaitCode.ValueType  # 9
+    """The next attempt starts in `seconds` at the earliest: its retry policy says so."""
+
+class WaitCode(_WaitCode, metaclass=_WaitCodeEnumTypeWrapper): ...
+
+WAIT_CODE_UNSPECIFIED: WaitCode.ValueType  # 0
+WAIT_CODE_TARGET_DELETED: WaitCode.ValueType  # 1
+"""Its compute target was deleted."""
+WAIT_CODE_PROVIDER_UNAVAILABLE: WaitCode.ValueType  # 2
+"""The target can get no nodes; `detail` says why."""
+WAIT_CODE_QUOTA: WaitCode.ValueType  # 3
+"""It would exceed `limit`, the maximum quota of its workspace or user."""
+WAIT_CODE_CORDONED: WaitCode.ValueType  # 4
+"""`cordoned_nodes` of the target's `nodes` take no new runs, `node` among them because of `detail`."""
+WAIT_CODE_NO_NODES: WaitCode.ValueType  # 5
+"""No node has joined the target."""
+WAIT_CODE_NO_SUCH_NODE: WaitCode.ValueType  # 6
+"""None of the target's `nodes` has what it asks for, even when empty."""
+WAIT_CODE_IN_USE: WaitCode.ValueType  # 7
+"""The target's `nodes` are in use by earlier runs or reserved for them, and it has its maximum."""
+WAIT_CODE_PROVISIONING: WaitCode.ValueType  # 8
+"""Nodes are being started for it."""
+WAIT_CODE_RETRY_DELAY: WaitCode.ValueType  # 9
+"""The next attempt starts in `seconds` at the earliest: its retry policy says so."""
+Global___WaitCode: _TypeAlias = WaitCode  # noqa: Y015
+
 @_typing.final
 class FileEntry(_message.Message):
     """One file of a manifest."""
@@ -963,3 +1038,128 @@ class FileLink(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___FileLink: _TypeAlias = FileLink  # noqa: Y015
+
+@_typing.final
+class WaitReason(_message.Message):
+    """Why a run is queued."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class NodeLabelsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    CODE_FIELD_NUMBER: _builtins.int
+    TARGET_FIELD_NUMBER: _builtins.int
+    TARGET_KIND_FIELD_NUMBER: _builtins.int
+    SHAPE_FIELD_NUMBER: _builtins.int
+    NODE_LABELS_FIELD_NUMBER: _builtins.int
+    NODE_COUNT_FIELD_NUMBER: _builtins.int
+    MIN_NODE_COUNT_FIELD_NUMBER: _builtins.int
+    LIMIT_FIELD_NUMBER: _builtins.int
+    NODES_FIELD_NUMBER: _builtins.int
+    CORDONED_NODES_FIELD_NUMBER: _builtins.int
+    MAX_NODES_FIELD_NUMBER: _builtins.int
+    NODE_FIELD_NUMBER: _builtins.int
+    DETAIL_FIELD_NUMBER: _builtins.int
+    SECONDS_FIELD_NUMBER: _builtins.int
+    code: Global___WaitCode.ValueType
+    target: _builtins.str
+    target_kind: Global___TargetKind.ValueType
+    node_count: _builtins.int
+    min_node_count: _builtins.int
+    nodes: _builtins.int
+    """How many nodes the target has now, how many of them are cordoned, and its maximum."""
+    cordoned_nodes: _builtins.int
+    max_nodes: _builtins.int
+    node: _builtins.str
+    detail: _builtins.str
+    """Another component's words, such as why a node is cordoned."""
+    seconds: _builtins.float
+    @_builtins.property
+    def shape(self) -> Global___Resources:
+        """What it asks for: of each node, and how many nodes (at least `min_node_count`, where that is set)."""
+
+    @_builtins.property
+    def node_labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
+    @_builtins.property
+    def limit(self) -> Global___ResourceLimit: ...
+    def __init__(
+        self,
+        *,
+        code: Global___WaitCode.ValueType = ...,
+        target: _builtins.str = ...,
+        target_kind: Global___TargetKind.ValueType = ...,
+        shape: Global___Resources | None = ...,
+        node_labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        node_count: _builtins.int = ...,
+        min_node_count: _builtins.int = ...,
+        limit: Global___ResourceLimit | None = ...,
+        nodes: _builtins.int = ...,
+        cordoned_nodes: _builtins.int = ...,
+        max_nodes: _builtins.int = ...,
+        node: _builtins.str = ...,
+        detail: _builtins.str = ...,
+        seconds: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["limit", b"limit", "shape", b"shape"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "cordoned_nodes", b"cordoned_nodes", "detail", b"detail", "limit", b"limit", "max_nodes", b"max_nodes", "min_node_count", b"min_node_count", "node", b"node", "node_count", b"node_count", "node_labels", b"node_labels", "nodes", b"nodes", "seconds", b"seconds", "shape", b"shape", "target", b"target", "target_kind", b"target_kind"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WaitReason: _TypeAlias = WaitReason  # noqa: Y015
+
+@_typing.final
+class ResourceLimit(_message.Message):
+    """Unset parts are unlimited."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CPU_MILLI_FIELD_NUMBER: _builtins.int
+    MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    GPU_MILLI_FIELD_NUMBER: _builtins.int
+    cpu_milli: _builtins.int
+    memory_bytes: _builtins.int
+    gpu_milli: _builtins.int
+    def __init__(
+        self,
+        *,
+        cpu_milli: _builtins.int | None = ...,
+        memory_bytes: _builtins.int | None = ...,
+        gpu_milli: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_cpu_milli", b"_cpu_milli", "_gpu_milli", b"_gpu_milli", "_memory_bytes", b"_memory_bytes", "cpu_milli", b"cpu_milli", "gpu_milli", b"gpu_milli", "memory_bytes", b"memory_bytes"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cpu_milli", b"_cpu_milli", "_gpu_milli", b"_gpu_milli", "_memory_bytes", b"_memory_bytes", "cpu_milli", b"cpu_milli", "gpu_milli", b"gpu_milli", "memory_bytes", b"memory_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__cpu_milli: _TypeAlias = _typing.Literal["cpu_milli"]  # noqa: Y015
+    _WhichOneofArgType__cpu_milli: _TypeAlias = _typing.Literal["_cpu_milli", b"_cpu_milli"]  # noqa: Y015
+    _WhichOneofReturnType__gpu_milli: _TypeAlias = _typing.Literal["gpu_milli"]  # noqa: Y015
+    _WhichOneofArgType__gpu_milli: _TypeAlias = _typing.Literal["_gpu_milli", b"_gpu_milli"]  # noqa: Y015
+    _WhichOneofReturnType__memory_bytes: _TypeAlias = _typing.Literal["memory_bytes"]  # noqa: Y015
+    _WhichOneofArgType__memory_bytes: _TypeAlias = _typing.Literal["_memory_bytes", b"_memory_bytes"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__cpu_milli) -> _WhichOneofReturnType__cpu_milli | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__gpu_milli) -> _WhichOneofReturnType__gpu_milli | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__memory_bytes) -> _WhichOneofReturnType__memory_bytes | None: ...
+
+Global___ResourceLimit: _TypeAlias = ResourceLimit  # noqa: Y015

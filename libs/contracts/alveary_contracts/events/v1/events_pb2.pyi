@@ -897,16 +897,20 @@ class PlacementWaiting(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     REASON_FIELD_NUMBER: _builtins.int
+    WAIT_REASON_FIELD_NUMBER: _builtins.int
     reason: _builtins.str
-    """A sentence that a user can act on."""
+    """`wait_reason` as a sentence that a user can act on."""
+    @_builtins.property
+    def wait_reason(self) -> _common_pb2.WaitReason: ...
     def __init__(
         self,
         *,
         reason: _builtins.str = ...,
+        wait_reason: _common_pb2.WaitReason | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["wait_reason", b"wait_reason"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "wait_reason", b"wait_reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -918,17 +922,22 @@ class PlacementProvisioning(_message.Message):
 
     TARGET_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    WAIT_REASON_FIELD_NUMBER: _builtins.int
     target: _builtins.str
     reason: _builtins.str
+    """`wait_reason` as a sentence."""
+    @_builtins.property
+    def wait_reason(self) -> _common_pb2.WaitReason: ...
     def __init__(
         self,
         *,
         target: _builtins.str = ...,
         reason: _builtins.str = ...,
+        wait_reason: _common_pb2.WaitReason | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["wait_reason", b"wait_reason"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "target", b"target"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "target", b"target", "wait_reason", b"wait_reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1229,11 +1238,8 @@ class ComputeSpec(_message.Message):
     QUOTAS_FIELD_NUMBER: _builtins.int
     ADDRESS_FIELD_NUMBER: _builtins.int
     COOLDOWN_SECONDS_FIELD_NUMBER: _builtins.int
-    kind: _builtins.str
-    """"local": trainer processes on the scheduler's machine, started and stopped with the work. "ray": trainers in actors
-    of a Ray cluster, a placement group for each run that waits, as large as the run asks for. "nodes": trainers that
-    are started elsewhere and join by themselves; node_resources, where set, are those of the largest.
-    """
+    kind: _common_pb2.TargetKind.ValueType
+    """Unspecified: the platform's default. node_resources of kind NODES, where set, are those of the largest node."""
     vm_size: _builtins.str
     min_nodes: _builtins.int
     max_nodes: _builtins.int
@@ -1254,7 +1260,7 @@ class ComputeSpec(_message.Message):
     gpu_sharing: _builtins.bool
     """Whether a run may take a part of a GPU."""
     address: _builtins.str
-    """Of kind "ray": where the cluster is, "host:port" of its GCS, or "ray://host:port" of its client server."""
+    """Of kind RAY: where the cluster is, "host:port" of its GCS, or "ray://host:port" of its client server."""
     cooldown_seconds: _builtins.float
     """After nodes came or went, none is let go for this long, seconds."""
     @_builtins.property
@@ -1268,7 +1274,7 @@ class ComputeSpec(_message.Message):
     def __init__(
         self,
         *,
-        kind: _builtins.str = ...,
+        kind: _common_pb2.TargetKind.ValueType = ...,
         vm_size: _builtins.str = ...,
         min_nodes: _builtins.int = ...,
         max_nodes: _builtins.int = ...,

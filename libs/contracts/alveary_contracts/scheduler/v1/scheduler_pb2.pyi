@@ -10,6 +10,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -20,6 +21,33 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _NodeState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _NodeStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_NodeState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    NODE_STATE_UNSPECIFIED: _NodeState.ValueType  # 0
+    NODE_STATE_READY: _NodeState.ValueType  # 1
+    NODE_STATE_DRAINING: _NodeState.ValueType  # 2
+    """What runs there runs to its end; then the node leaves."""
+    NODE_STATE_QUARANTINED: _NodeState.ValueType  # 3
+    """Different runs failed there in a row: it takes no new runs for a while."""
+    NODE_STATE_CORDONED: _NodeState.ValueType  # 4
+    """It takes no new runs until the reason is gone."""
+
+class NodeState(_NodeState, metaclass=_NodeStateEnumTypeWrapper): ...
+
+NODE_STATE_UNSPECIFIED: NodeState.ValueType  # 0
+NODE_STATE_READY: NodeState.ValueType  # 1
+NODE_STATE_DRAINING: NodeState.ValueType  # 2
+"""What runs there runs to its end; then the node leaves."""
+NODE_STATE_QUARANTINED: NodeState.ValueType  # 3
+"""Different runs failed there in a row: it takes no new runs for a while."""
+NODE_STATE_CORDONED: NodeState.ValueType  # 4
+"""It takes no new runs until the reason is gone."""
+Global___NodeState: _TypeAlias = NodeState  # noqa: Y015
 
 @_typing.final
 class Target(_message.Message):
@@ -302,7 +330,7 @@ class Node(_message.Message):
     HOSTNAME_FIELD_NUMBER: _builtins.int
     CPU_PERCENT_FIELD_NUMBER: _builtins.int
     MEMORY_USED_BYTES_FIELD_NUMBER: _builtins.int
-    SECONDS_SINCE_BEAT_FIELD_NUMBER: _builtins.int
+    SECONDS_SINCE_HEARTBEAT_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
     DISK_TOTAL_BYTES_FIELD_NUMBER: _builtins.int
@@ -312,16 +340,15 @@ class Node(_message.Message):
     target: _builtins.str
     hostname: _builtins.str
     cpu_percent: _builtins.float
-    """Newest beat; not stored."""
+    """Of the newest heartbeat; not stored."""
     memory_used_bytes: _builtins.int
-    seconds_since_beat: _builtins.float
-    state: _builtins.str
-    """"ready", "draining", "quarantined" or "cordoned"."""
+    seconds_since_heartbeat: _builtins.float
+    state: Global___NodeState.ValueType
     disk_total_bytes: _builtins.int
-    """Newest beat; not stored."""
+    """Of the newest heartbeat; not stored."""
     disk_free_bytes: _builtins.int
     cordon_reason: _builtins.str
-    """Why it takes no new runs, where its state is "cordoned"."""
+    """Why it takes no new runs, where its state is CORDONED."""
     @_builtins.property
     def resources(self) -> _common_pb2.Resources: ...
     @_builtins.property
@@ -344,8 +371,8 @@ class Node(_message.Message):
         hostname: _builtins.str = ...,
         cpu_percent: _builtins.float = ...,
         memory_used_bytes: _builtins.int = ...,
-        seconds_since_beat: _builtins.float = ...,
-        state: _builtins.str = ...,
+        seconds_since_heartbeat: _builtins.float = ...,
+        state: Global___NodeState.ValueType = ...,
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         disk_total_bytes: _builtins.int = ...,
         disk_free_bytes: _builtins.int = ...,
@@ -353,7 +380,7 @@ class Node(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["resources", b"resources", "used", b"used"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cordon_reason", b"cordon_reason", "cpu_percent", b"cpu_percent", "disk_free_bytes", b"disk_free_bytes", "disk_total_bytes", b"disk_total_bytes", "gpu_models", b"gpu_models", "hostname", b"hostname", "id", b"id", "labels", b"labels", "memory_used_bytes", b"memory_used_bytes", "resources", b"resources", "run_ids", b"run_ids", "seconds_since_beat", b"seconds_since_beat", "state", b"state", "target", b"target", "used", b"used"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cordon_reason", b"cordon_reason", "cpu_percent", b"cpu_percent", "disk_free_bytes", b"disk_free_bytes", "disk_total_bytes", b"disk_total_bytes", "gpu_models", b"gpu_models", "hostname", b"hostname", "id", b"id", "labels", b"labels", "memory_used_bytes", b"memory_used_bytes", "resources", b"resources", "run_ids", b"run_ids", "seconds_since_heartbeat", b"seconds_since_heartbeat", "state", b"state", "target", b"target", "used", b"used"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -712,12 +739,17 @@ class Waiting(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     TARGET_FIELD_NUMBER: _builtins.int
+    WAIT_REASON_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     position: _builtins.int
     """From 1."""
     reason: _builtins.str
     priority: _builtins.int
     target: _builtins.str
+    @_builtins.property
+    def wait_reason(self) -> _common_pb2.WaitReason:
+        """Why it waits; `reason` is its rendering. Unset: the scheduler has not looked at it yet."""
+
     def __init__(
         self,
         *,
@@ -726,10 +758,11 @@ class Waiting(_message.Message):
         reason: _builtins.str = ...,
         priority: _builtins.int = ...,
         target: _builtins.str = ...,
+        wait_reason: _common_pb2.WaitReason | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["wait_reason", b"wait_reason"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["position", b"position", "priority", b"priority", "reason", b"reason", "run_id", b"run_id", "target", b"target"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["position", b"position", "priority", b"priority", "reason", b"reason", "run_id", b"run_id", "target", b"target", "wait_reason", b"wait_reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -331,7 +331,7 @@ class NodeServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def CreateJoinToken(self, request, context):
-        """A token with which machines join a target of kind "nodes". Needs the role owner. FAILED_PRECONDITION where the
+        """A token with which machines join a target of kind NODES. Needs the role owner. FAILED_PRECONDITION where the
         platform can be reached from its own machine alone.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -108,7 +108,7 @@ class NodeServiceStub:
     DrainNode: _grpc.UnaryUnaryMultiCallable[_scheduler_pb2.DrainNodeRequest, _scheduler_pb2.DrainNodeResponse]
     """Nothing more is placed on it; what runs there runs to its end."""
     CreateJoinToken: _grpc.UnaryUnaryMultiCallable[_scheduler_pb2.CreateJoinTokenRequest, _scheduler_pb2.CreateJoinTokenResponse]
-    """A token with which machines join a target of kind "nodes". Needs the role owner. FAILED_PRECONDITION where the
+    """A token with which machines join a target of kind NODES. Needs the role owner. FAILED_PRECONDITION where the
     platform can be reached from its own machine alone.
     """
     GetStatus: _grpc.UnaryUnaryMultiCallable[_scheduler_pb2.GetStatusRequest, _scheduler_pb2.GetStatusResponse]
@@ -123,7 +123,7 @@ class NodeServiceAsyncStub(NodeServiceStub):
     DrainNode: _aio.UnaryUnaryMultiCallable[_scheduler_pb2.DrainNodeRequest, _scheduler_pb2.DrainNodeResponse]  # type: ignore[assignment]
     """Nothing more is placed on it; what runs there runs to its end."""
     CreateJoinToken: _aio.UnaryUnaryMultiCallable[_scheduler_pb2.CreateJoinTokenRequest, _scheduler_pb2.CreateJoinTokenResponse]  # type: ignore[assignment]
-    """A token with which machines join a target of kind "nodes". Needs the role owner. FAILED_PRECONDITION where the
+    """A token with which machines join a target of kind NODES. Needs the role owner. FAILED_PRECONDITION where the
     platform can be reached from its own machine alone.
     """
     GetStatus: _aio.UnaryUnaryMultiCallable[_scheduler_pb2.GetStatusRequest, _scheduler_pb2.GetStatusResponse]  # type: ignore[assignment]
@@ -153,7 +153,7 @@ class NodeServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _scheduler_pb2.CreateJoinTokenRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_scheduler_pb2.CreateJoinTokenResponse, _abc.Awaitable[_scheduler_pb2.CreateJoinTokenResponse]]:
-        """A token with which machines join a target of kind "nodes". Needs the role owner. FAILED_PRECONDITION where the
+        """A token with which machines join a target of kind NODES. Needs the role owner. FAILED_PRECONDITION where the
         platform can be reached from its own machine alone.
         """
 
