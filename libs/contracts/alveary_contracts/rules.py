@@ -153,7 +153,6 @@ RULES: dict[str, Number | Text | Data | Many | Size] = {
     "FileEntry.sha256": Text(64),
     # ---- events: what requests carry
     "ComputeSpec": Size(512 << 10),
-    "ComputeSpec.kind": Text(32),
     "ComputeSpec.vm_size": Text(256),
     "ComputeSpec.vm_priority": Text(32),
     "ComputeSpec.idle_seconds_before_scaledown": _SECONDS,

@@ -9,6 +9,7 @@ from alveary_contracts import rules
 from alveary_contracts.events.v1 import events_pb2 as ev
 from alveary_core.events import Event, Key
 from alveary_core.projection import Projection
+from alveary_scheduler import snapshot
 from alveary_scheduler.state import State, evolve
 
 
@@ -19,14 +20,17 @@ class SchedulerProjection(Projection):
         "alveary.*.target.>", "alveary.*.node.>", "alveary.*.placement.>", "alveary.*.run.*.prepared", "alveary.*.run.*.retrying",
         "alveary.*.run.*.cancel_requested", "alveary.*.run.*.completed", "alveary.*.run.*.failed", "alveary.*.run.*.canceled",
     )  # fmt: skip
-    version = 1
+    version = 2
     # The state belongs to the scheduler's decisions, which are made on the event loop.
     inline = True
-    schema = """
+    schema = (
+        """
     CREATE TABLE IF NOT EXISTS live (sequence INTEGER PRIMARY KEY, workspace TEXT, aggregate TEXT, id TEXT, name TEXT,
       time REAL, message TEXT, body BLOB);
     CREATE INDEX IF NOT EXISTS live_id ON live (id);
     """
+        + snapshot.SCHEMA
+    )
 
     def __init__(self, path: str) -> None:
         super().__init__(path)
@@ -48,6 +52,11 @@ class SchedulerProjection(Projection):
                 self.set_aside(row["sequence"], key.subject(row["name"]), error)
                 self._load()
                 return
+        snapshot.load(self.db, self.state)
+
+    def flush(self) -> None:
+        """Write what the events of this transaction have left behind in the pools."""
+        snapshot.save(self.db, self.state)
 
     def forget(self) -> None:
         """The transaction was rolled back, and with it what `apply` changed in the state."""
@@ -81,13 +90,18 @@ class SchedulerProjection(Projection):
         if key.aggregate == "node" and event.name in ("lost", "left") and key.id not in self.state.nodes:
             self.db.execute("DELETE FROM live WHERE id=? AND aggregate='node'", (key.id,))
             return
+        if event.name == "created":  # whatever a target of that name left behind
+            snapshot.forget(self.db, (key.workspace, key.id))
         if event.name == "deleted":
             self.db.execute("DELETE FROM live WHERE id=? AND aggregate='target' AND workspace=?", (key.id, key.workspace))
+            snapshot.forget(self.db, (key.workspace, key.id))
             return
         if key.aggregate == "run" and event.name not in ("prepared", "retrying", "cancel_requested"):
             return
-        if event.name == "reserved":  # only the newest reservation counts
-            self.db.execute("DELETE FROM live WHERE id=? AND name='reserved'", (key.id,))
+        if event.name == "reserved":  # a row of the snapshot
+            return
+        if event.name == "checkpointed":  # only the newest checkpoint counts
+            self.db.execute("DELETE FROM live WHERE id=? AND name='checkpointed'", (key.id,))
         if event.name in ("waiting", "provisioning"):  # only the newest reason counts
             self.db.execute("DELETE FROM live WHERE id=? AND name IN ('waiting', 'provisioning')", (key.id,))
         self.db.execute(

@@ -37,6 +37,8 @@ _TRIES = 5
 # Another scheduler is at work: this one must stop.
 _FATAL = (FailedPrecondition, Aborted)
 _LONGEST_PAUSE_SECONDS = 60.0
+# How much newer a checkpoint must be to be recorded.
+_CHECKPOINT_SECONDS = 60.0
 # Whoever is active answers here.
 _WHO = "alveary-scheduler.who"
 
@@ -178,6 +180,7 @@ class Scheduler:
         # is decided until that is said, and nothing else happens between the last look and the decisions.
         while await self._revoke_stale():
             pass
+        await self._record_checkpoints()
         clusters = {key: t.spec.address for key, t in self.state.targets.items() if t.spec.kind == c.TARGET_KIND_RAY}
         self._ray.tend(clusters)
         troubles = {key: trouble for key in clusters if (trouble := self._ray.trouble(key))}
@@ -292,6 +295,22 @@ class Scheduler:
             await self.append(Key(placed.workspace, "placement", placed.run), ev.PlacementRevoked(attempt=placed.attempt, reason=reason))
         return len(stale)
 
+    async def _record_checkpoints(self) -> None:
+        """Record when attempts that may be preempted last stored a checkpoint, as their nodes' heartbeats say."""
+        for pulse in list(self.pulses.values()):
+            for attempt in pulse.beat.attempts:
+                held = self.state.placed.get(attempt.run_id)
+                if held is None or held.attempt != attempt.attempt or not attempt.seconds_since_checkpoint:
+                    continue
+                pool = self.state.pool_of(held)
+                running = pool.running.get(attempt.run_id) if pool is not None else None
+                if running is None or not running.request.preemptible:
+                    continue
+                stored_at = time.time() - (time.monotonic() - pulse.at) - attempt.seconds_since_checkpoint
+                if stored_at - running.last_checkpoint >= _CHECKPOINT_SECONDS:
+                    recorded = ev.PlacementCheckpointed(attempt=attempt.attempt, stored_at=stored_at)
+                    await self.append(Key(held.workspace, "placement", held.run), recorded)
+
     async def _release_canceled(self) -> None:
         """Runs that were cancelled before they had a place: say that they will never get one."""
         for run, workspace in list(self.state.canceled.items()):
@@ -395,9 +414,6 @@ class Scheduler:
             placing = (attempt.run_id, attempt.attempt) in self._placing
             if not placing and (held is None or held.attempt != attempt.attempt or (beat.node, beat.incarnation) not in held.nodes):
                 stop.append(f"{attempt.run_id}-{attempt.attempt}")
-            elif attempt.seconds_since_checkpoint and (pool := self.state.pools.get((workspace, beat.target))) is not None:
-                # So that whoever has to make room is who loses least.
-                pool.record_checkpoint(attempt.run_id, time.time() - attempt.seconds_since_checkpoint)
         await self._revoke_missing(beat)
         return tr.BeatAnswer(known=True, stop=stop, leave=beat.node in self._leaving)
 

@@ -6,7 +6,7 @@ changes the state only when its decisions come back as events.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from alveary_contracts.common.v1 import common_pb2 as c
@@ -16,6 +16,7 @@ from alveary_scheduler.core.fairness import Quota
 from alveary_scheduler.core.packing import POLICIES
 from alveary_scheduler.core.pool import Pool
 from alveary_scheduler.core.requests import Account, AllocatedNode, Request
+from alveary_scheduler.core.reservation import Reservation
 from alveary_scheduler.core.resources import UNLIMITED, WHOLE, Machine, ResourceVector
 from alveary_scheduler.resources import milli, shape_of
 
@@ -169,11 +170,11 @@ def evolve(state: State, event: Event) -> None:
         case ev.PlacementMade():
             _place(state, event, message)
         case ev.PlacementReserved():
-            waiting = state.queue.get(key.id)
-            if waiting is not None and (pool := state.pool_of(waiting)) is not None:
-                pool.reservations.reserve(
-                    key.id, frozenset(message.nodes) if all(node in pool.nodes for node in message.nodes) else frozenset()
-                )
+            _reserve(state, key.id, message.nodes)
+        case ev.PlacementCheckpointed():
+            held = state.placed.get(key.id)
+            if held and held.attempt == message.attempt and (pool := state.pool_of(held)) is not None:
+                pool.record_checkpoint(key.id, message.stored_at)
         case ev.PlacementPreempting():
             held = state.placed.get(key.id)
             if held and held.attempt == message.attempt and (pool := state.pool_of(held)) is not None:
@@ -216,9 +217,11 @@ def _create(state: State, target: Target) -> None:
     pool = Pool(spec.placement_policy if spec.placement_policy in POLICIES else default, quotas=quotas_of(target.workspace, spec))
     state.pools[key] = pool
     # Runs that waited while the target was gone.
-    for waiting in state.queue.values():
+    for run, waiting in state.queue.items():
         if (waiting.workspace, waiting.target) == key:
-            pool.submit(waiting.request)
+            request = replace(waiting.request, preemptible=_gives_way(waiting.request.tier, target))
+            state.queue[run] = replace(waiting, request=request)
+            pool.submit(request)
 
 
 def _leave(state: State, node: str, now: float) -> None:
@@ -245,7 +248,7 @@ def _enqueue(state: State, event: Event, spec: c.RunSpec, user: str, attempt: in
         not spec.pack,
         spec.priority,
         spec.max_run_duration_seconds,
-        preemptible=_gives_way(spec, target),
+        preemptible=_gives_way(spec.priority, target),
         attempt=attempt,
         not_before=event.time + delay if delay > 0 else 0.0,
     )
@@ -256,11 +259,22 @@ def _enqueue(state: State, event: Event, spec: c.RunSpec, user: str, attempt: in
         pool.submit(request)
 
 
-def _gives_way(spec: c.RunSpec, target: Target | None) -> bool:
+def _gives_way(priority: int, target: Target | None) -> bool:
     """Whether a run may be preempted: below priority 0, on low-priority targets, and where quotas are guaranteed."""
-    if spec.priority < 0:
+    if priority < 0:
         return True
     return target is not None and (target.spec.vm_priority == "lowpriority" or any(q.HasField("guaranteed") for q in target.spec.quotas))
+
+
+def _reserve(state: State, run: str, nodes: Sequence[str]) -> None:
+    """Keep nodes for a run, unless it or one of them is gone; no nodes end its reservation."""
+    waiting = state.queue.get(run)
+    if waiting is None or (pool := state.pool_of(waiting)) is None:
+        return
+    if nodes and all(node in pool.nodes for node in nodes):
+        pool.reservations.set(Reservation(run, frozenset(nodes)))
+    else:
+        pool.reservations.drop_run(run)
 
 
 def _dequeue(state: State, run: str) -> None:

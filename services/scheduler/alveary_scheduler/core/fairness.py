@@ -65,10 +65,13 @@ class FairShareLedger:
                 self._advance(account, usage, now)
         self.total = self.total.plus(shape, count)
 
-    def restore(self, account: Account, average: float, at: float) -> None:
-        """Set an account's average as it was at a time."""
-        usage = self.accounts.setdefault(account, Usage())
-        usage.average, usage.at = average, at
+    def restore(self, averages: Mapping[Account, tuple[float, float]]) -> None:
+        """Set the averages of all accounts, and the times up to which they are, as they were."""
+        for account, (average, at) in averages.items():
+            usage = self.accounts.setdefault(account, Usage())
+            usage.average = average
+            usage.at = at
+        self.changed.clear()
 
     def _advance(self, account: Account, usage: Usage, now: float) -> None:
         if now > usage.at:

@@ -9,7 +9,7 @@ from alveary_scheduler.core.resources import Shape
 
 Mix = list[tuple[Shape, float]]
 # How many arrivals the mix is learnt from, and after how many it is learnt again.
-_WINDOW = 4096
+WINDOW = 4096
 _INTERVAL = 512
 # By how much a mix must differ from the one in use (total variation distance) to replace it: then all is scored again.
 _MIN_DISTANCE = 0.1
@@ -21,12 +21,15 @@ class RequestMix:
     def __init__(self) -> None:
         self.current: Mix = []
         self.arrivals = 0
-        self.window: deque[Shape] = deque(maxlen=_WINDOW)
+        self.window: deque[Shape] = deque(maxlen=WINDOW)
+        # How many of the newest arrivals are not in a snapshot.
+        self.unsaved = 0
 
     def observe(self, shape: Shape) -> bool:
         """Count one arrival; True: `current` is another mix from now on."""
         self.window.append(shape)
         self.arrivals += 1
+        self.unsaved += 1
         if self.arrivals % _INTERVAL != 1:
             return False
         mix = typical(self.window)
@@ -34,6 +37,13 @@ class RequestMix:
             return False
         self.current = mix
         return True
+
+    def restore(self, window: Iterable[Shape], arrivals: int, current: Mix) -> None:
+        """Set all as it was."""
+        self.window = deque(window, maxlen=WINDOW)
+        self.arrivals = arrivals
+        self.current = current
+        self.unsaved = 0
 
 
 def _distance(one: Mix, other: Mix) -> float:

@@ -147,7 +147,7 @@ class Pool:
             self.place(self.waiting[placement.run], placement.allocation, now)
         for preemption in proposal.preemptions:
             self.mark_preempting(preemption.run)
-        self.reservations.current = proposal.reservation
+        self.reservations.set(proposal.reservation)
 
     # ---- questions; none changes anything --------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 
@@ -61,6 +62,7 @@ class Quarantine:
         found = self._records.get(node)
         return (tuple(found.runs), found.until) if found else None
 
-    def restore(self, node: str, runs: tuple[str, ...], until: float) -> None:
-        """Set a node's record as it was."""
-        self._records[node] = _Record(list(runs), until)
+    def restore(self, records: Mapping[str, tuple[Sequence[str], float]]) -> None:
+        """Set the records of all nodes as `record` gave them."""
+        self._records = {node: _Record(list(runs), until) for node, (runs, until) in records.items()}
+        self.changed.clear()

@@ -18,17 +18,25 @@ class ReservationBook:
 
     def __init__(self) -> None:
         self.current: Reservation | None = None
+        # Whether it has changed since somebody cleared this.
+        self.changed = False
 
-    def reserve(self, run: str, nodes: frozenset[str]) -> None:
-        """Keep nodes for a run, and for no other; no nodes end the reservation."""
-        self.current = Reservation(run, nodes) if nodes else None
+    def set(self, reservation: Reservation | None) -> None:
+        """Replace the reservation."""
+        self.changed = self.changed or reservation != self.current
+        self.current = reservation
+
+    def restore(self, reservation: Reservation | None) -> None:
+        """Set it as it was."""
+        self.current = reservation
+        self.changed = False
 
     def drop_run(self, run: str) -> None:
         """The run no longer waits."""
         if self.current is not None and self.current.run == run:
-            self.current = None
+            self.set(None)
 
     def drop_node(self, node: str) -> None:
         """A node is gone or takes nothing more: a reservation that includes it is void."""
         if self.current is not None and node in self.current.nodes:
-            self.current = None
+            self.set(None)

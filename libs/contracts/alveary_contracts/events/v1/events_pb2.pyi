@@ -1049,6 +1049,33 @@ class PlacementReserved(_message.Message):
 Global___PlacementReserved: _TypeAlias = PlacementReserved  # noqa: Y015
 
 @_typing.final
+class PlacementCheckpointed(_message.Message):
+    """The attempt stored a checkpoint: less is lost with it when it makes room. Of attempts that may be preempted, at most
+    once a minute.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    STORED_AT_FIELD_NUMBER: _builtins.int
+    attempt: _builtins.int
+    stored_at: _builtins.float
+    """Unix seconds."""
+    def __init__(
+        self,
+        *,
+        attempt: _builtins.int = ...,
+        stored_at: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "stored_at", b"stored_at"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlacementCheckpointed: _TypeAlias = PlacementCheckpointed  # noqa: Y015
+
+@_typing.final
 class PlacementRevoked(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
