@@ -44,8 +44,8 @@ test-fast: install
 	$(BIN)/python -m pytest -q -n 4 --dist worksteal -m "not slow" tests/unit tests/integration
 
 # What users have: the guard of event loops costs time, and belongs to tests.
-bench bench-cli bench-files bench-files-large bench-logs bench-scale: export ALVEARY_GUARD_LOOP := 0
-bench bench-cli bench-files bench-files-large bench-logs bench-scale: export ALVEARY_TRAINER_GUARD_LOOP := 0
+bench bench-cli bench-files bench-files-large bench-live bench-logs bench-scale: export ALVEARY_GUARD_LOOP := 0
+bench bench-cli bench-files bench-files-large bench-live bench-logs bench-scale: export ALVEARY_TRAINER_GUARD_LOOP := 0
 bench: install
 	$(BIN)/python tests/bench/bench.py
 	$(BIN)/python tests/bench/scheduler.py
@@ -63,6 +63,11 @@ bench-files: install
 .PHONY: bench-files-large
 bench-files-large: install
 	$(BIN)/python tests/bench/files.py --small 0 --outputs 60000 --gib 12
+
+# The same through the whole stack: 10 million points of a run, and 100,000 final runs, compacted and read again.
+.PHONY: bench-live
+bench-live: install
+	cd tests && $(BIN)/python -m bench.live $(LIVE)
 
 # What grows with what: SCALE="runs --runs 1000000" measures one part.
 bench-scale: install
