@@ -75,7 +75,7 @@ def settings(host: str, bind: str, trainers: Path) -> dict[str, str]:
 
 
 def certificate(host: str) -> None:
-    """An authority of this installation's own, and the door's certificate; not where somebody put another one."""
+    """An authority of this installation's own, and the ingress's certificate; not if there is another one already."""
     if (FOLDER / "tls.crt").exists():
         return
     now = datetime.datetime.now(datetime.UTC)

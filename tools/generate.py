@@ -2,7 +2,7 @@
 
 Generated code runs with the protobuf that generated it and every newer one, never with an older one: so protoc is the
 oldest that the SDK works with, in an environment of its own (.venv-generate, made when it is missing or outdated), and
-nobody who installs the SDK has to give up the protobuf that their other packages ask for.
+users of the SDK keep the protobuf that their other packages ask for.
 """
 
 from __future__ import annotations

@@ -108,7 +108,7 @@ def test_dead_letters_are_listed_tried_again_and_dropped(edge: Embedded) -> None
     failed = edge.cli("admin", "dead-letters", "retry", one, check=False)
     assert failed.returncode == 1 and "MalformedEvent" in failed.stderr
     (view,) = [x["id"] for x in letters() if x["id"].startswith("logs/LogsProjection/")]
-    assert "folded anew when its service starts next" in edge.cli("admin", "dead-letters", "retry", view).stderr
+    assert "is rebuilt when its service starts next" in edge.cli("admin", "dead-letters", "retry", view).stderr
     edge.cli("admin", "dead-letters", "drop", one)
     assert one not in [x["id"] for x in letters()]
     again = edge.cli("admin", "dead-letters", "drop", one, check=False)

@@ -116,7 +116,7 @@ async def test_a_model_goes_on_without_an_event_that_it_cannot_fold(log: EventLo
         assert letter.subject == key.subject("tagged")
         assert letter.error.startswith("ValueError: half way \\ud800")
         assert (await log.dead_letters.retry(letter))[0] == "later"
-    # A version that can fold it: the model is made anew, and the letters are gone.
+    # A version that can fold it: the model is rebuilt, and the letters are gone.
     fixed = Tags(tmp_path / "view.sqlite", key)
     fixed.bad = "none"
     async with running(fixed, log):

@@ -51,7 +51,7 @@ def image_digest(environment: c.Environment, occasion: str) -> str:
     """The digest under which an environment's image is built and found.
 
     It is `environment_digest`, except for a ready image by tag: what a tag means changes, so each `occasion` (a run's
-    id) pins it anew.
+    id) pins it again.
     """
     digest = environment_digest(environment)
     if environment.image and "@sha256:" not in environment.image:

@@ -32,7 +32,7 @@ def id_from_key(workspace: str, key: str) -> str:
     """The id that follows from an idempotency key, the same on every replica.
 
     Of a key that is itself a ULID the time is kept, so that the id sorts by it; the other 80 bits are a digest of
-    workspace and key, so that nobody can choose the id of somebody else's run.
+    workspace and key, so that no caller can choose the id of another's run.
     """
     bits = int.from_bytes(hashlib.sha256(f"{workspace}\0{key}".encode()).digest()[:16], "big")
     if is_id(key):

@@ -132,7 +132,7 @@ class Blobs:
     async def prepare(self, files: Sequence[c.FileEntry], doubted: Iterable[str] = ()) -> Prepared:
         """Where to PUT what is missing; what came in parts is put together and verified. Answers within about 20 s.
 
-        `doubted`: digests among `files` that somebody found to be another content.
+        `doubted`: digests among `files` whose content was found to differ.
 
         Raises:
             InvalidArgument: too many files, or one digest with two sizes.
@@ -200,7 +200,7 @@ class Blobs:
             self._verifying.pop(name, None)
             if not done.cancelled() and (error := done.exception()) is not None:
                 telemetry.logger().warning("blobs.verify", bucket=self._bucket, name=name, error=str(error))
-                # Whoever asks next hears it; whoever asks again begins anew.
+                # The next call reports it; the one after that starts again.
                 self._failures[name] = str(error)
 
         task.add_done_callback(ended)
@@ -212,7 +212,7 @@ class Blobs:
         store, bucket, key = self._store, self._bucket, f"incoming/{file.sha256}"
         size = max(_PART, -(-file.size // _MAX_PARTS))
         spans = [(offset, min(size, file.size - offset)) for offset in range(0, file.size, size)]
-        # The oldest: whoever uploads the same goes on with it.
+        # The oldest: all clients that upload the same file continue it.
         begun = sorted(u.id for u in await store.uploads(bucket, key) if u.key == key)
         if not begun and await store.size(bucket, key) == file.size:  # put together by a process that ended then
             self._begin(file.sha256, self._accept(file))
@@ -220,7 +220,7 @@ class Blobs:
         upload_id = begun[0] if begun else await store.begin_upload(bucket, key)
         try:
             came = await store.parts(bucket, key, upload_id) if begun else {}
-        except NotFound:  # somebody completed it meanwhile
+        except NotFound:  # another client completed it meanwhile
             came, upload_id = {}, await store.begin_upload(bucket, key)
         missing = [(n, *span) for n, span in enumerate(spans, 1) if came.get(n, (-1, ""))[0] != span[1]]
         if not missing:
@@ -234,7 +234,7 @@ class Blobs:
         return [c.UploadPart(offset=offset, size=length, url=link(number, length)) for number, offset, length in missing]
 
     async def _put_together(self, file: c.FileEntry, upload_id: str, etags: Sequence[str]) -> None:
-        """Make a blob of an upload whose parts all came, if it is what it should be. Nobody else can write the object meanwhile."""
+        """Make a blob of an upload whose parts all came, if it is what it should be. No client can write the object meanwhile."""
         await self._store.complete(self._bucket, f"incoming/{file.sha256}", upload_id, etags)
         await self._accept(file)
 

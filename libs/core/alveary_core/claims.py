@@ -20,9 +20,9 @@ from alveary_core.errors import NotFound, Unavailable
 from alveary_core.objectstore import ObjectStore
 
 PREFIX, LOCK = "claims/", "collecting"
-# How long LOCK holds when whoever put it was killed, seconds.
+# Seconds that LOCK holds after the process that put it was killed.
 LOCK_SECONDS = 600.0
-# A claim is made anew when it is older, seconds; so no grace of a collection may be shorter than a few of these.
+# A claim that is older than this many seconds is renewed; so the grace of a collection must be several times as long.
 RENEW_SECONDS = 3600.0
 _PATIENCE, _REMEMBERED = 20.0, 10_000
 

@@ -102,7 +102,7 @@ class Consumer:
         self._arrived.set()
 
     async def _keep(self) -> None:
-        """Say of everything held that it is at work, so that nobody else gets it."""
+        """Say of everything held that it is at work, so that no other consumer gets it."""
         while True:
             await asyncio.sleep(_ACK_SECONDS / 3)
             with contextlib.suppress(*_TRANSIENT):
@@ -187,7 +187,7 @@ class Consumer:
             await (message.ack() if handled else message.term())
 
     async def _retry(self, sequence: int) -> tuple[str, str]:
-        """Handle the event of a dead letter once more, for whoever asked."""
+        """Handle the event of a dead letter once more, on request."""
         try:
             raw = await self._log.js.get_msg(STREAM, seq=sequence)
         except NotFoundError:

@@ -165,7 +165,7 @@ class DeadLetters:
     async def retry(self, letter: c.DeadLetter) -> tuple[str, str]:
         """Have the service that set a letter aside try it once more.
 
-        Returns ("handled", "later" or "failed", what happened in words); "later": its read model is to be made anew.
+        Returns ("handled", "later" or "failed", what happened in words); "later": its read model is to be rebuilt.
         """
         if letter.consumer.startswith("aggregate-"):
             return "failed", "its aggregate is folded whenever it is loaded, without this event: drop the letter once that is dealt with"
@@ -185,7 +185,7 @@ class DeadLetters:
     async def serving(
         self, consumer: str, handle: Callable[[int], Awaitable[tuple[str, str]]], *, each: bool = False
     ) -> AsyncIterator[None]:
-        """While the block runs, `handle(sequence)` answers when somebody asks this service to `retry` a letter of `consumer`.
+        """While the block runs, `handle(sequence)` answers requests to this service to `retry` a letter of `consumer`.
 
         It is called in one replica, or in each.
         """

@@ -1,4 +1,4 @@
-"""Errors as sentences for the person who reads them, and as gRPC status for the program."""
+"""Errors as sentences for people, and as gRPC status for programs."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ _TRANSIENT = (nats.errors.Error, asyncio.TimeoutError, ConnectionError, OSError)
 
 
 class Conflict(Exception):
-    """Somebody appended to the aggregate since it was read."""
+    """Another writer appended to the aggregate since it was read."""
 
 
 @dataclass(frozen=True)
@@ -319,7 +319,7 @@ class EventLog:
 
         With `headers_only` the messages come without their data.
 
-        Survives reconnects and a lost consumer: it is made anew behind the last message that was yielded.
+        Survives reconnects and a lost consumer: it is created again after the last message that was yielded.
         """
         log = telemetry.logger()
         position = start - 1

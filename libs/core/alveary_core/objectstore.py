@@ -233,7 +233,7 @@ class ObjectStore:
             try:
                 self._client._abort_multipart_upload(bucket, key, upload_id)
             except (S3Error, urllib3.exceptions.HTTPError, InvalidResponseError, ServerError) as error:
-                # It is collected with what else nobody completed.
+                # The collector removes it with other unfinished uploads.
                 telemetry.logger().warning("store.abort", bucket=bucket, key=key, error=str(error))
             raise
         return whole.hexdigest()
@@ -338,7 +338,7 @@ class ObjectStore:
                 response.close()
                 response.release_conn()
 
-        # Patience begins anew where something came before it was cut.
+        # The number of tries starts again after a cut that followed some bytes.
         for left in reversed(range(_CUTS)):
             before = done
             try:

@@ -1,4 +1,4 @@
-"""Signed requests of the S3 API as links: AWS Signature Version 4 in the query, with headers that whoever uses a link must send.
+"""Signed requests of the S3 API as links: AWS Signature Version 4 in the query, with headers that a user of the link must send.
 
 The minio SDK signs a link's host alone. A link that binds the content's digest, its length and If-None-Match cannot be used
 for anything but the upload it was made for.
@@ -47,7 +47,7 @@ class Signer:
         self, method: str, bucket: str, key: str, *, seconds: int, headers: Mapping[str, str] | None = None,
         query: Mapping[str, str] | None = None,
     ) -> str:  # fmt: skip
-        """A link for `method`, valid for `seconds` (at most seven days); whoever uses it must send `headers` (names in lower case)."""
+        """A link for `method`, valid for `seconds` (at most seven days); its user must send `headers` (names in lower case)."""
         stamp = _stamp()
         signed = {**(headers or {}), "host": self._host}
         parameters = {

@@ -1,4 +1,4 @@
-"""Read models: a SQLite file that each replica of a service folds from the event log, and can always make anew."""
+"""Read models: a SQLite file that each replica of a service folds from the event log, and can always rebuild."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ CREATE TABLE IF NOT EXISTS set_aside (sequence INTEGER PRIMARY KEY, subject TEXT
 """
 # Where a batch has so many events, and none of them can be folded, the model is at fault rather than the events.
 _ALL_BAD = 50
-# What passes by itself, or when somebody makes room: the same batch is tried again, for so many seconds in all.
+# Errors that pass, or end when there is space again: the same batch is retried for _PATIENCE seconds in all.
 _PASSING = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_CANTOPEN)
 _PATIENCE = 600.0
-# In the place of the log's identity: the file is to be made anew.
+# In place of the log's identity: the file is to be rebuilt.
 _AGAIN = "again"
 _ERROR_CHARACTERS = 8000
 # How often a replay says how far it is, seconds.
@@ -58,13 +58,13 @@ class Projection:
     sequence are committed in one transaction, so that the file is at every moment exactly the fold up to its position.
     An event for which `apply` raises leaves no rows: it is set aside as a dead letter, and the model goes on behind it.
 
-    `apply` runs in the writer's thread, with `db`, the writer's connection. Everybody else reads through `rows`, `row` and
+    `apply` runs in the writer's thread, with `db`, the writer's connection. All others read through `rows`, `row` and
     `read`, which run beside the event loop and see what is committed.
     """
 
     stream: str = STREAM
     subjects: Sequence[str] = ()
-    # DDL; changing it means changing `version`, upon which the file is made anew.
+    # DDL; changing it means changing `version`, so that the file is rebuilt.
     schema: str = ""
     version: int = 1
     # True where `apply` changes what belongs to the event loop: then it runs there, a few events at a time.
@@ -94,7 +94,7 @@ class Projection:
             db = self._connect()
             known = db.execute("PRAGMA user_version").fetchone()[0]
         except sqlite3.DatabaseError as error:
-            if isinstance(error, sqlite3.OperationalError):  # a disk that is full is no reason to begin anew
+            if isinstance(error, sqlite3.OperationalError):  # a full disk is no reason to rebuild
                 raise
             telemetry.logger().warning("projection.rebuild", path=self.path, why=f"the file is damaged: {error}")
             db, known = None, -1
@@ -182,7 +182,7 @@ class Projection:
         await self.write(begin)
         self._log = log
         if not self.position:
-            await log.dead_letters.forget(self.name)  # all events are folded anew
+            await log.dead_letters.forget(self.name)  # all events are folded again
         self._untold = True
         async with log.dead_letters.serving(self.name, self._retry, each=True):
             await self._follow(log)
@@ -299,9 +299,9 @@ class Projection:
         self._untold = False
 
     async def _retry(self, sequence: int) -> tuple[str, str]:
-        """Have the model made anew when it is opened next: an event cannot be folded out of its place."""
+        """Have the model rebuilt when it is opened next: an event cannot be folded out of its place."""
         await self.write(lambda db: db.execute("UPDATE position SET log=?", (_AGAIN,)))
-        return "later", f"{self.name} is folded anew when its service starts next: restart it"
+        return "later", f"{self.name} is rebuilt when its service starts next: restart it"
 
     async def _patiently(self, work: Callable[[], T]) -> T:
         """Do it where `apply` runs; while the disk is full or the file is locked, again."""
@@ -324,7 +324,7 @@ class Projection:
             except sqlite3.DatabaseError as error:
                 if getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
                     telemetry.logger().error("projection.damaged", path=self.path, error=str(error))
-                    Path(self.path).unlink(missing_ok=True)  # the next start makes it anew
+                    Path(self.path).unlink(missing_ok=True)  # the next start rebuilds it
                 raise
             await asyncio.sleep(pause)
             pause = min(pause * 2, 10.0)

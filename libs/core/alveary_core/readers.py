@@ -22,7 +22,7 @@ _INSTRUCTIONS = 20_000
 
 
 class Readers:
-    """Runs queries on a SQLite file that somebody else writes (WAL: neither waits for the other).
+    """Runs queries on a SQLite file that another connection writes (WAL: neither waits for the other).
 
     `attached`: further files by schema name, for queries over several.
     """

@@ -17,7 +17,7 @@ async def folder(prefix: str, parent: Path | None = None) -> AsyncIterator[Path]
     try:
         yield Path(made.name)
     finally:
-        # A cancelled block removes its folder as well: the thread ends its work even if nobody waits for it.
+        # A cancelled block removes its folder as well: the thread finishes even if no caller waits for it.
         await asyncio.shield(asyncio.to_thread(made.cleanup))
 
 

@@ -106,7 +106,7 @@ class Service:
             telemetry.logger().error("close.stuck", step=what, seconds=_CLOSING)
 
     async def _end_tasks(self) -> None:
-        # Asked again and again: a cancellation that meets the very end of a wait may be lost (cpython issue 86296).
+        # Repeatedly: a cancellation that coincides with the end of a wait may be lost (cpython issue 86296).
         deadline = asyncio.get_running_loop().time() + _CLOSING
         while pending := set(self._tasks):
             for task in pending:
@@ -152,7 +152,7 @@ async def until(stop: asyncio.Event, *services: Service) -> None:
 def leave_within(seconds: float) -> None:
     """End this process after `seconds` if it has not ended by then, so that its supervisor can start it again.
 
-    A process that waits for ever while it closes holds its port and answers nobody.
+    A process that hangs while it closes would hold its port without answering.
     """
 
     def leave() -> None:

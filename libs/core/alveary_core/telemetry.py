@@ -33,7 +33,7 @@ LOG_LOST = Counter("alveary_log_lines_lost_total", "Lines of this process's own 
 LOST = Counter("alveary_messages_lost_total", "Log lines and metric points that the message bus did not take", ["kind"])
 HANDLED = Counter("alveary_events_handled_total", "Events handled", ["handler", "outcome"])
 DEAD_LETTERS = Counter("alveary_dead_letters_total", "Events that could not be handled and were set aside", ["consumer"])
-DEAD_LETTERS_NOW = Gauge("alveary_dead_letters_open", "Dead letters that nobody has dealt with yet")
+DEAD_LETTERS_NOW = Gauge("alveary_dead_letters_open", "Dead letters that are neither retried nor dropped yet")
 STALL = Gauge("alveary_loop_stall_seconds", "Longest delay of the event loop, s, in the last minute and since the start", ["window"])
 STALLS = Counter("alveary_loop_stalls_total", "Delays of the event loop above 0.1 s")
 

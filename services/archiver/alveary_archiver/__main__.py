@@ -34,7 +34,7 @@ async def copy(archiver: Archiver) -> None:
     """For ever; while the object store or the log is away, begin again where the copy ends, later and later.
 
     Raises:
-        FailedPrecondition, Damaged: see Archiver.run: somebody must look.
+        FailedPrecondition, Damaged: see Archiver.run: an operator must look.
     """
     pause = 1.0
     while True:

@@ -268,7 +268,7 @@ async def _restore(log: EventLog, store: ObjectStore, stream: str, segments: lis
         headers = {k: v for k, v in record.headers if not k.startswith("Nats-Expected-")}
         reached = (await log.js.publish(record.subject, record.data, headers=headers)).seq
         if reached != record.sequence:
-            raise FailedPrecondition(f"{stream}: {record.subject} went to {reached} instead of {record.sequence}: somebody else is writing")
+            raise FailedPrecondition(f"{stream}: {record.subject} went to {reached} instead of {record.sequence}: another writer is active")
         count += 1
         progress(count)
     if segments:

@@ -2,7 +2,7 @@
 
 Nothing is removed on incomplete knowledge: an event or manifest that cannot be read, a log that is not the one that was copied,
 a server that does not answer end it. Before each batch the events and claims that came meanwhile are read; see
-`alveary_core.claims` for why nothing that somebody is about to refer to can go.
+`alveary_core.claims` for why nothing that is about to be referred to can be removed.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ class Collector:
         return upload.begun < self._oldest and not (digest and self._is_claimed(digest))
 
     async def _read_claims(self, bucket: str) -> None:
-        """Claims that were not read yet: what one says never changes, it is only made anew."""
+        """Claims that were not read yet: the content of one never changes; it is only renewed."""
         new = [o.key async for o in self._listing(bucket, claims.PREFIX) if o.changed >= self._oldest and o.key not in self._claims_read]
 
         async def read(key: str) -> None:
@@ -189,7 +189,7 @@ class Collector:
             there = {digest: await self._store.size(bucket, f"manifests/{digest}.json") for digest in new}
             await self._read_manifests(bucket, [digest for digest, size in there.items() if size is not None])
             self._references.fresh.clear()
-            # Of claims themselves it counts whether they were made anew.
+            # Of claims themselves, it counts whether they were renewed.
             left = [one for one in doomed if self._goes(one)]
             uploads = [one for one in uploads if self._is_over(one)]
             if time.time() > until - _MARGIN:
@@ -263,7 +263,7 @@ class Collector:
             return
         await self._read_log()
         resumed = self._references.resumed()
-        # A run that the log did not know, or that nobody resumed from, may have come into it.
+        # A run that the log did not know, or that no run resumed from, may have come into it.
         left = [
             one for one in doomed
             if (run := run_of(one.key)) not in resumed and (one.kind != "of unknown runs" or run not in self._references.runs)

@@ -1,7 +1,7 @@
 """What nothing refers to. Pure: events give references, and references and a listing give what is left over.
 
 Digests are taken from the text of every event, whatever its kind and field: a digest that any event names keeps the blob and the
-manifest of that name in every bucket. So an event or field that nobody thought of here keeps too much, never too little. Runs are
+manifest of that name in every bucket. So an event or field that was not thought of here keeps too much, never too little. Runs are
 followed by their events, since their objects are named by run and attempt.
 """
 
@@ -64,7 +64,7 @@ class References:
 
     # Binary, which takes half of the memory.
     digests: set[bytes] = field(default_factory=set)
-    # Those that came since somebody last emptied it.
+    # Those that came since it was emptied last.
     fresh: set[bytes] = field(default_factory=set)
     runs: dict[str, Run] = field(default_factory=dict)
     # Manifests that must be there, by bucket and digest, and who needs them.
@@ -134,7 +134,7 @@ def _follow(run: Run, message: Message) -> None:
 def sweep(objects: Iterable[Object], kept: Callable[[str], bool], claimed: Callable[[str], bool], oldest: float) -> Iterator[Doomed]:
     """What is left over of a bucket of blobs and manifests.
 
-    `kept`: whether something refers to a digest. `claimed`: whether somebody is about to. `oldest`: what changed later stays,
+    `kept`: whether something refers to a digest. `claimed`: whether something is about to. `oldest`: what changed later stays,
     seconds since 1970.
     """
     for key, size, changed in objects:

@@ -27,7 +27,7 @@ class Image:
 
 
 def request(image: Image, environment: c.Environment, run_id: str) -> Events:
-    """Somebody wants it; news only when nobody builds it and it is not there."""
+    """It is wanted; an event only if it neither exists nor is being built."""
     if image.state in (pb.IMAGE_STATE_READY, pb.IMAGE_STATE_BUILDING, pb.IMAGE_STATE_REQUESTED):
         return []
     return [ev.ImageRequested(environment=environment, run_id=run_id)]
@@ -53,12 +53,12 @@ def ready(image: Image, builder: str, event: ev.ImageReady) -> Events:
 
 
 def failed(image: Image, builder: str, reason: str, canceled: bool = False) -> Events:
-    """The build failed, or nobody wants it any more."""
+    """The build failed, or no run wants it any longer."""
     return [ev.ImageFailed(reason=reason, canceled=canceled)] if holds(image, builder) else []
 
 
 def evict(image: Image, reason: str) -> Events:
-    """It is removed to make room; whoever wants it again gets it built again."""
+    """It is removed to make space; the next run that wants it has it built again."""
     return [ev.ImageEvicted(reason=reason)] if image.state == pb.IMAGE_STATE_READY else []
 
 

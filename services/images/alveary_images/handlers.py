@@ -50,12 +50,12 @@ class Handlers:
                 self._start(event.key)
 
     def on_view(self, event: Event) -> None:
-        """Stop builds that nobody waits for. Called in every replica, so in the one that builds."""
+        """Stop builds that no run waits for. Called in every replica, so in the one that builds."""
         if event.key.aggregate == "run" and event.name in ("cancel_requested", "canceled", "failed") and self._builds:
             self._unwanted.set()
 
     async def stop_unwanted(self) -> None:
-        """For ever: cancel builds that nobody waits for any more."""
+        """Until cancelled: stop builds that no run waits for any longer."""
         while True:
             await self._unwanted.wait()
             self._unwanted.clear()
@@ -64,7 +64,7 @@ class Handlers:
                     task.cancel("no run waits for it any more")
 
     async def request(self, workspace: str, digest: str, environment: c.Environment, run_id: str) -> domain.Image:
-        """Make sure that somebody builds an image."""
+        """Make sure that an image is built."""
         key = self._images.key(workspace, digest)
         image, _ = await self._images.execute(key, lambda image: domain.request(image, environment, run_id))
         return image

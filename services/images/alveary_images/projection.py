@@ -121,7 +121,7 @@ class ImagesProjection(Projection):
         return [r["run"] for r in rows]
 
     async def wanted_anyway(self, key: Key) -> bool:
-        """Whether somebody asked for the image without a run."""
+        """Whether the image was requested without a run."""
         row = await self.row("SELECT asked FROM images WHERE workspace=? AND digest=?", (key.workspace, key.id))
         return bool(row and row["asked"])
 

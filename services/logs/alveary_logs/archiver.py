@@ -1,8 +1,8 @@
 """Moves logs from the stream into the object store: of runs that are final, and the older part of logs that grow long.
 
 A log is archived in parts of bounded size, one after another: put, read back, said in an event, purged from the stream.
-Which chunks make up a part, and what it is called, follows from the chunks alone. So whoever carries on after a crash
-writes the same part over the one that nobody knows of, and nothing is left over.
+Which chunks make up a part, and what it is called, follows from the chunks alone. So after a crash, the next attempt
+writes the same part over the unfinished one, and nothing is left over.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _AT_ONCE = 16
 
 
 class _Moved(Exception):
-    """Somebody else archived a part of this log meanwhile."""
+    """Another replica archived a part of this log meanwhile."""
 
 
 class Archiver:
@@ -133,7 +133,7 @@ class Archiver:
         try:
             await self._newest.execute(key, decide)
         except _Moved:
-            # No part that begins here can be said any more, so nobody else needs this object, unless it is the very part.
+            # No other part that begins here can be announced any more, so this object is superfluous, unless it is that part.
             if all(getattr(event.message, "key", "") != name for event in await self._log.read(key)):
                 await self._store.delete(BUCKET, [name])
             return (await self._newest.load(key))[0]

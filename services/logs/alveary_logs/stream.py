@@ -294,14 +294,14 @@ class Watch:
 
     async def close(self) -> None:
         """Stop watching."""
-        # Asked again and again: a cancellation that meets the very end of a wait may be lost (cpython issue 86296).
+        # Repeatedly: a cancellation that coincides with the end of a wait may be lost (cpython issue 86296).
         while not self._task.done():
             self._task.cancel()
             await asyncio.wait({self._task}, timeout=0.2)
 
 
 class _Reading:
-    """Who reads the stream for one subject now, and when it was read last."""
+    """The reader of the stream for one subject, and when it was read last."""
 
     def __init__(self) -> None:
         self.lock, self.users = asyncio.Lock(), 0

@@ -1,7 +1,7 @@
 """Keeps the log and its replay short: a run that has been final for long becomes one event, and the earlier ones are purged.
 
 Two steps, each harmless to repeat: append RunCompacted, which says all that the run's events say together; then purge what lies
-before. A death in between leaves events that nobody needs, until the next pass.
+before. A death in between leaves superfluous events, until the next pass.
 
 A purge of one subject costs nats-server more the longer the stream is, and there are three for a run. So one purge serves all runs:
 every event of runs, placements and attempts before the submission of the oldest run that is not compacted belongs to runs
@@ -24,7 +24,7 @@ from alveary_core.eventlog import Conflict, EventLog
 from alveary_core.events import Key
 from alveary_runs.projection import RunsProjection, whole
 
-# Runs of one pass, how many are appended at once, and runs a second at most: nobody else shall notice.
+# Runs of one pass, how many are appended at once, and runs a second at most: other work must not suffer.
 _BATCH, _AT_ONCE, _RATE = 200, 10, 250.0
 # Purges may take this part of the time.
 _SHARE = 0.1

@@ -1,7 +1,7 @@
 """Copies of read models in the object store: a model that is lost is fetched and folded on from there, not from the first event.
 
 A copy is a cache. It is used where it is of this log and this version of the schema, and whole (its digest says so); else the
-model is made from the log alone. It holds what the model holds: whoever erases something from the log removes the
+model is made from the log alone. It holds what the model holds: code that erases something from the log removes the
 copies (`views/`) as well.
 """
 

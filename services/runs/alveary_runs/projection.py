@@ -286,7 +286,7 @@ class RunsProjection(Projection):
 
 
 def whole(shown: pb.Run, key: str, canceled: bool) -> ev.RunCompacted:
-    """All events of a final run in one, from its row. `key`: its idempotency key; `canceled`: whether somebody asked for its end."""
+    """All events of a final run in one, from its row. `key`: its idempotency key; `canceled`: whether its cancellation was requested."""
     submitted = ev.RunSubmitted(
         spec=shown.spec, submitted_by=shown.submitted_by, image_digest=shown.image_digest, number=shown.number, idempotency_key=key
     )

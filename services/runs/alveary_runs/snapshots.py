@@ -62,7 +62,7 @@ class Snapshots:
     async def hold(self, digest: str) -> c.Manifest | None:
         """A committed manifest, which stays until an event refers to it; or None."""
         if await self._blobs.claims.hold([digest]):
-            # It may have been removed since it was remembered, as long as nobody claimed it.
+            # It may have been removed since it was remembered, as long as it was not claimed.
             self._known.pop(digest, None)
         return await self.find(digest)
 

@@ -116,7 +116,7 @@ class EventService(rpc.EventServiceServicer):
             await asyncio.gather(*tasks, return_exceptions=True)
             with contextlib.suppress(NatsError):  # the connection may be gone, and the subscription with it
                 await subscription.unsubscribe()
-                for message in held.values():  # for whoever comes next, now rather than after ack_wait
+                for message in held.values():  # for the next subscriber, now rather than after ack_wait
                     await message.nak()
 
     async def _ensure(self, config: ConsumerConfig, name: str, subject: str) -> None:

@@ -53,7 +53,7 @@ def pull(api: docker.APIClient, reference: str, auth: dict[str, str] | None) -> 
             api.inspect_image(reference)
         except docker.errors.ImageNotFound:
             raise Failed(f"the image {reference} can neither be pulled nor is it here: {error}") from error
-        print(f"{reference} is here already, and cannot be pulled anew", flush=True)
+        print(f"{reference} is here already, and cannot be pulled again", flush=True)
 
 
 def work(order: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Horovod, which has no wheels: built once against the very torch of an environment, and kept by torch version.
+"""Horovod, which has no wheels: built once against the torch of an environment, and kept by torch version.
 
 Its newest release (0.28.1) asks for C++14, and torch's headers need C++17: the compiler is a wrapper that says so. With
 Open MPI and gloo, without the other frameworks. Facts: docs of Horovod, "Install"; measured against torch 2.13.

@@ -354,7 +354,7 @@ class Environment(_message.Message):
     environment that ran (ONNX export). Empty: none.
     """
     rebuild_key: _builtins.str
-    """Resolve unpinned packages anew although a build of this environment exists: any text that was not used before."""
+    """Resolve unpinned packages again although a build of this environment exists: any text that was not used before."""
     base_image: _builtins.str
     """Image to build on, instead of the platform's Python image; it must have a python3. Its packages stay importable."""
     dockerfile: _builtins.str
@@ -362,7 +362,7 @@ class Environment(_message.Message):
     image: _builtins.str
     """Reference of a ready image; it is pinned to its content digest when it is first used, until rebuild_key changes."""
     locked: _builtins.bool
-    """Build from the very set of packages that this environment was first resolved to, whatever rebuild_key says.
+    """Build from the set of packages that this environment was first resolved to, whatever rebuild_key says.
     The build fails where it was never resolved.
     """
     @_builtins.property
@@ -630,7 +630,7 @@ class RunSpec(_message.Message):
     min_node_count: _builtins.int
     """Elastic: an attempt may begin with as few nodes as this. 0: node_count."""
     max_restarts: _builtins.int
-    """How often torchrun starts all workers anew after one failed, within an attempt; 0 to 100. LAUNCHER_TORCHRUN."""
+    """How often torchrun restarts all workers after one failed, within an attempt; 0 to 100. LAUNCHER_TORCHRUN."""
     pack: _builtins.bool
     """As few nodes as will do: several of the run's `node_count` shares may be on one. Default: each on a node of its own."""
     @_builtins.property
@@ -813,7 +813,7 @@ class RankExit(_message.Message):
     exit_code: _builtins.int
     signal: _builtins.int
     restarts: _builtins.int
-    """How often the launcher had started it anew."""
+    """How often the launcher restarted it."""
     stopped: _builtins.bool
     """Its launcher ended it, as a consequence of something else."""
     def __init__(

@@ -967,7 +967,7 @@ class PlacementMade(_message.Message):
     def nodes(self) -> _containers.RepeatedCompositeFieldContainer[Global___AllocatedNode]: ...
     @_builtins.property
     def spec(self) -> _common_pb2.RunSpec:
-        """What to run, so that a trainer needs to ask nobody."""
+        """What to run, so a trainer has everything that it needs."""
 
     def __init__(
         self,

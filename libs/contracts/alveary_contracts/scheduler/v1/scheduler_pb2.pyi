@@ -673,7 +673,7 @@ class ExplainRunResponse(_message.Message):
     def waiting(self) -> Global___Waiting: ...
     @_builtins.property
     def expected_start(self) -> _timestamp_pb2.Timestamp:
-        """When it begins at the latest, if nobody else comes and all take as long as they may. Unset: not foreseeable."""
+        """When it begins at the latest, if no other run comes and all take as long as they may. Unset: not foreseeable."""
 
     def __init__(
         self,
