@@ -24,13 +24,13 @@ import psutil
 import pytest
 
 from alveary.environment import Environment
-from alveary.estimator import ScriptRunConfig
 from alveary.events import Event, Events
 from alveary.local.layout import Layout
 from alveary.local.stack import servers as bare
 from alveary.local.stack import status, trainers
 from alveary.run import Experiment, Run
 from alveary.run_options import Distribution, Resources, Retry
+from alveary.script_run_config import ScriptRunConfig
 from alveary.workspace import Workspace
 
 # The suite is the same for both runtimes; tests/docker.sh runs it again in containers.

@@ -16,8 +16,8 @@ from support import tail
 
 from alveary import AlvearyError, Distribution, Experiment, PyTorchConfiguration, Resources, Retry, Run, Workspace
 from alveary.environment import Environment
-from alveary.estimator import ScriptRunConfig
 from alveary.model import Model
+from alveary.script_run_config import ScriptRunConfig
 from alveary_contracts.ids import new_id
 from alveary_contracts.runs.v1 import runs_pb2
 

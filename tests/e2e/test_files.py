@@ -12,9 +12,9 @@ from support import TORCH, Embedded, finished, lines, submit, until
 
 from alveary.dataset import Dataset
 from alveary.errors import AlvearyError, AlvearyWarning
-from alveary.estimator import ScriptRunConfig
 from alveary.model import Model
 from alveary.run import Experiment, Run
+from alveary.script_run_config import ScriptRunConfig
 from alveary.workspace import Workspace
 from alveary_core.eventlog import EventLog, connect
 from alveary_core.events import Key

@@ -15,9 +15,9 @@ from support import TORCH, Embedded, embedded, finished, lines, processes_of, sa
 
 from alveary import Dataset
 from alveary.environment import Environment
-from alveary.estimator import ScriptRunConfig
 from alveary.run import Experiment, Run
 from alveary.run_options import MpiConfiguration, PyTorchConfiguration
+from alveary.script_run_config import ScriptRunConfig
 from alveary.workspace import Workspace
 
 # Nobody listens there, and nobody may ask it.

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from alveary import context
-from alveary.context import ContextError, Line
+from alveary.context import ContextError, TrainerConnection
 from alveary.script_run import ContextRun, file_name
 from alveary_contracts.runs.v1 import runs_pb2 as pb
 from alveary_trainer.context_server import ContextServer
@@ -121,9 +121,9 @@ def trainer(tmp_path: Path) -> Iterator[Trainer]:
 @pytest.fixture
 def run(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> Iterator[ContextRun]:
     monkeypatch.setenv("ALVEARY_RUN_ID", "r")
-    line = Line(str(trainer.path))
-    yield ContextRun(line)
-    line._drop()
+    connection = TrainerConnection(str(trainer.path))
+    yield ContextRun(connection)
+    connection._drop()
 
 
 def circular() -> dict[str, Any]:
@@ -236,7 +236,7 @@ def test_a_trainer_that_was_away_is_found_again(
     run.flush(60)
     trainer.stop()
     deadline = time.monotonic() + 60
-    while not run._line._lost:  # what is written into a socket that nobody reads is not missed at once
+    while not run._trainer._lost:  # what is written into a socket that nobody reads is not missed at once
         run.log("lost", 1)
         assert time.monotonic() < deadline
     run.tag("k", "v")
@@ -267,7 +267,7 @@ def test_a_child_logs_although_a_thread_held_the_lock_when_it_was_forked(run: Co
     held, done = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with run._line._lock:
+        with run._trainer._lock:
             held.set()
             done.wait(60)
 
@@ -288,14 +288,14 @@ def test_a_child_logs_although_a_thread_held_the_lock_when_it_was_forked(run: Co
 
 
 def test_a_signal_handler_may_log(run: ContextRun, trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = Line._put
+    original = TrainerConnection._put
 
-    def interrupted(self: Line, data: bytes) -> None:
+    def interrupted(self: TrainerConnection, data: bytes) -> None:
         if b"outer" in data:
             os.kill(os.getpid(), signal.SIGUSR1)  # the handler runs here, in the middle of sending
         original(self, data)
 
-    monkeypatch.setattr(Line, "_put", interrupted)
+    monkeypatch.setattr(TrainerConnection, "_put", interrupted)
     before = signal.signal(signal.SIGUSR1, lambda *_: run.log("inner", 1))
     try:
         run.log("outer", 1)

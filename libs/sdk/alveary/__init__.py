@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from alveary.errors import RunFailedException as RunFailedException
     from alveary.estimator import Estimator as Estimator
     from alveary.estimator import PyTorch as PyTorch
-    from alveary.estimator import ScriptRunConfig as ScriptRunConfig
     from alveary.model import Model as Model
     from alveary.run import Experiment as Experiment
     from alveary.run import Run as Run
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
     from alveary.run_options import PyTorchConfiguration as PyTorchConfiguration
     from alveary.run_options import Resources as Resources
     from alveary.run_options import Retry as Retry
+    from alveary.script_run_config import ScriptRunConfig as ScriptRunConfig
     from alveary.workspace import Workspace as Workspace
 
 __version__ = "0.1.0"
@@ -56,7 +56,7 @@ _HOME = {
     "PyTorchConfiguration": "run_options",
     "Run": "run",
     "RunFailedException": "errors",
-    "ScriptRunConfig": "estimator",
+    "ScriptRunConfig": "script_run_config",
     "Workspace": "workspace",
 }
 __all__ = [*sorted(_HOME), "__version__"]  # noqa: PLE0604

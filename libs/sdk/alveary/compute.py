@@ -126,9 +126,15 @@ class ComputeTarget:
         self.workspace._call(self.workspace._client.compute.delete(self.name))
 
     def update(
-        self, min_nodes: int | None = None, max_nodes: int | None = None, idle_seconds_before_scaledown: float | None = None, *,
-        cooldown_seconds: float | None = None, quotas: Sequence[Quota] | None = None, description: str | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        min_nodes: int | None = None,
+        max_nodes: int | None = None,
+        idle_seconds_before_scaledown: float | None = None,
+        *,
+        cooldown_seconds: float | None = None,
+        quotas: Sequence[Quota] | None = None,
+        description: str | None = None,
+    ) -> None:
         """Change what is given; the rest stays. Runs go on.
 
         Raises:
@@ -138,9 +144,12 @@ class ComputeTarget:
         spec = ev.ComputeSpec()
         spec.CopyFrom(self._found.spec)
         given = {
-            "min_nodes": min_nodes, "max_nodes": max_nodes, "idle_seconds_before_scaledown": idle_seconds_before_scaledown,
-            "cooldown_seconds": cooldown_seconds, "description": description,
-        }  # fmt: skip
+            "min_nodes": min_nodes,
+            "max_nodes": max_nodes,
+            "idle_seconds_before_scaledown": idle_seconds_before_scaledown,
+            "cooldown_seconds": cooldown_seconds,
+            "description": description,
+        }
         for name, value in given.items():
             if value is not None:
                 setattr(spec, name, value)
@@ -168,7 +177,7 @@ class ComputeTarget:
 
 @dataclass
 class Quota:
-    """What a user (empty: the workspace) may hold of a target, and what is his when others want more.
+    """What a user (empty: the workspace) may hold of a target, and keeps when others want more.
 
     `guaranteed` and `maximum` have keys cpus, memory_gb and gpus; what is left out of a maximum is not limited.
     """
@@ -199,15 +208,37 @@ class AmlCompute(ComputeTarget):
 
     @staticmethod
     def provisioning_configuration(
-        vm_size: str = "", vm_priority: str = "dedicated", min_nodes: int = 0, max_nodes: int | None = None,
-        idle_seconds_before_scaledown: float = 1800, admin_username: str | None = None, admin_user_password: str | None = None,
-        admin_user_ssh_key: str | None = None, vnet_resourcegroup_name: str | None = None, vnet_name: str | None = None,
-        subnet_name: str | None = None, tags: Mapping[str, str] | None = None, description: str | None = None,
-        remote_login_port_public_access: str = "NotSpecified", identity_type: str | None = None, identity_id: Any = None,
-        location: str | None = None, enable_node_public_ip: bool | None = None, *, cpus: float = 0, memory_gb: float = 0,
-        gpus: int | None = None, network: str = "", multi_tenant: bool = False, kind: str = "", placement_policy: str = "",
-        gpu_sharing: bool = False, quotas: Sequence[Quota] = (), address: str = "", cooldown_seconds: float = 0,
-    ) -> ev.ComputeSpec:  # fmt: skip
+        vm_size: str = "",
+        vm_priority: str = "dedicated",
+        min_nodes: int = 0,
+        max_nodes: int | None = None,
+        idle_seconds_before_scaledown: float = 1800,
+        admin_username: str | None = None,
+        admin_user_password: str | None = None,
+        admin_user_ssh_key: str | None = None,
+        vnet_resourcegroup_name: str | None = None,
+        vnet_name: str | None = None,
+        subnet_name: str | None = None,
+        tags: Mapping[str, str] | None = None,
+        description: str | None = None,
+        remote_login_port_public_access: str = "NotSpecified",
+        identity_type: str | None = None,
+        identity_id: Any = None,
+        location: str | None = None,
+        enable_node_public_ip: bool | None = None,
+        *,
+        cpus: float = 0,
+        memory_gb: float = 0,
+        gpus: int | None = None,
+        network: str = "",
+        multi_tenant: bool = False,
+        kind: str = "",
+        placement_policy: str = "",
+        gpu_sharing: bool = False,
+        quotas: Sequence[Quota] = (),
+        address: str = "",
+        cooldown_seconds: float = 0,
+    ) -> ev.ComputeSpec:
         """What to create. A node has this machine's CPUs, memory and its share of the GPUs, unless cpus, memory_gb or gpus say less.
 
         `network` is that of containers: "none", "bridge" or a docker network's name; the default is "none" for a target
@@ -219,23 +250,39 @@ class AmlCompute(ComputeTarget):
             ComputeTargetException: something that only makes sense in Azure was asked for, or an unknown kind.
         """
         azure = {
-            "admin_username": admin_username, "admin_user_password": admin_user_password, "admin_user_ssh_key": admin_user_ssh_key,
-            "vnet_resourcegroup_name": vnet_resourcegroup_name, "vnet_name": vnet_name, "subnet_name": subnet_name,
-            "identity_type": identity_type, "identity_id": identity_id, "location": location,
+            "admin_username": admin_username,
+            "admin_user_password": admin_user_password,
+            "admin_user_ssh_key": admin_user_ssh_key,
+            "vnet_resourcegroup_name": vnet_resourcegroup_name,
+            "vnet_name": vnet_name,
+            "subnet_name": subnet_name,
+            "identity_type": identity_type,
+            "identity_id": identity_id,
+            "location": location,
             "enable_node_public_ip": enable_node_public_ip,
-        }  # fmt: skip
+        }
         for name, value in azure.items():
             if value is not None:
                 raise ComputeTargetException(f"{name} only makes sense in Azure: leave it out", "INVALID_ARGUMENT")
         if remote_login_port_public_access != "NotSpecified":
             raise ComputeTargetException("remote_login_port_public_access: nodes open no port for logins; leave it out", "INVALID_ARGUMENT")
         spec = ev.ComputeSpec(
-            vm_size=vm_size, vm_priority=vm_priority, min_nodes=min_nodes, max_nodes=max_nodes or 0,
-            idle_seconds_before_scaledown=idle_seconds_before_scaledown, tags=tags, description=description or "",
-            network=network, multi_tenant=multi_tenant, kind=_target_kind(kind), placement_policy=placement_policy,
-            gpu_sharing=gpu_sharing, quotas=[q._proto() for q in quotas], address=address,
+            vm_size=vm_size,
+            vm_priority=vm_priority,
+            min_nodes=min_nodes,
+            max_nodes=max_nodes or 0,
+            idle_seconds_before_scaledown=idle_seconds_before_scaledown,
+            tags=tags,
+            description=description or "",
+            network=network,
+            multi_tenant=multi_tenant,
+            kind=_target_kind(kind),
+            placement_policy=placement_policy,
+            gpu_sharing=gpu_sharing,
+            quotas=[q._proto() for q in quotas],
+            address=address,
             cooldown_seconds=cooldown_seconds,
-        )  # fmt: skip
+        )
         if cpus or memory_gb or gpus is not None:
             if gpus is None:
                 gpus = 0

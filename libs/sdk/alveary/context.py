@@ -1,4 +1,4 @@
-"""Inside a training process: the line to the trainer. Standard library alone.
+"""Inside a training process: the connection to the trainer. Standard library alone.
 
 Calls that log metrics put a line into a socket and return: about ten microseconds, no network, no credential. What
 the trainer has not read yet waits in the socket, at most a few hundred kilobytes; then the call waits for room.
@@ -38,8 +38,8 @@ class ContextError(Exception):
     """The trainer refused; the text says why."""
 
 
-class Line:
-    """A connection to the trainer of this attempt; safe to share between threads and with signal handlers, made anew after a fork."""
+class TrainerConnection:
+    """A connection to the trainer of this attempt; safe to share between threads and with signal handlers, and opened again after a fork."""
 
     def __init__(self, path: str) -> None:
         self._path = path
@@ -73,9 +73,9 @@ class Line:
         self.warn(text)
         self._noted += 1
         if self._noted <= _MOST_NOTES:
-            self._send(_encoded({"op": "refused", "text": text[:1000]}))
+            self._send_bytes(_encoded({"op": "refused", "text": text[:1000]}))
 
-    def tell(self, message: dict[str, Any]) -> None:
+    def send(self, message: dict[str, Any]) -> None:
         """Send one line. A tracking outage never ends training: it is said on stderr.
 
         Raises:
@@ -85,14 +85,14 @@ class Line:
         if len(data) > _LARGEST:
             raise ValueError(f"it has {len(data):,} bytes as JSON, and one may have {LARGEST_POINT:,}")
         if len(data) <= _ANSWERED:
-            self._send(data)
+            self._send_bytes(data)
             return
         try:
-            self._request(message, 60.0)
+            self._exchange(message, 60.0)
         except ContextError as error:
             self.warn(str(error))
 
-    def _send(self, data: bytes) -> None:
+    def _send_bytes(self, data: bytes) -> None:
         with self._lock:
             self._waiting.append(data)
             if self._sending:
@@ -152,8 +152,8 @@ class Line:
                 if answer.get("error"):
                     self.warn(answer["error"])
 
-    def _request(self, message: dict[str, Any], timeout: float) -> Any:
-        """Send one line behind all that was told, and wait for its answer.
+    def _exchange(self, message: dict[str, Any], timeout: float) -> Any:
+        """Send one line after all that was sent, and wait for its answer.
 
         Raises:
             ContextError: the trainer refused, or did not answer within `timeout` seconds.
@@ -193,7 +193,7 @@ class Line:
             if answer.get("error"):
                 self.warn(answer["error"])
 
-    def ask(self, message: dict[str, Any], timeout: float = 600.0) -> Any:
+    def request(self, message: dict[str, Any], timeout: float = 600.0) -> Any:
         """Send one line, over a connection of its own, and wait for its answer: others may log meanwhile.
 
         `timeout`: how long the trainer may say nothing, seconds; while it works it says so.
@@ -218,7 +218,7 @@ class Line:
         Raises:
             ContextError: not within `timeout` seconds.
         """
-        self._request({"op": "flush", "timeout": timeout}, timeout + 5)
+        self._exchange({"op": "flush", "timeout": timeout}, timeout + 5)
 
     def finish(self) -> None:
         """At exit: wait until what was logged is stored, up to a minute."""
@@ -254,7 +254,7 @@ def _plain(value: Any) -> Any:
     """numpy and torch scalars and arrays, as JSON."""
     for name in ("tolist", "item"):
         if hasattr(value, name):
-            with contextlib.suppress(Exception):  # whatever an object of somebody's makes of it: its text is taken then
+            with contextlib.suppress(Exception):  # an object may raise anything: its text is taken then
                 return getattr(value, name)()
     return str(value)
 
@@ -289,13 +289,13 @@ def whole(step: Any) -> int:
     return int(number)
 
 
-_line: Line | None = None
+_connection: TrainerConnection | None = None
 
 
-def line() -> Line | None:
-    """The line of this process; None outside a submitted run."""
-    global _line
+def connection() -> TrainerConnection | None:
+    """This process's connection to its trainer; None outside a submitted run."""
+    global _connection
     path = os.environ.get("ALVEARY_SOCKET")
-    if path and (_line is None or _line._path != path):
-        _line = Line(path)
-    return _line if path else None
+    if path and (_connection is None or _connection._path != path):
+        _connection = TrainerConnection(path)
+    return _connection if path else None

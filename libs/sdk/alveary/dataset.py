@@ -36,9 +36,16 @@ class Dataset:
 
     @classmethod
     def upload(
-        cls, workspace: Session, path: str, name: str, description: str = "", tags: Mapping[str, str] | None = None, *,
-        verify: bool = False, follow_links: bool = False,
-    ) -> Dataset:  # fmt: skip
+        cls,
+        workspace: Session,
+        path: str,
+        name: str,
+        description: str = "",
+        tags: Mapping[str, str] | None = None,
+        *,
+        verify: bool = False,
+        follow_links: bool = False,
+    ) -> Dataset:
         """Register a folder. Only what is new is uploaded; identical content is the version that has it.
 
         `verify`: what the platform has of it already is read again, and replaced where it is damaged. `follow_links`: also links to

@@ -17,18 +17,30 @@ class Environment:
 
     On a platform that runs containers also: `apt_packages`, `conda_packages` (from `conda_channels`, default
     conda-forge), a `base_image` to build on, a `dockerfile` (its text) or a ready `image` by reference. `locked` builds
-    from the very set of packages that the same environment was last resolved to.
+    from the set of packages that the same environment was last resolved to.
 
     Environments of the same content share one build, whatever they are called. Unpinned packages stay at what the
     first build resolved, until `rebuild_key` changes.
     """
 
     def __init__(
-        self, name: str, pip_packages: Iterable[str] = (), python_version: str = "",
-        environment_variables: Mapping[str, str] | None = None, user_managed: bool = False, interpreter: str = "",
-        rebuild_key: str = "", *, conda_packages: Iterable[str] = (), conda_channels: Iterable[str] = (),
-        apt_packages: Iterable[str] = (), base_image: str = "", dockerfile: str = "", image: str = "", locked: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        name: str,
+        pip_packages: Iterable[str] = (),
+        python_version: str = "",
+        environment_variables: Mapping[str, str] | None = None,
+        user_managed: bool = False,
+        interpreter: str = "",
+        rebuild_key: str = "",
+        *,
+        conda_packages: Iterable[str] = (),
+        conda_channels: Iterable[str] = (),
+        apt_packages: Iterable[str] = (),
+        base_image: str = "",
+        dockerfile: str = "",
+        image: str = "",
+        locked: bool = False,
+    ) -> None:
         self.name = name
         self.pip_packages = list(pip_packages)
         self.python_version = python_version
@@ -43,9 +55,13 @@ class Environment:
 
     @classmethod
     def from_docker_image(
-        cls, name: str, image: str, container_registry: object = None, conda_specification: str | None = None,
+        cls,
+        name: str,
+        image: str,
+        container_registry: object = None,
+        conda_specification: str | None = None,
         pip_requirements: str | None = None,
-    ) -> Environment:  # fmt: skip
+    ) -> Environment:
         """A ready image by reference; with `pip_requirements` (a file) they are installed on top of it.
 
         Raises:
@@ -100,9 +116,18 @@ class Environment:
             if problem := requirement_problem(package):
                 raise AlvearyError(f"pip_packages: {package[:200]!r}: {problem}", "INVALID_ARGUMENT")
         return c.Environment(
-            name=self.name, pip_packages=self.pip_packages, python_version=self.python_version,
-            environment_variables=self.environment_variables, user_managed=self.user_managed, interpreter=self.interpreter,
-            rebuild_key=self.rebuild_key, conda_packages=self.conda_packages, conda_channels=self.conda_channels,
-            apt_packages=self.apt_packages, base_image=self.base_image, dockerfile=self.dockerfile, image=self.image,
+            name=self.name,
+            pip_packages=self.pip_packages,
+            python_version=self.python_version,
+            environment_variables=self.environment_variables,
+            user_managed=self.user_managed,
+            interpreter=self.interpreter,
+            rebuild_key=self.rebuild_key,
+            conda_packages=self.conda_packages,
+            conda_channels=self.conda_channels,
+            apt_packages=self.apt_packages,
+            base_image=self.base_image,
+            dockerfile=self.dockerfile,
+            image=self.image,
             locked=self.locked,
-        )  # fmt: skip
+        )

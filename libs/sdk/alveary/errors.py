@@ -16,7 +16,7 @@ class NoPlatform(AlvearyError):
 
 
 class AlvearyWarning(UserWarning):
-    """Something that is done all the same, and may not be what was meant."""
+    """Something is done as asked, and may not be what was meant."""
 
 
 class ComputeTargetException(AlvearyError):

@@ -43,9 +43,14 @@ class Events:
         self._workspace = workspace
 
     def subscribe(
-        self, pattern: str, *, durable: str = "", from_sequence: int | None = None, from_time: datetime | None = None,
+        self,
+        pattern: str,
+        *,
+        durable: str = "",
+        from_sequence: int | None = None,
+        from_time: datetime | None = None,
         timeout: float | None = None,
-    ) -> Iterator[Event]:  # fmt: skip
+    ) -> Iterator[Event]:
         """Events that match `pattern` ("model.exported", "run.*"), as they come.
 
         Each counts as handled when the next one is asked for, or when `ack()` is called; one that was not is

@@ -191,7 +191,7 @@ def _from_state(state: Any, factory: str) -> Any:
 
 
 def quiet(source: Path, entry_script: str) -> None:
-    """Let code of the source find its modules, and nobody to report to."""
+    """Let code of the source find its modules, and report to no trainer."""
     os.environ.pop("ALVEARY_SOCKET", None)
     os.environ |= {"ALVEARY_EXPORT": "1", "WANDB_MODE": "disabled"}
     sys.argv = [entry_script or "train.py"]

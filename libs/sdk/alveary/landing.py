@@ -64,7 +64,7 @@ class Piece:
         return self._sha256.hexdigest()
 
     def restart(self) -> None:
-        """Begin anew."""
+        """Start again with an empty file."""
         self._close()
         self.path.unlink(missing_ok=True)
         self._sha256, self.size = hashlib.sha256(), 0
@@ -219,7 +219,7 @@ class Landing:
 
 
 def _locked(folder: Path) -> int | None:
-    """Hold a folder until what is returned is closed; None: somebody else does."""
+    """A descriptor that locks a folder until it is closed; None: another process holds the lock."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         import fcntl

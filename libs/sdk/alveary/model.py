@@ -96,9 +96,14 @@ class Model:
         """The run, how that had ended, source snapshot, image and datasets that it comes from."""
         line = self._found.lineage
         return {
-            "run_id": line.run_id, "snapshot": line.snapshot, "image_digest": line.image_digest, "datasets": list(line.datasets),
-            "parent": line.parent, "experiment": line.experiment, "run_state": _state(line.run_state),
-        }  # fmt: skip
+            "run_id": line.run_id,
+            "snapshot": line.snapshot,
+            "image_digest": line.image_digest,
+            "datasets": list(line.datasets),
+            "parent": line.parent,
+            "experiment": line.experiment,
+            "run_state": _state(line.run_state),
+        }
 
     @property
     def run(self) -> SubmittedRun | None:
@@ -112,10 +117,16 @@ class Model:
             return None
         done = self._found.export
         return {
-            "opset": done.opset, "max_abs_diff": done.max_abs_diff, "max_rel_diff": done.max_rel_diff,
-            "checked_batch_sizes": list(done.checked_batch_sizes), "export_seconds": done.export_seconds,
-            "exporter": done.exporter, "outputs": list(done.outputs), "size": done.file.size, "sha256": done.file.sha256,
-        }  # fmt: skip
+            "opset": done.opset,
+            "max_abs_diff": done.max_abs_diff,
+            "max_rel_diff": done.max_rel_diff,
+            "checked_batch_sizes": list(done.checked_batch_sizes),
+            "export_seconds": done.export_seconds,
+            "exporter": done.exporter,
+            "outputs": list(done.outputs),
+            "size": done.file.size,
+            "sha256": done.file.sha256,
+        }
 
     def refresh(self) -> Model:
         """Look again."""
@@ -270,9 +281,17 @@ class Model:
         return str(folder / listing.files[0].path) if len(listing.files) == 1 else str(folder)
 
     def export_onnx(
-        self, input_shape: Sequence[int] | None = None, *, inputs: Sequence[Mapping[str, Any]] = (), file: str = "",
-        opset: int = 0, factory: str = "", tolerance: float = 0.0, output_names: Sequence[str] = (), compute_target: str = "",
-    ) -> Model:  # fmt: skip
+        self,
+        input_shape: Sequence[int] | None = None,
+        *,
+        inputs: Sequence[Mapping[str, Any]] = (),
+        file: str = "",
+        opset: int = 0,
+        factory: str = "",
+        tolerance: float = 0.0,
+        output_names: Sequence[str] = (),
+        compute_target: str = "",
+    ) -> Model:
         """Export to ONNX in a run of the model's own image, and wait for it.
 
         The source's classes are found without running its script again. Dicts, nested tuples and data classes are answered flat.
@@ -291,9 +310,14 @@ class Model:
         """
         tensors = [ev.TensorSpec(**dict(one)) for one in inputs] or [ev.TensorSpec(name="input", shape=input_shape or [])]
         spec = ev.OnnxSpec(
-            file=file, inputs=tensors, opset=opset, factory=factory, tolerance=tolerance, output_names=output_names,
+            file=file,
+            inputs=tensors,
+            opset=opset,
+            factory=factory,
+            tolerance=tolerance,
+            output_names=output_names,
             compute_target=compute_target,
-        )  # fmt: skip
+        )
         client = self._workspace._client
         started = self._workspace._call(client.models.export(self.name, self.version, spec))
         found = self._workspace._call(client.models.wait_for_export(self.name, self.version, started.export_id))

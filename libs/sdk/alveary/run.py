@@ -21,8 +21,8 @@ from alveary.text import quoted
 from alveary.unsupported import refuse_given, refuse_model_extras, refuse_run_type
 
 if TYPE_CHECKING:
-    from alveary.estimator import Estimator, ScriptRunConfig
     from alveary.model import Model
+    from alveary.script_run_config import ScriptRunConfig
     from alveary.session import Session
 
 
@@ -49,9 +49,9 @@ class Run(SubmittedRun):
         """
         if os.environ.get("ALVEARY_EXPORT"):  # the script is read again for its classes: what it reports is reported already
             return OfflineRun()
-        line = context.line()
-        if line is not None:
-            return ContextRun(line)
+        trainer = context.connection()
+        if trainer is not None:
+            return ContextRun(trainer)
         if not allow_offline:
             raise RuntimeError("this process is not part of a submitted run")
         return OfflineRun()
@@ -163,7 +163,7 @@ class Experiment:
     def __repr__(self) -> str:
         return f"Experiment(name: {self.name}, workspace: {self.workspace.name})"
 
-    def submit(self, config: Estimator | ScriptRunConfig, tags: Mapping[str, str] | None = None) -> Run:
+    def submit(self, config: ScriptRunConfig, tags: Mapping[str, str] | None = None) -> Run:
         """Submit a run. What is wrong with it is said here, before anything is queued.
 
         Raises:
@@ -249,7 +249,7 @@ def _conditions(
     return conditions
 
 
-def _find_script(config: Estimator | ScriptRunConfig) -> None:
+def _find_script(config: ScriptRunConfig) -> None:
     """Look for the script before anything is uploaded.
 
     Raises:

@@ -94,20 +94,20 @@ class Recorder:
 class ContextRun(Recorder):
     """The run that this process is part of."""
 
-    def __init__(self, line: context.Line) -> None:
-        self._line = line
+    def __init__(self, trainer: context.TrainerConnection) -> None:
+        self._trainer = trainer
         self.id = os.environ["ALVEARY_RUN_ID"]
         self.attempt = int(os.environ.get("ALVEARY_ATTEMPT", "1"))
         self.experiment_name = os.environ.get("ALVEARY_EXPERIMENT", "")
 
     def _metric(self, message: dict[str, Any]) -> None:
-        self._line.tell(message)
+        self._trainer.send(message)
 
     def _refuse(self, text: str) -> None:
-        self._line.refuse(text)
+        self._trainer.refuse(text)
 
     def _picture(self, name: str, path: str) -> str:
-        return str(self._line.ask({"op": "upload", "name": name, "path": os.path.abspath(path), "unique": True})["path"])
+        return str(self._trainer.request({"op": "upload", "name": name, "path": os.path.abspath(path), "unique": True})["path"])
 
     def flush(self, timeout_seconds: float = 300) -> None:
         """Wait until everything that was logged is stored.
@@ -115,26 +115,26 @@ class ContextRun(Recorder):
         Raises:
             ContextError: not within the time.
         """
-        self._line.flush(timeout_seconds)
+        self._trainer.flush(timeout_seconds)
 
     @recording
     def tag(self, key: str, value: str = "") -> None:
-        """Set a tag. One that is refused, or that nobody takes for a minute, is said on stderr."""
-        self._line.ask({"op": "tag", "set": {key: str(value)}})
+        """Set a tag. One that is refused, or not taken within a minute, is said on stderr."""
+        self._trainer.request({"op": "tag", "set": {key: str(value)}})
 
     @recording
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Set tags."""
-        self._line.ask({"op": "tag", "set": {key: str(value) for key, value in tags.items()}})
+        self._trainer.request({"op": "tag", "set": {key: str(value) for key, value in tags.items()}})
 
     @recording
     def add_properties(self, properties: Mapping[str, str]) -> None:
         """Add properties; existing ones cannot change."""
-        self._line.ask({"op": "tag", "properties": {key: str(value) for key, value in properties.items()}})
+        self._trainer.request({"op": "tag", "properties": {key: str(value) for key, value in properties.items()}})
 
     def get_tags(self) -> dict[str, str]:
         """Tags that the run was submitted with."""
-        return dict(self._line.ask({"op": "info"})["tags"])
+        return dict(self._trainer.request({"op": "info"})["tags"])
 
     def upload_file(self, name: str, path_or_stream: Any) -> Any:
         """Store a file of this machine, or what a binary stream holds, as `name` among the run's files, now.
@@ -143,12 +143,12 @@ class ContextRun(Recorder):
             ContextError: it cannot be stored.
         """
         if not hasattr(path_or_stream, "read"):
-            return self._line.ask({"op": "upload", "name": name, "path": os.path.abspath(path_or_stream)})
+            return self._trainer.request({"op": "upload", "name": name, "path": os.path.abspath(path_or_stream)})
         with tempfile.NamedTemporaryFile() as file:
             while data := path_or_stream.read(1 << 20):
                 file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
-            return self._line.ask({"op": "upload", "name": name, "path": file.name})
+            return self._trainer.request({"op": "upload", "name": name, "path": file.name})
 
     def upload_folder(self, name: str, path: str) -> None:
         """Store a folder under `name`."""
@@ -158,11 +158,19 @@ class ContextRun(Recorder):
                 self.upload_file(f"{name}/{full.relative_to(path).as_posix()}", full)
 
     def register_model(
-        self, model_name: str, model_path: str | None = None, tags: Mapping[str, str] | None = None,
-        properties: Mapping[str, str] | None = None, model_framework: str | None = None,
-        model_framework_version: str | None = None, description: str | None = None, datasets: Any = None,
-        sample_input_dataset: Any = None, sample_output_dataset: Any = None, resource_configuration: Any = None,
-    ) -> dict[str, Any]:  # fmt: skip
+        self,
+        model_name: str,
+        model_path: str | None = None,
+        tags: Mapping[str, str] | None = None,
+        properties: Mapping[str, str] | None = None,
+        model_framework: str | None = None,
+        model_framework_version: str | None = None,
+        description: str | None = None,
+        datasets: Any = None,
+        sample_input_dataset: Any = None,
+        sample_output_dataset: Any = None,
+        resource_configuration: Any = None,
+    ) -> dict[str, Any]:
         """Register a file or folder of the working directory as a model; returns its name and version.
 
         The same content under the same name is one version of this run, however often it is registered, in later attempts as well.
@@ -174,11 +182,16 @@ class ContextRun(Recorder):
         refuse_given(datasets=(datasets, "a run's inputs are the datasets of its models; leave it out"))
         refuse_model_extras(sample_input_dataset, sample_output_dataset, resource_configuration)
         message = {
-            "op": "register", "name": model_name, "path": model_path or "outputs", "tags": dict(tags or {}),
-            "properties": dict(properties or {}), "description": description or "",
-            "framework": model_framework or "", "framework_version": model_framework_version or "",
-        }  # fmt: skip
-        return dict(self._line.ask(message))
+            "op": "register",
+            "name": model_name,
+            "path": model_path or "outputs",
+            "tags": dict(tags or {}),
+            "properties": dict(properties or {}),
+            "description": description or "",
+            "framework": model_framework or "",
+            "framework_version": model_framework_version or "",
+        }
+        return dict(self._trainer.request(message))
 
     @property
     def resume_path(self) -> str | None:
@@ -215,11 +228,19 @@ class OfflineRun(Recorder):
         print(f"upload {path} as {name}")
 
     def register_model(
-        self, model_name: str, model_path: str | None = None, tags: Mapping[str, str] | None = None,
-        properties: Mapping[str, str] | None = None, model_framework: str | None = None,
-        model_framework_version: str | None = None, description: str | None = None, datasets: Any = None,
-        sample_input_dataset: Any = None, sample_output_dataset: Any = None, resource_configuration: Any = None,
-    ) -> dict[str, Any]:  # fmt: skip
+        self,
+        model_name: str,
+        model_path: str | None = None,
+        tags: Mapping[str, str] | None = None,
+        properties: Mapping[str, str] | None = None,
+        model_framework: str | None = None,
+        model_framework_version: str | None = None,
+        description: str | None = None,
+        datasets: Any = None,
+        sample_input_dataset: Any = None,
+        sample_output_dataset: Any = None,
+        resource_configuration: Any = None,
+    ) -> dict[str, Any]:
         """Say what would be registered; what a run refuses is refused here as well."""
         refuse_given(datasets=(datasets, "a run's inputs are the datasets of its models; leave it out"))
         refuse_model_extras(sample_input_dataset, sample_output_dataset, resource_configuration)

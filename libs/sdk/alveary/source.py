@@ -121,7 +121,7 @@ class _Walk:
                     continue
                 identity = (info.st_dev, info.st_ino)
                 if entry.is_symlink():
-                    self._check_link(relative, full)
+                    self._check_link(full)
                 if identity in above:
                     raise AlvearyError(
                         f"{full} leads back to a folder that it is in: remove that link, or leave it out", "INVALID_ARGUMENT"
@@ -135,7 +135,7 @@ class _Walk:
             else:
                 self._odd(relative, next((kind for test, kind in _KINDS.items() if test(info.st_mode)), "things that are no files"))
 
-    def _check_link(self, relative: str, full: Path) -> None:
+    def _check_link(self, full: Path) -> None:
         if self._follow or full.resolve().is_relative_to(self._real):
             return
         how = (
@@ -209,9 +209,11 @@ def _check_limits(path: Path, snapshot: bool, sizes: dict[str, int]) -> None:
     more = "more than " if len(sizes) > _COUNTED else ""
     raise AlvearyError(
         f"{path}: {more}{len(sizes)} files of {sum(sizes.values()) / 1e6:.1f} MB are more than a snapshot may have "
-        f"({MAX_FILES} files, {MAX_BYTES / 1e6:.0f} MB); the largest are {text}" + (f"; most files are in {folders}" if folders else "")
-        + ". Exclude what the script does not need in .alvearyignore, and upload data as a dataset", "RESOURCE_EXHAUSTED",
-    )  # fmt: skip
+        f"({MAX_FILES} files, {MAX_BYTES / 1e6:.0f} MB); the largest are {text}"
+        + (f"; most files are in {folders}" if folders else "")
+        + ". Exclude what the script does not need in .alvearyignore, and upload data as a dataset",
+        "RESOURCE_EXHAUSTED",
+    )
 
 
 def _digested(files: dict[str, Path]) -> c.Manifest:

@@ -167,9 +167,12 @@ class SubmittedRun:
         found = self._call(self._workspace._client.compute.explain_run(self.id))
         expected = found.expected_start.ToNanoseconds() / 1e9 if found.HasField("expected_start") else None
         return {
-            "position": found.waiting.position, "priority": found.waiting.priority, "waits_for": found.waits_for,
-            "would_help": found.would_help, "expected_start": expected,
-        }  # fmt: skip
+            "position": found.waiting.position,
+            "priority": found.waiting.priority,
+            "waits_for": found.waits_for,
+            "would_help": found.would_help,
+            "expected_start": expected,
+        }
 
     # ---- metrics, files, logs -------------------------------------------------------------------------------------
 

@@ -169,7 +169,7 @@ class Transfers:
             else:
                 body: Any = _Span(path, opened, part.offset, part.size)
                 reply = self._http.request("PUT", part.url, body=body, headers=headers, redirect=False)
-        # 412: somebody else stored it meanwhile.
+        # 412: another client stored it meanwhile.
         if reply.status < 300 or reply.status == 412:
             return
         said = f"the object store said {reply.status}: {reply.data[:300].decode(errors='replace')}"
@@ -233,15 +233,16 @@ class Transfers:
                 if damaged:
                     raise AlvearyError(
                         f"{link.file.path} is damaged in the object store: its sha256 is {piece.digest}, not {link.file.sha256}. Upload it "
-                        "again with verify=True (--verify), which replaces what is wrong there", "DATA_LOSS",
-                    )  # fmt: skip
+                        "again with verify=True (--verify), which replaces what is wrong there",
+                        "DATA_LOSS",
+                    )
                 damaged += 1  # on the way, perhaps
                 await self._run(piece.restart)
             except _Expired as error:
                 if renewed == _ROUNDS and piece.size == before:
                     raise AlvearyError(f"download of {link.file.path} failed: {error}", "UNAVAILABLE") from error
                 renewed = renewed + 1 if piece.size == before else 1
-                url = await links.renew(link.file.path, url)
+                url = await links.renew(link.file.path)
             except _TRANSIENT as error:
                 if piece.size != before:
                     tries = 0
@@ -307,7 +308,7 @@ class _Links:
         file = self._listing.files[index]
         return c.FileLink(file=file, url=self._urls.pop(file.path, "") or await self._ask(index))
 
-    async def renew(self, path: str, old: str) -> str:
+    async def renew(self, path: str) -> str:
         """Another link to a file."""
         index = next(i for i in self._todo if self._listing.files[i].path == path)
         return await self._ask(index)

@@ -1,4 +1,4 @@
-"""Parameters that Azure has and this platform does not offer: refused, with what to use. Standard library alone."""
+"""Parameters that are refused, with what to use: those that Azure alone has, and two names for the same. Standard library alone."""
 
 from __future__ import annotations
 
@@ -36,3 +36,15 @@ def refuse_model_extras(sample_input_dataset: object, sample_output_dataset: obj
         sample_output_dataset=(sample_output_dataset, "models keep no samples; add them to the model's folder"),
         resource_configuration=(resource_configuration, "resources are asked for where a model is used; leave it out"),
     )
+
+
+def one_of(**given: str | None) -> str | None:
+    """The one of several names for the same that was given.
+
+    Raises:
+        AlvearyError: several were.
+    """
+    found = {name: value for name, value in given.items() if value is not None}
+    if len(found) > 1:
+        raise AlvearyError(f"{' and '.join(found)} are the same: give one of them", "INVALID_ARGUMENT")
+    return next(iter(found.values()), None)

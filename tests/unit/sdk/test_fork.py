@@ -78,6 +78,9 @@ async def tail(client):
     async for line in client.logs.tail("r"):
         pass
 
+async def download(client):
+    await client.transfers.download_all(None, None)
+
 async def close(client):
     await client.close()
 
@@ -88,6 +91,7 @@ async def main():
         ("call", lambda: client, lambda one: one.runs.get("r")),
         ("stream", lambda: client, tail),
         ("its own", lambda: Client(config), tail),
+        ("transfer", lambda: client, download),
         ("close", lambda: client, close),
     ):
         reader, writer = os.pipe()
@@ -110,4 +114,6 @@ def test_an_asynchronous_client_says_it_as_well_and_can_be_closed() -> None:
     assert done.returncode == 0, done.stderr
     told = dict(line.split(": ", 1) for line in done.stdout.splitlines())
     assert told.pop("close") == "it worked"
-    assert set(told) == {"call", "stream", "its own"} and all("gRPC does not survive a fork" in text for text in told.values()), told
+    assert set(told) == {"call", "stream", "transfer", "its own"} and all(
+        "gRPC does not survive a fork" in text for text in told.values()
+    ), told

@@ -90,7 +90,7 @@ def restore(state_dir: Path | None) -> None:
 def gc(dry_run: bool, grace_days: float, state_dir: Path | None) -> None:
     """Remove files that nothing refers to. The platform may be running.
 
-    Nothing that a run, model or dataset refers to goes, nor what somebody is uploading: files without any reference, uploads that
+    Nothing that a run, model or dataset refers to goes, nor what is being uploaded: files without any reference, uploads that
     were never completed, files of deleted runs, files and checkpoints of attempts that were lost. Prints a line for each bucket
     and kind: objects and bytes.
     """

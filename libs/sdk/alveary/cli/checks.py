@@ -231,7 +231,7 @@ def docker(_: Patient) -> Iterator[Finding]:
     except PermissionError:
         yield Finding("docker", WARNING, f"{path} may not be used by {_user()}", "add the user to the group docker, and log in again")
     except OSError as error:
-        yield Finding("docker", WARNING, f"{path} is there, and nobody answers: {error}", "systemctl start docker")
+        yield Finding("docker", WARNING, f"{path} is there, and does not answer: {error}", "systemctl start docker")
     else:
         good = b" 200 " in answer.split(b"\r\n")[0]
         yield Finding("docker", OK if good else WARNING, "the daemon answers" if good else f"it answers {answer[:80]!r}")
@@ -379,6 +379,16 @@ def _user() -> str:
 
 
 CHECKS: dict[str, Check] = {
-    "python": python, "stack": servers, "state dir": state_directory, "tmp": temporary, "ports": ports, "memory": memory,
-    "limits": limits, "docker": docker, "gpu": gpu, "network": network, "person": person, "platform": clock,
-}  # fmt: skip
+    "python": python,
+    "stack": servers,
+    "state dir": state_directory,
+    "tmp": temporary,
+    "ports": ports,
+    "memory": memory,
+    "limits": limits,
+    "docker": docker,
+    "gpu": gpu,
+    "network": network,
+    "person": person,
+    "platform": clock,
+}

@@ -116,6 +116,13 @@ def enum_word(message: Any, field: str) -> str:
 def target_row(t: Any) -> dict[str, Any]:
     """A compute target as a row of a table."""
     return {
-        "name": t.name, "kind": enum_word(t.spec, "kind"), "vm_size": t.spec.vm_size, "state": t.state, "nodes": f"{t.current_nodes}/{t.spec.max_nodes}",
-        "cpus": t.spec.node_resources.cpus, "gpus": t.spec.node_resources.gpus, "running": t.running, "waiting": t.waiting,
-    }  # fmt: skip
+        "name": t.name,
+        "kind": enum_word(t.spec, "kind"),
+        "vm_size": t.spec.vm_size,
+        "state": t.state,
+        "nodes": f"{t.current_nodes}/{t.spec.max_nodes}",
+        "cpus": t.spec.node_resources.cpus,
+        "gpus": t.spec.node_resources.gpus,
+        "running": t.running,
+        "waiting": t.waiting,
+    }

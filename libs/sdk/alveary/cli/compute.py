@@ -40,17 +40,39 @@ def list_targets(as_json: bool) -> None:
 @click.option("--vm-priority", default="dedicated", show_default=True, help="dedicated or lowpriority.")
 @click.option("--address", default="", help="Of the Ray cluster, HOST:PORT.")
 def create(
-    name: str, vm_size: str, min_nodes: int, max_nodes: int, idle_seconds: float, cpus: float, memory_gb: float, gpus: int | None,
-    kind: str, placement_policy: str, gpu_sharing: bool, vm_priority: str, address: str, cooldown_seconds: float,
-) -> None:  # fmt: skip
+    name: str,
+    vm_size: str,
+    min_nodes: int,
+    max_nodes: int,
+    idle_seconds: float,
+    cpus: float,
+    memory_gb: float,
+    gpus: int | None,
+    kind: str,
+    placement_policy: str,
+    gpu_sharing: bool,
+    vm_priority: str,
+    address: str,
+    cooldown_seconds: float,
+) -> None:
     """Create a compute target."""
     from alveary.compute import AmlCompute, ComputeTarget
 
     spec = AmlCompute.provisioning_configuration(
-        vm_size, min_nodes=min_nodes, max_nodes=max_nodes, idle_seconds_before_scaledown=idle_seconds, cpus=cpus,
-        memory_gb=memory_gb, gpus=gpus, kind=kind, placement_policy=placement_policy, gpu_sharing=gpu_sharing, vm_priority=vm_priority,
-        address=address, cooldown_seconds=cooldown_seconds,
-    )  # fmt: skip
+        vm_size,
+        min_nodes=min_nodes,
+        max_nodes=max_nodes,
+        idle_seconds_before_scaledown=idle_seconds,
+        cpus=cpus,
+        memory_gb=memory_gb,
+        gpus=gpus,
+        kind=kind,
+        placement_policy=placement_policy,
+        gpu_sharing=gpu_sharing,
+        vm_priority=vm_priority,
+        address=address,
+        cooldown_seconds=cooldown_seconds,
+    )
     click.echo(ComputeTarget.create(open_workspace(), name, spec))
 
 
@@ -67,9 +89,12 @@ def update(name: str, **limits: Any) -> None:
 
     target = ComputeTarget(open_workspace(), name)
     target.update(
-        limits["min_nodes"], limits["max_nodes"], limits["idle_seconds"], cooldown_seconds=limits["cooldown_seconds"],
+        limits["min_nodes"],
+        limits["max_nodes"],
+        limits["idle_seconds"],
+        cooldown_seconds=limits["cooldown_seconds"],
         description=limits["description"],
-    )  # fmt: skip
+    )
     click.echo(target)
 
 
@@ -92,12 +117,16 @@ def nodes(target: str, as_json: bool) -> None:
     found = workspace._call(workspace._client.compute.nodes(target))
     rows = [
         {
-            "node": n.id, "target": n.target, "state": enum_word(n, "state"), "runs": str(len(n.run_ids)),
-            "cpus": f"{n.used.cpus:g}/{n.resources.cpus:g}", "gpus": f"{n.used.gpus + n.used.gpu_milli / 1000:g}/{n.resources.gpus}",
+            "node": n.id,
+            "target": n.target,
+            "state": enum_word(n, "state"),
+            "runs": str(len(n.run_ids)),
+            "cpus": f"{n.used.cpus:g}/{n.resources.cpus:g}",
+            "gpus": f"{n.used.gpus + n.used.gpu_milli / 1000:g}/{n.resources.gpus}",
             "labels": " ".join(f"{k}={v}" for k, v in sorted(n.labels.items())),
         }
         for n in found
-    ]  # fmt: skip
+    ]
     show(rows, ("node", "target", "state", "runs", "cpus", "gpus", "labels"), as_json, elastic=("node", "target", "labels"))
 
 

@@ -36,11 +36,16 @@ def list_images(as_json: bool) -> None:
     images = workspace._call(client.call(client.stubs.images.ListImages, pb.ListImagesRequest())).images
     rows = [
         {
-            "digest": i.digest[:12], "state": _state(i), "environment": i.environment.name, "python": i.python_version,
-            "packages": len(i.packages), "size": size(i.size) if i.size else "", "used": moment(i.last_used_at),
+            "digest": i.digest[:12],
+            "state": _state(i),
+            "environment": i.environment.name,
+            "python": i.python_version,
+            "packages": len(i.packages),
+            "size": size(i.size) if i.size else "",
+            "used": moment(i.last_used_at),
         }
         for i in images
-    ]  # fmt: skip
+    ]
     columns = ("digest", "state", "environment", "python", "packages", "size", "used")
     show(rows, columns, as_json, [plain(i) for i in images] if as_json else None, elastic=("environment",))
 
@@ -59,9 +64,15 @@ def show_image(digest: str, as_json: bool) -> None:
         print_json(plain(found))
         return
     lines = {
-        "digest": found.digest, "state": _state(found), "reason": found.reason, "builder": found.builder, "image": found.image,
-        "python": found.python_version, "size": f"{found.size / 1e6:.0f} MB" if found.size else "", "built in": f"{found.build_seconds:.1f} s",
-    }  # fmt: skip
+        "digest": found.digest,
+        "state": _state(found),
+        "reason": found.reason,
+        "builder": found.builder,
+        "image": found.image,
+        "python": found.python_version,
+        "size": f"{found.size / 1e6:.0f} MB" if found.size else "",
+        "built in": f"{found.build_seconds:.1f} s",
+    }
     for name, value in lines.items():
         if value:
             click.echo(f"{name:<9} {printable(value)}")

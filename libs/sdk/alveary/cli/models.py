@@ -45,11 +45,15 @@ def list_models(name: str, as_json: bool) -> None:
     ids = short_ids([m.run_id for m in models])
     rows = [
         {
-            "model": m.id, "run": Cell(ids[m.run_id], m.run_id), "aliases": ",".join(m.aliases), "onnx": m.onnx["opset"] if m.onnx else "",
-            "registered": moment(m._found.registered_at), "tags": ",".join(f"{k}={v}" for k, v in m.tags.items()),
+            "model": m.id,
+            "run": Cell(ids[m.run_id], m.run_id),
+            "aliases": ",".join(m.aliases),
+            "onnx": m.onnx["opset"] if m.onnx else "",
+            "registered": moment(m._found.registered_at),
+            "tags": ",".join(f"{k}={v}" for k, v in m.tags.items()),
         }
         for m in models
-    ]  # fmt: skip
+    ]
     columns = ("model", "run", "aliases", "onnx", "registered", "tags")
     show(rows, columns, as_json, [plain(m._found) for m in models] if as_json else None, elastic=("tags", "aliases", "model"))
 
@@ -71,7 +75,9 @@ def show_model(reference: str, as_json: bool) -> None:
             "description": found.description,
             "registered": f"{when(found.registered_at)} by {found.registered_by}",
             "framework": f"{found.framework} {found.framework_version}".strip(),
-            "run": f"{line.run_id} (experiment {line.experiment})" + (f", which had {model.lineage['run_state']}" if line.run_state else "") if line.run_id else "none: it was uploaded",
+            "run": f"{line.run_id} (experiment {line.experiment})" + (f", which had {model.lineage['run_state']}" if line.run_state else "")
+            if line.run_id
+            else "none: it was uploaded",
             "datasets": list(line.datasets),
             "parent": line.parent,
             "source": line.snapshot[:12],
@@ -79,16 +85,25 @@ def show_model(reference: str, as_json: bool) -> None:
             "aliases": ", ".join(found.aliases),
             "tags": [f"{k}={v}" for k, v in sorted(found.tags.items())],
             "properties": [f"{k}={v}" for k, v in sorted(found.properties.items())],
-            "files": [f"{plural(found.file_count, 'file')}, {size(found.total_size)}", *(f"{f.path} ({size(f.size)})" for f in files[:10]),
-                      *([f"and {found.file_count - 10} more"] if len(files) > 10 else [])],
+            "files": [
+                f"{plural(found.file_count, 'file')}, {size(found.total_size)}",
+                *(f"{f.path} ({size(f.size)})" for f in files[:10]),
+                *([f"and {found.file_count - 10} more"] if len(files) > 10 else []),
+            ],
             "onnx": [
                 f"{size(done.file.size)}, opset {done.opset}, by {done.exporter}",
                 f"differs from PyTorch by {done.max_abs_diff:.3g}, on batches of {', '.join(map(str, done.checked_batch_sizes))}",
-            ] if found.HasField("export") else [],
-            "export": f"under way: {found.export_pending}" if found.export_pending else f"failed: {found.export_error}" if found.export_error else "",
+            ]
+            if found.HasField("export")
+            else [],
+            "export": f"under way: {found.export_pending}"
+            if found.export_pending
+            else f"failed: {found.export_error}"
+            if found.export_error
+            else "",
             "download": f"alveary model download {model.id}",
         }
-    )  # fmt: skip
+    )
 
 
 @model.command()

@@ -67,9 +67,20 @@ def _loopback(endpoint: str) -> bool:
 @click.option("--ca", type=FOLDER, help="Certificate of the authority that it is known by, a PEM file.")
 @click.option("--ca-data", default="", help="The same, as `alveary node token` prints it.")
 def join(
-    endpoint: str, token: str, name: str, address: str, cpus: float, memory_gb: float, gpus: int, gpu_ids: str, label: tuple[str, ...],
-    state_dir: Path, tls: bool, ca: Path | None, ca_data: str,
-) -> None:  # fmt: skip
+    endpoint: str,
+    token: str,
+    name: str,
+    address: str,
+    cpus: float,
+    memory_gb: float,
+    gpus: int,
+    gpu_ids: str,
+    label: tuple[str, ...],
+    state_dir: Path,
+    tls: bool,
+    ca: Path | None,
+    ca_data: str,
+) -> None:
     """Become a node, until Ctrl-C: then what runs here is attempted again elsewhere.
 
     ENDPOINT is HOST:PORT of the platform; TOKEN the join token, which `-` reads from standard input.
@@ -101,10 +112,14 @@ def join(
     folder.mkdir(parents=True, exist_ok=True)
     environment = {k: v for k, v in os.environ.items() if not k.startswith("ALVEARY_")} | dict(told.environment)
     environment |= {
-        "ALVEARY_NODE": name or f"{told.target}-{socket.gethostname()}", "ALVEARY_STATE_DIR": str(folder),
-        "ALVEARY_NODE_CPUS": str(cpus), "ALVEARY_NODE_MEMORY_BYTES": str(int(memory_gb * 2**30)), "ALVEARY_GPU_COUNT": str(gpus),
-        "ALVEARY_NODE_LABELS": json.dumps(pairs(label, "--label")), "ALVEARY_ADDRESS": address,
-    }  # fmt: skip
+        "ALVEARY_NODE": name or f"{told.target}-{socket.gethostname()}",
+        "ALVEARY_STATE_DIR": str(folder),
+        "ALVEARY_NODE_CPUS": str(cpus),
+        "ALVEARY_NODE_MEMORY_BYTES": str(int(memory_gb * 2**30)),
+        "ALVEARY_GPU_COUNT": str(gpus),
+        "ALVEARY_NODE_LABELS": json.dumps(pairs(label, "--label")),
+        "ALVEARY_ADDRESS": address,
+    }
     if gpu_ids:
         environment["ALVEARY_GPU_IDS"] = f"[{gpu_ids}]"
     if trusted:
@@ -148,5 +163,6 @@ def let_docker_trust(registry: str, ca: Path, folder: Path = Path("/etc/docker/c
     except PermissionError as error:
         raise AlvearyError(
             f"docker on this machine does not trust {registry} yet, and only root can say that it shall: "
-            f"sudo install -D -m 644 {shlex.quote(str(ca))} {shlex.quote(str(wanted))}", "FAILED_PRECONDITION",
-        ) from error  # fmt: skip
+            f"sudo install -D -m 644 {shlex.quote(str(ca))} {shlex.quote(str(wanted))}",
+            "FAILED_PRECONDITION",
+        ) from error

@@ -49,10 +49,16 @@ def _aspects(run: pb.Run, chosen: tuple[str, ...]) -> dict[str, Cell]:
 
     spec = run.spec
     found: dict[str, str] = {
-        "name": run.display_name, "experiment": spec.experiment, "state": state_name(run.state), "target": spec.compute_target,
-        "source": spec.snapshot[:12], "program": program_of(run), "environment": environment_of(run), "resources": resources_of(run),
+        "name": run.display_name,
+        "experiment": spec.experiment,
+        "state": state_name(run.state),
+        "target": spec.compute_target,
+        "source": spec.snapshot[:12],
+        "program": program_of(run),
+        "environment": environment_of(run),
+        "resources": resources_of(run),
         "inputs": ", ".join(f"{i.dataset}:{i.version}" for i in spec.inputs),
-    }  # fmt: skip
+    }
     cells = {name: Cell(value, value) for name, value in found.items() if value}
     cells |= {f"argument {name}": Cell(value, value) for name, value in arguments_of(list(spec.arguments)).items()}
     cells |= {f"variable {name}": Cell(value, value) for name, value in sorted(spec.environment.environment_variables.items())}

@@ -28,9 +28,16 @@ _THINNED = 16
 @click.option("--wide", "-w", is_flag=True, help="All columns, nothing cut, whole ids.")
 @json_option
 def list_runs(
-    experiment: str, state: str, tag: tuple[str, ...], filter_text: str, metrics: tuple[str, ...], order_by: str, limit: int, wide: bool,
+    experiment: str,
+    state: str,
+    tag: tuple[str, ...],
+    filter_text: str,
+    metrics: tuple[str, ...],
+    order_by: str,
+    limit: int,
+    wide: bool,
     as_json: bool,
-) -> None:  # fmt: skip
+) -> None:
     """Runs, newest first; ids are short here, and every command takes them so."""
     from alveary.client.states import run_details, state_name
 
@@ -46,12 +53,18 @@ def list_runs(
     ids = {} if wide else short_ids([r.id for r in runs])
     rows = [
         {
-            "id": Cell(ids.get(r.id, r.id), r.id), "experiment": r.spec.experiment, "name": r.display_name, "state": state_name(r.state),
-            "target": r.spec.compute_target, "submitted": moment(r.submitted_at), "took": took(r),
-            "reason": r.reason.splitlines()[0] if r.reason else "", **{m: number(dict(r.metrics).get(m)) for m in metrics},
+            "id": Cell(ids.get(r.id, r.id), r.id),
+            "experiment": r.spec.experiment,
+            "name": r.display_name,
+            "state": state_name(r.state),
+            "target": r.spec.compute_target,
+            "submitted": moment(r.submitted_at),
+            "took": took(r),
+            "reason": r.reason.splitlines()[0] if r.reason else "",
+            **{m: number(dict(r.metrics).get(m)) for m in metrics},
         }
         for r in runs
-    ]  # fmt: skip
+    ]
     whole = wide or not sys.stdout.isatty()
     columns = ["id", "experiment", "name", "state", *(["target"] if whole else []), "submitted", "took", *metrics, "reason"]
     if not whole and not any(r.reason for r in runs):
@@ -82,8 +95,10 @@ def metrics(run_id: str, name: str, as_json: bool) -> None:
         points = [p for one in series for p in one.points]
         show(
             [{"step": p.step if p.HasField("step") else "", "time": moment(p.time), "value": value_of(p)} for p in points],
-            ("step", "time", "value"), as_json, elastic=("value",),
-        )  # fmt: skip
+            ("step", "time", "value"),
+            as_json,
+            elastic=("value",),
+        )
         return
     rows = []
     for one in series:
@@ -92,10 +107,14 @@ def metrics(run_id: str, name: str, as_json: bool) -> None:
         figures = (min(scalars), max(scalars)) if scalars else (None, None)
         rows.append(
             {
-                "metric": one.name, "points": one.point_count or len(one.points), "step": last.step if last.HasField("step") else "", "last": value_of(last),
-                "min": number(figures[0]), "max": number(figures[1]),
+                "metric": one.name,
+                "points": one.point_count or len(one.points),
+                "step": last.step if last.HasField("step") else "",
+                "last": value_of(last),
+                "min": number(figures[0]),
+                "max": number(figures[1]),
             }
-        )  # fmt: skip
+        )
     show(rows, ("metric", "points", "step", "last", "min", "max"), as_json, elastic=("last", "metric"))
 
 

@@ -73,9 +73,18 @@ def watch(run_id: str) -> None:
 @click.option("--since", type=Moment(), help="Only lines written since then: 90s, 10m, 2h, 1d, or a time like 2026-01-31T12:00:00Z.")
 @json_option
 def logs(
-    run_id: str, keep_on: bool, stream: tuple[str, ...], rank: int, all_ranks: bool, after: int, grep: str, ignore_case: bool,
-    newest: int, since: float | None, as_json: bool,
-) -> None:  # fmt: skip
+    run_id: str,
+    keep_on: bool,
+    stream: tuple[str, ...],
+    rank: int,
+    all_ranks: bool,
+    after: int,
+    grep: str,
+    ignore_case: bool,
+    newest: int,
+    since: float | None,
+    as_json: bool,
+) -> None:
     """Its log lines, byte for byte as they were written: like `cat`, a terminal acts on what is in them."""
     if (grep and (keep_on or newest)) or (newest and since is not None):
         raise click.UsageError("--grep goes neither with --follow nor with --newest, and --newest not with --since")
@@ -94,9 +103,18 @@ def logs(
 
 
 async def _lines(
-    client: Client, run_id: str, after: int, keep_on: bool, streams: Sequence[str], rank: int | None, grep: str, ignore_case: bool,
-    newest: int, since: float | None, unfinished: bool,
-) -> AsyncIterator[Any]:  # fmt: skip
+    client: Client,
+    run_id: str,
+    after: int,
+    keep_on: bool,
+    streams: Sequence[str],
+    rank: int | None,
+    grep: str,
+    ignore_case: bool,
+    newest: int,
+    since: float | None,
+    unfinished: bool,
+) -> AsyncIterator[Any]:
     if newest:
         for one in (await client.logs.read(run_id, after, newest, True, streams, rank)).lines:
             yield one

@@ -41,37 +41,69 @@ if TYPE_CHECKING:
 @click.option("--nodes", default=1, help="Nodes; all or none.")
 @click.option("--min-nodes", default=0, help="Begin with as few as these, with torchrun; 0: all.")
 @click.option("--launcher", default="", help="torchrun, mpi or plain; default: torchrun where there is more than one process.")
-@click.option("--max-restarts", default=0, help="How often torchrun starts failed workers anew.")
+@click.option("--max-restarts", default=0, help="How often torchrun restarts failed workers.")
 @click.option("--priority", default=0, help="Below 0 gives way to others.")
 @click.option("--max-seconds", default=0.0, help="End it after this time; 0: never.")
 @json_option
 def submit(
-    command: tuple[str, ...], source: Path, target: str, experiment: str, pip: tuple[str, ...], requirements: Path | None, pytorch: bool,
-    python: str, env: tuple[str, ...], inputs: tuple[str, ...], as_command: bool, processes: int, nodes: int, min_nodes: int,
-    launcher: str, max_restarts: int, cpus: float, memory_gb: float, gpus: float, priority: int, max_seconds: float,
-    gpu_model: tuple[str, ...], node_label: tuple[str, ...], tag: tuple[str, ...], name: str, follow: bool, as_json: bool,
-) -> None:  # fmt: skip
+    command: tuple[str, ...],
+    source: Path,
+    target: str,
+    experiment: str,
+    pip: tuple[str, ...],
+    requirements: Path | None,
+    pytorch: bool,
+    python: str,
+    env: tuple[str, ...],
+    inputs: tuple[str, ...],
+    as_command: bool,
+    processes: int,
+    nodes: int,
+    min_nodes: int,
+    launcher: str,
+    max_restarts: int,
+    cpus: float,
+    memory_gb: float,
+    gpus: float,
+    priority: int,
+    max_seconds: float,
+    gpu_model: tuple[str, ...],
+    node_label: tuple[str, ...],
+    tag: tuple[str, ...],
+    name: str,
+    follow: bool,
+    as_json: bool,
+) -> None:
     """Submit a run of a source directory; prints its id.
 
     Options come before the script; everything after it is the script's: alveary run submit --follow train.py --epochs 3
     """
     from alveary.environment import Environment
-    from alveary.estimator import PYTORCH_PACKAGES, ScriptRunConfig
+    from alveary.estimator import PYTORCH_PACKAGES
     from alveary.requirements import requirements_of
     from alveary.run import Experiment
     from alveary.run_options import Resources
+    from alveary.script_run_config import ScriptRunConfig
 
     _say_whose(command)
     workspace = open_workspace()
     packages = [*(PYTORCH_PACKAGES if pytorch else ()), *(requirements_of(requirements) if requirements else ()), *pip]
     environment = Environment("cli", packages, environment_variables=pairs(env, "--env"), user_managed=bool(python), interpreter=python)
     config = ScriptRunConfig(
-        str(source), None if as_command else command[0], command[1:] if not as_command else [], compute_target=target,
-        environment=environment, command=command if as_command else None, use_gpu=gpus > 0, priority=priority,
+        str(source),
+        None if as_command else command[0],
+        command[1:] if not as_command else [],
+        compute_target=target,
+        environment=environment,
+        command=command if as_command else None,
+        use_gpu=gpus > 0,
+        priority=priority,
         resources=Resources(cpus, memory_gb, gpus, gpu_model, pairs(node_label, "--node-label")),
-        max_run_duration_seconds=max_seconds or None, inputs=_inputs(workspace, inputs), display_name=name,
+        max_run_duration_seconds=max_seconds or None,
+        inputs=_inputs(workspace, inputs),
+        display_name=name,
         distributed_job_config=_distribution(launcher, processes, nodes, min_nodes, max_restarts),
-    )  # fmt: skip
+    )
     run = Experiment(workspace, experiment).submit(config, tags=pairs(tag, "--tag"))
     if as_json and not follow:
         print_json(run.get_details())

@@ -43,9 +43,16 @@ if TYPE_CHECKING:
 )
 @click.option("--log", hidden=True, type=click.Path(path_type=Path), help="Where to speak once it is ready (for --detach).")
 def up(
-    detach: bool, state_dir: Path | None, port: int | None, separate: bool, lease_seconds: float, metrics_port: int, runtime: str,
-    bind: str | None, log: Path | None,
-) -> None:  # fmt: skip
+    detach: bool,
+    state_dir: Path | None,
+    port: int | None,
+    separate: bool,
+    lease_seconds: float,
+    metrics_port: int,
+    runtime: str,
+    bind: str | None,
+    log: Path | None,
+) -> None:
     """Start the whole platform on this machine."""
     from alveary.local.layout import Layout
     from alveary.local.stack import Stack, own_addresses, usable
@@ -103,7 +110,7 @@ class _Voice:
 
     def __call__(self, text: str) -> None:
         line = f"{text}\n".encode()
-        with contextlib.suppress(OSError):  # whoever listened is gone, or the disk is full
+        with contextlib.suppress(OSError):  # the listener is gone, or the disk is full
             os.write(1, line)
         if self._log is not None:
             with contextlib.suppress(OSError), self._log.open("ab") as opened:
@@ -227,17 +234,27 @@ def _ask(workspace: Workspace) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     said = workspace._call(client.call(client.stubs.nodes.GetStatus, pb.GetStatusRequest()))
     nodes = workspace._call(client.call(client.stubs.nodes.ListNodes, pb.ListNodesRequest())).nodes
     platform = {
-        "version": said.version, "hostname": said.hostname, "clock_ahead_seconds": round(said.time.ToNanoseconds() / 1e9 - time.time(), 1),
-        "disk_free_bytes": said.disk_free_bytes, "disk_total_bytes": said.disk_total_bytes, "disk_reserve_bytes": said.disk_reserve_bytes,
-        "trouble": said.trouble, "dead_letters": letters.count,
-    }  # fmt: skip
+        "version": said.version,
+        "hostname": said.hostname,
+        "clock_ahead_seconds": round(said.time.ToNanoseconds() / 1e9 - time.time(), 1),
+        "disk_free_bytes": said.disk_free_bytes,
+        "disk_total_bytes": said.disk_total_bytes,
+        "disk_reserve_bytes": said.disk_reserve_bytes,
+        "trouble": said.trouble,
+        "dead_letters": letters.count,
+    }
     rows = [
         {
-            "node": n.id, "target": n.target, "state": enum_word(n, "state"), "runs": len(n.run_ids), "disk_free_bytes": n.disk_free_bytes,
-            "disk_total_bytes": n.disk_total_bytes, "trouble": n.cordon_reason,
+            "node": n.id,
+            "target": n.target,
+            "state": enum_word(n, "state"),
+            "runs": len(n.run_ids),
+            "disk_free_bytes": n.disk_free_bytes,
+            "disk_total_bytes": n.disk_total_bytes,
+            "trouble": n.cordon_reason,
         }
         for n in nodes
-    ]  # fmt: skip
+    ]
     return platform, rows
 
 

@@ -19,9 +19,15 @@ _NARROWEST = 6
 
 
 def show(
-    rows: Sequence[Mapping[str, Any]], columns: Sequence[str], as_json: bool, raw: Sequence[Any] | None = None, *,
-    elastic: Sequence[str] = (), spare: Sequence[str] = (), wide: bool = False,
-) -> None:  # fmt: skip
+    rows: Sequence[Mapping[str, Any]],
+    columns: Sequence[str],
+    as_json: bool,
+    raw: Sequence[Any] | None = None,
+    *,
+    elastic: Sequence[str] = (),
+    spare: Sequence[str] = (),
+    wide: bool = False,
+) -> None:
     """Print `rows`: `columns` of them on a terminal or in a pipe, everything (`raw`, if given) as JSON.
 
     On a terminal the columns fit its width: `elastic` ones are cut as much as that takes, the first of them first, and

@@ -62,9 +62,18 @@ class Connection:
         """Stubs of all services."""
         return Stubs(lambda service: self._channels[self.config.endpoints.get(service, self.config.endpoint)])
 
-    @cached_property
+    @property
     def transfers(self) -> transfer.Transfers:
-        """What moves bytes to and from the object store."""
+        """What moves bytes to and from the object store.
+
+        Raises:
+            AlvearyError: this process was forked from one that uses the platform: its threads do not exist here.
+        """
+        claim_grpc()
+        return self._transfers
+
+    @cached_property
+    def _transfers(self) -> transfer.Transfers:
         return transfer.Transfers(self.config.ca)
 
     async def close(self) -> None:
