@@ -98,6 +98,10 @@ def _log_streams(rows: list[list[str]]) -> None:
     assert said - {"logs/<path>"} == {n for n in said if f'"{n}"' in sources()}
 
 
+def _wait_codes(rows: list[list[str]]) -> None:
+    assert [code(name)[0] for name, *_ in rows] == [name.removeprefix("WAIT_CODE_") for name in c.WaitCode.keys()[1:]]
+
+
 CHECKS: dict[str, Callable[[list[list[str]]], None]] = {
     "aggregates": _aggregates,
     "streams": _streams,
@@ -106,6 +110,7 @@ CHECKS: dict[str, Callable[[list[list[str]]], None]] = {
     "files": _files,
     "exit-reasons": _exit_reasons,
     "log-streams": _log_streams,
+    "wait-codes": _wait_codes,
 }
 
 
