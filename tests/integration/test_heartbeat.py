@@ -25,8 +25,8 @@ class Scheduler:
 
     def __init__(self, layout: Layout, node: str) -> None:
         self._layout, self._node = layout, node
-        self.beats: list[pb.Beat] = []
-        self.answer: pb.BeatAnswer | None = pb.BeatAnswer(known=True)
+        self.beats: list[pb.Heartbeat] = []
+        self.answer: pb.HeartbeatResponse | None = pb.HeartbeatResponse()
         self._ready, self._stop = threading.Event(), threading.Event()
 
     async def _serve(self) -> None:
@@ -35,12 +35,12 @@ class Scheduler:
         )
 
         async def hear(message: Any) -> None:
-            beat = pb.Beat.FromString(message.data)
+            beat = pb.Heartbeat.FromString(message.data)
             if self.answer is not None:
                 self.beats.append(beat)
                 await message.respond(self.answer.SerializeToString())
 
-        await connection.subscribe(f"alveary-beat.default.{self._node}", cb=hear)
+        await connection.subscribe(f"alveary-heartbeat.default.{self._node}", cb=hear)
         await connection.flush()
         self._ready.set()
         while not self._stop.is_set():
@@ -83,13 +83,13 @@ async def test_beats_go_on_and_a_lost_lease_ends_everything(bare_servers: Layout
     scheduler = Scheduler(bare_servers, node)
     with scheduler.serving():
         beating = Heartbeat(
-            settings, lambda leaving: pb.Beat(node=node, leaving=leaving), end=end, end_all=lambda: end("all"), leave=lambda: end("left"),
+            settings, lambda leaving: pb.Heartbeat(node=node, leaving=leaving), end=end, end_all=lambda: end("all"), leave=lambda: end("left"),
             idle=lambda: True, die=died.append,
         )  # fmt: skip
         beating.start()
         block_until(lambda: len(scheduler.beats) >= 10)  # while this very loop stands still
         assert not died and not ended
-        scheduler.answer = pb.BeatAnswer(known=True, stop=["r-1"])
+        scheduler.answer = pb.HeartbeatResponse(stop=["r-1"])
         await asyncio.wait_for(changed.wait(), 60)
         assert set(ended) == {"r-1"}
         scheduler.answer = None
@@ -98,6 +98,6 @@ async def test_beats_go_on_and_a_lost_lease_ends_everything(bare_servers: Layout
         assert not died
         block_until(lambda: bool(died))  # a loop that cannot stop what it lost ends the process
         assert died[0] == 70
-        scheduler.answer = pb.BeatAnswer(known=True)
+        scheduler.answer = pb.HeartbeatResponse()
         await beating.stop()
         assert beating.over.done() and scheduler.beats[-1].leaving

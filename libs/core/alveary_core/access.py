@@ -10,7 +10,7 @@ WRITES: dict[str, tuple[str, ...]] = {
     "runs": ("alveary.*.run.>", "alveary-metrics.>"),
     "images": ("alveary.*.image.>", "alveary-logs.>"),
     "scheduler": ("alveary.*.target.>", "alveary.*.node.>", "alveary.*.placement.>", "alveary-scheduler.>"),
-    "trainer": ("alveary.*.attempt.>", "alveary-logs.>", "alveary-metrics.>", "alveary-beat.>", "alveary-gang.>"),
+    "trainer": ("alveary.*.attempt.>", "alveary-logs.>", "alveary-metrics.>", "alveary-heartbeat.>", "alveary-gang.>"),
     "logs": ("alveary.*.log.>",),
     "registry": ("alveary.*.model.>", "alveary.*.dataset.>"),
     "archiver": (),

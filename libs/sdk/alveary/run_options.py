@@ -127,7 +127,7 @@ class Distribution:
         spec.process_count_per_node = self.processes_per_node or 1
         spec.min_node_count = self.min_node_count
         spec.max_restarts = self.max_restarts
-        spec.pack = self.pack_nodes
+        spec.pack_nodes = self.pack_nodes
         if self.backend is not None:
             if self.backend.lower() not in _BACKENDS:
                 raise AlvearyError(f"communication backend {self.backend!r}: 'nccl' or 'gloo'", "INVALID_ARGUMENT")

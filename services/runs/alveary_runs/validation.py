@@ -138,7 +138,7 @@ def _compute(spec: c.RunSpec, target: ev.ComputeSpec | None, targets: list[str],
     known = target.kind == c.TARGET_KIND_LOCAL or node.cpus > 0
     if not 1 <= spec.node_count <= MAX_NODE_COUNT:
         say("node_count", f"{spec.node_count}: 1 to {MAX_NODE_COUNT}")
-    elif not spec.pack and (spec.min_node_count or spec.node_count) > target.max_nodes:
+    elif not spec.pack_nodes and (spec.min_node_count or spec.node_count) > target.max_nodes:
         say(
             "node_count",
             f"{spec.min_node_count or spec.node_count} nodes were asked for; {spec.compute_target!r} has at most {target.max_nodes}",

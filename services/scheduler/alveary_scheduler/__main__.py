@@ -10,10 +10,10 @@ from alveary_contracts.events.v1 import events_pb2 as ev
 from alveary_contracts.scheduler.v1 import scheduler_pb2, scheduler_pb2_grpc
 from alveary_core.events import Key
 from alveary_core.service import Service, serve
-from alveary_scheduler.adapters.local import LocalNodes
 from alveary_scheduler.api import ComputeService, NodeService, QueueService
 from alveary_scheduler.joining import Joining
 from alveary_scheduler.projection import SchedulerProjection
+from alveary_scheduler.providers.local import LocalNodes
 from alveary_scheduler.service import Scheduler
 from alveary_scheduler.settings import SchedulerSettings
 from alveary_scheduler.targets import kind_of, validate_and_default
@@ -34,16 +34,16 @@ async def start(service: Service) -> None:
     local = LocalNodes(service.settings.state_dir, trainer_environment())
     joining = Joining(settings, trainer_environment())
     scheduler = Scheduler(service, projection, local, joining)
-    await scheduler.take_over()
+    await scheduler.leadership.take_over()
     grpc_server = service.server.server
     scheduler_pb2_grpc.add_ComputeServiceServicer_to_server(ComputeService(scheduler, kind_of(settings.default_kind)), grpc_server)
     scheduler_pb2_grpc.add_NodeServiceServicer_to_server(NodeService(scheduler, joining), grpc_server)
     scheduler_pb2_grpc.add_QueueServiceServicer_to_server(QueueService(scheduler), grpc_server)
     service.server.add(scheduler_pb2.DESCRIPTOR.services_by_name.values())
-    await service.connection.subscribe("alveary-beat.*.*", cb=scheduler.on_beat)
+    await service.connection.subscribe("alveary-heartbeat.*.*", cb=scheduler.heartbeats.on_heartbeat)
     service.spawn(projection.run(service.log), "projection")
-    service.spawn(scheduler.run(), "decide")
-    service.spawn(scheduler.watch_nodes(), "nodes")
+    service.spawn(scheduler.loop.run(), "decide")
+    service.spawn(scheduler.heartbeats.watch(), "nodes")
     await projection.caught_up.wait()
     await ensure_target(scheduler, settings)
 

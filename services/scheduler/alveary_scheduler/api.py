@@ -99,7 +99,7 @@ class ComputeService(rpc.ComputeServiceServicer):
     def _target(self, target: Target) -> pb.Target:
         state = self._scheduler.state
         nodes = {n.id for n in state.nodes.values() if (n.workspace, n.target) == (target.workspace, target.name)}
-        desired = self._scheduler.desired((target.workspace, target.name))
+        desired = self._scheduler.fleet.desired((target.workspace, target.name))
         return pb.Target(
             name=target.name, spec=target.spec, current_nodes=len(nodes), desired_nodes=desired,
             running=sum(any(name in nodes for name, _ in p.nodes) for p in state.placed.values()),
@@ -121,18 +121,18 @@ class NodeService(rpc.NodeServiceServicer):
             if node.workspace != who.workspace or request.target not in ("", node.target):
                 continue
             held = [p for p in state.placed.values() if p.on(node.id)]
-            pulse = self._scheduler.pulses.get(node.id)
+            last = self._scheduler.heartbeats.last.get(node.id)
             one = pb.Node(
                 id=node.id, target=node.target, resources=node.total, run_ids=[p.run for p in held], used=_used(held, node.id),
                 state=self._state(node), labels=node.labels,
             )  # fmt: skip
-            if pulse is not None:
-                one.gpu_models[:] = pulse.beat.gpu_models
-                one.hostname, one.cpu_percent = pulse.beat.hostname, pulse.beat.cpu_percent
-                one.memory_used_bytes = pulse.beat.memory_used_bytes
-                one.seconds_since_heartbeat = time.monotonic() - pulse.at
-                one.disk_total_bytes, one.disk_free_bytes = pulse.beat.disk_total_bytes, pulse.beat.disk_free_bytes
-                one.cordon_reason = pulse.beat.cordon_reason
+            if last is not None:
+                one.gpu_models[:] = last.message.gpu_models
+                one.hostname, one.cpu_percent = last.message.hostname, last.message.cpu_percent
+                one.memory_used_bytes = last.message.memory_used_bytes
+                one.seconds_since_heartbeat = time.monotonic() - last.at
+                one.disk_total_bytes, one.disk_free_bytes = last.message.disk_total_bytes, last.message.disk_free_bytes
+                one.cordon_reason = last.message.cordon_reason
                 if one.cordon_reason and one.state == pb.NODE_STATE_READY:
                     one.state = pb.NODE_STATE_CORDONED
             found.append(one)
@@ -150,7 +150,7 @@ class NodeService(rpc.NodeServiceServicer):
         disk = await self._scheduler.disk.look()
         answer = pb.GetStatusResponse(
             version=version("alveary-core"), hostname=socket.gethostname(), disk_total_bytes=disk.total, disk_free_bytes=disk.free,
-            disk_reserve_bytes=disk.reserve, trouble=await self._scheduler.trouble(),
+            disk_reserve_bytes=disk.reserve, trouble=await self._scheduler.loop.trouble(),
         )  # fmt: skip
         answer.time.GetCurrentTime()
         return answer

@@ -9,9 +9,9 @@ from alveary_contracts.common.v1 import common_pb2 as c
 from alveary_contracts.events.v1 import events_pb2 as ev
 from alveary_contracts.names import name_problem
 from alveary_core.errors import InvalidArgument
-from alveary_scheduler.adapters.local import machine
-from alveary_scheduler.adapters.ray_nodes import installed
 from alveary_scheduler.core.packing import POLICIES
+from alveary_scheduler.providers.local import machine
+from alveary_scheduler.providers.ray import installed
 
 MAX_LOCAL_NODES = 64
 MAX_NODES = 10_000

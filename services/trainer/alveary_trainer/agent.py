@@ -153,12 +153,12 @@ class Agent:
             for a in list(self.attempts.values())
         ]
 
-    def beat_message(self, leaving: bool = False) -> pb.Beat:
+    def beat_message(self, leaving: bool = False) -> pb.Heartbeat:
         """What this node says of itself now. From any thread; blocks for a moment where there are GPUs."""
         s = self._settings
         memory = psutil.virtual_memory()
         disk = self.disk.disk
-        return pb.Beat(
+        return pb.Heartbeat(
             node=s.node, incarnation=self._context.incarnation, target=s.target, leaving=leaving,
             hostname=socket.gethostname(), labels=s.node_labels, cpus=s.node_cpus or machine.cpus(), cpu_percent=psutil.cpu_percent(None),
             memory_total_bytes=s.node_memory_bytes or machine.memory_bytes(), memory_used_bytes=memory.total - memory.available,

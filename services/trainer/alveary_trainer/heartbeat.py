@@ -56,7 +56,7 @@ class Heartbeat:
     """Beats for a node until it is stopped."""
 
     def __init__(
-        self, settings: TrainerSettings, message: Callable[[bool], pb.Beat], *, end: Callable[[str], None], end_all: Callable[[], None],
+        self, settings: TrainerSettings, message: Callable[[bool], pb.Heartbeat], *, end: Callable[[str], None], end_all: Callable[[], None],
         leave: Callable[[], None], idle: Callable[[], bool], die: Callable[[int], None] = os._exit,
     ) -> None:  # fmt: skip
         """`message(leaving)` makes a beat, on the heartbeat's thread; `idle` is asked there too.
@@ -67,7 +67,7 @@ class Heartbeat:
         self._settings, self._message = settings, message
         self._end, self._end_all, self._leave, self._idle, self._die = end, end_all, leave, idle, die
         self._home = asyncio.get_running_loop()
-        self._subject = f"alveary-beat.{token(settings.workspace)}.{token(settings.node)}"
+        self._subject = f"alveary-heartbeat.{token(settings.workspace)}.{token(settings.node)}"
         self._life = _Life(self._home)
         self._stop = threading.Event()
         self._wake: asyncio.Event | None = None
@@ -130,7 +130,7 @@ class Heartbeat:
                     raw = await connection.request(
                         self._subject, self._message(False).SerializeToString(), timeout=max(2.0, s.beat_seconds)
                     )
-                    answer = pb.BeatAnswer.FromString(raw.data)
+                    answer = pb.HeartbeatResponse.FromString(raw.data)
                 except (nats.errors.Error, TimeoutError, OSError) as error:
                     silent = time.monotonic() - answered
                     telemetry.logger().info("beat.unanswered", seconds=round(silent, 1), error=str(error) or type(error).__name__)

@@ -163,7 +163,7 @@ def test_options_of_a_run_reach_its_specification(tmp_path: Path) -> None:
         retry=alveary.Retry(4, on=["exited"], exit_codes=[75], backoff_seconds=3),
     )._spec()  # fmt: skip
     assert list(made.arguments) == ["--lr", "0.1", "two words"]
-    assert (made.node_count, made.process_count_per_node, made.min_node_count, made.max_restarts, made.pack) == (3, 2, 2, 4, True)
+    assert (made.node_count, made.process_count_per_node, made.min_node_count, made.max_restarts, made.pack_nodes) == (3, 2, 2, 4, True)
     assert dict(made.environment.environment_variables) == {"ALVEARY_COMMUNICATION_BACKEND": "gloo"}
     assert (made.resources.cpus, made.resources.memory_bytes, made.resources.shm_bytes) == (1.5, 2 << 30, 1 << 30)
     assert (made.resources.gpus, made.resources.gpu_milli, list(made.resources.gpu_models)) == (1, 500, ["A100"])

@@ -589,7 +589,7 @@ class RunSpec(_message.Message):
     RETRY_FIELD_NUMBER: _builtins.int
     MIN_NODE_COUNT_FIELD_NUMBER: _builtins.int
     MAX_RESTARTS_FIELD_NUMBER: _builtins.int
-    PACK_FIELD_NUMBER: _builtins.int
+    PACK_NODES_FIELD_NUMBER: _builtins.int
     experiment: _builtins.str
     """Default "default"."""
     snapshot: _builtins.str
@@ -631,8 +631,8 @@ class RunSpec(_message.Message):
     """Elastic: an attempt may begin with as few nodes as this. 0: node_count."""
     max_restarts: _builtins.int
     """How often torchrun restarts all workers after one failed, within an attempt; 0 to 100. LAUNCHER_TORCHRUN."""
-    pack: _builtins.bool
-    """As few nodes as will do: several of the run's `node_count` shares may be on one. Default: each on a node of its own."""
+    pack_nodes: _builtins.bool
+    """On as few nodes as possible: several members of the gang may be on one node. Default: each on a node of its own."""
     @_builtins.property
     def command(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Or an argv; "python" as its first word is the environment's python. Exactly one of entry_script, command and
@@ -690,11 +690,11 @@ class RunSpec(_message.Message):
         retry: Global___RetryPolicy | None = ...,
         min_node_count: _builtins.int = ...,
         max_restarts: _builtins.int = ...,
-        pack: _builtins.bool = ...,
+        pack_nodes: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["environment", b"environment", "resources", b"resources", "retry", b"retry"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "command", b"command", "compute_target", b"compute_target", "display_name", b"display_name", "entry_script", b"entry_script", "environment", b"environment", "experiment", b"experiment", "grace_seconds", b"grace_seconds", "inputs", b"inputs", "launcher", b"launcher", "max_attempts", b"max_attempts", "max_restarts", b"max_restarts", "max_run_duration_seconds", b"max_run_duration_seconds", "min_node_count", b"min_node_count", "module", b"module", "node_count", b"node_count", "node_labels", b"node_labels", "pack", b"pack", "parent_run_id", b"parent_run_id", "priority", b"priority", "process_count_per_node", b"process_count_per_node", "properties", b"properties", "resources", b"resources", "resume_attempt", b"resume_attempt", "resume_from", b"resume_from", "retry", b"retry", "snapshot", b"snapshot", "tags", b"tags", "use_gpu", b"use_gpu"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "command", b"command", "compute_target", b"compute_target", "display_name", b"display_name", "entry_script", b"entry_script", "environment", b"environment", "experiment", b"experiment", "grace_seconds", b"grace_seconds", "inputs", b"inputs", "launcher", b"launcher", "max_attempts", b"max_attempts", "max_restarts", b"max_restarts", "max_run_duration_seconds", b"max_run_duration_seconds", "min_node_count", b"min_node_count", "module", b"module", "node_count", b"node_count", "node_labels", b"node_labels", "pack_nodes", b"pack_nodes", "parent_run_id", b"parent_run_id", "priority", b"priority", "process_count_per_node", b"process_count_per_node", "properties", b"properties", "resources", b"resources", "resume_attempt", b"resume_attempt", "resume_from", b"resume_from", "retry", b"retry", "snapshot", b"snapshot", "tags", b"tags", "use_gpu", b"use_gpu"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

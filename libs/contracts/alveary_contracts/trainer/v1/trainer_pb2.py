@@ -15,35 +15,35 @@ _sym_db = _symbol_database.Default()
 from alveary_contracts.common.v1 import common_pb2 as alveary_dot_common_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n alveary/trainer/v1/trainer.proto\x12\x12\x61lveary.trainer.v1\x1a\x1e\x61lveary/common/v1/common.proto\"\x10\n\x0eGetNodeRequest\"w\n\x0fGetNodeResponse\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x0e\n\x06target\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\t\x12\x31\n\x08\x61ttempts\x18\x04 \x03(\x0b\x32\x1f.alveary.trainer.v1.AttemptInfo\"\xba\x01\n\x0b\x41ttemptInfo\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x05\x12/\n\x05phase\x18\x03 \x01(\x0e\x32 .alveary.trainer.v1.AttemptPhase\x12\x0c\n\x04pids\x18\x04 \x03(\x05\x12\x13\n\x0b\x63pu_percent\x18\x05 \x01(\x01\x12\x14\n\x0cmemory_bytes\x18\x06 \x01(\x03\x12 \n\x18seconds_since_checkpoint\x18\x07 \x01(\x01\"\xcf\x03\n\x04\x42\x65\x61t\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x0e\n\x06target\x18\x03 \x01(\t\x12\x31\n\x08\x61ttempts\x18\x04 \x03(\x0b\x32\x1f.alveary.trainer.v1.AttemptInfo\x12\x13\n\x0b\x63pu_percent\x18\x05 \x01(\x01\x12\x19\n\x11memory_used_bytes\x18\x06 \x01(\x03\x12\x1a\n\x12memory_total_bytes\x18\x07 \x01(\x03\x12\x0c\n\x04\x63pus\x18\x08 \x01(\x01\x12\x0c\n\x04gpus\x18\t \x01(\x05\x12\x12\n\ngpu_models\x18\n \x03(\t\x12\x10\n\x08hostname\x18\x0b \x01(\t\x12\x13\n\x0bgpu_percent\x18\x0c \x03(\x01\x12\x0f\n\x07leaving\x18\r \x01(\x08\x12\x34\n\x06labels\x18\x0e \x03(\x0b\x32$.alveary.trainer.v1.Beat.LabelsEntry\x12\x18\n\x10\x64isk_total_bytes\x18\x0f \x01(\x03\x12\x17\n\x0f\x64isk_free_bytes\x18\x10 \x01(\x03\x12\x15\n\rcordon_reason\x18\x11 \x01(\t\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"8\n\nBeatAnswer\x12\r\n\x05known\x18\x01 \x01(\x08\x12\x0c\n\x04stop\x18\x02 \x03(\t\x12\r\n\x05leave\x18\x03 \x01(\x08\"\xa5\x02\n\nGangReport\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\t\x12,\n\x05phase\x18\x04 \x01(\x0e\x32\x1d.alveary.trainer.v1.GangPhase\x12\x0c\n\x04host\x18\x05 \x01(\t\x12\x15\n\rnetwork_scope\x18\x06 \x01(\t\x12+\n\x04\x65xit\x18\x07 \x01(\x0b\x32\x1d.alveary.common.v1.ExitStatus\x12\x11\n\tfailed_at\x18\x08 \x01(\x01\x12\r\n\x05ranks\x18\t \x03(\x05\x12\x18\n\x10\x66ile_list_digest\x18\n \x01(\t\x12\r\n\x05\x65rror\x18\x0b \x01(\t\x12\x1a\n\x12last_order_version\x18\x0c \x01(\x03\"\xd7\x01\n\tGangOrder\x12\x0f\n\x07version\x18\x01 \x01(\x03\x12,\n\x05phase\x18\x02 \x01(\x0e\x32\x1d.alveary.trainer.v1.GangPhase\x12\r\n\x05hosts\x18\x03 \x03(\t\x12\x0c\n\x04port\x18\x04 \x01(\x05\x12\x0f\n\x07\x63ommand\x18\x05 \x03(\t\x12\x31\n\nend_reason\x18\x06 \x01(\x0e\x32\x1d.alveary.common.v1.ExitReason\x12\x0f\n\x07message\x18\x07 \x01(\t\x12\x19\n\x11\x66ile_names_digest\x18\x08 \x01(\t*\x81\x01\n\x0c\x41ttemptPhase\x12\x1d\n\x19\x41TTEMPT_PHASE_UNSPECIFIED\x10\x00\x12\x19\n\x15\x41TTEMPT_PHASE_STAGING\x10\x01\x12\x19\n\x15\x41TTEMPT_PHASE_RUNNING\x10\x02\x12\x1c\n\x18\x41TTEMPT_PHASE_FINALIZING\x10\x03*\xb1\x01\n\tGangPhase\x12\x1a\n\x16GANG_PHASE_UNSPECIFIED\x10\x00\x12\x16\n\x12GANG_PHASE_STAGING\x10\x01\x12\x14\n\x10GANG_PHASE_READY\x10\x02\x12\x16\n\x12GANG_PHASE_RUNNING\x10\x03\x12\x14\n\x10GANG_PHASE_ENDED\x10\x04\x12\x15\n\x11GANG_PHASE_LISTED\x10\x05\x12\x15\n\x11GANG_PHASE_STORED\x10\x06\x32\x64\n\x0eTrainerService\x12R\n\x07GetNode\x12\".alveary.trainer.v1.GetNodeRequest\x1a#.alveary.trainer.v1.GetNodeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n alveary/trainer/v1/trainer.proto\x12\x12\x61lveary.trainer.v1\x1a\x1e\x61lveary/common/v1/common.proto\"\x10\n\x0eGetNodeRequest\"w\n\x0fGetNodeResponse\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x0e\n\x06target\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\t\x12\x31\n\x08\x61ttempts\x18\x04 \x03(\x0b\x32\x1f.alveary.trainer.v1.AttemptInfo\"\xba\x01\n\x0b\x41ttemptInfo\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x05\x12/\n\x05phase\x18\x03 \x01(\x0e\x32 .alveary.trainer.v1.AttemptPhase\x12\x0c\n\x04pids\x18\x04 \x03(\x05\x12\x13\n\x0b\x63pu_percent\x18\x05 \x01(\x01\x12\x14\n\x0cmemory_bytes\x18\x06 \x01(\x03\x12 \n\x18seconds_since_checkpoint\x18\x07 \x01(\x01\"\xd9\x03\n\tHeartbeat\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x0e\n\x06target\x18\x03 \x01(\t\x12\x31\n\x08\x61ttempts\x18\x04 \x03(\x0b\x32\x1f.alveary.trainer.v1.AttemptInfo\x12\x13\n\x0b\x63pu_percent\x18\x05 \x01(\x01\x12\x19\n\x11memory_used_bytes\x18\x06 \x01(\x03\x12\x1a\n\x12memory_total_bytes\x18\x07 \x01(\x03\x12\x0c\n\x04\x63pus\x18\x08 \x01(\x01\x12\x0c\n\x04gpus\x18\t \x01(\x05\x12\x12\n\ngpu_models\x18\n \x03(\t\x12\x10\n\x08hostname\x18\x0b \x01(\t\x12\x13\n\x0bgpu_percent\x18\x0c \x03(\x01\x12\x0f\n\x07leaving\x18\r \x01(\x08\x12\x39\n\x06labels\x18\x0e \x03(\x0b\x32).alveary.trainer.v1.Heartbeat.LabelsEntry\x12\x18\n\x10\x64isk_total_bytes\x18\x0f \x01(\x03\x12\x17\n\x0f\x64isk_free_bytes\x18\x10 \x01(\x03\x12\x15\n\rcordon_reason\x18\x11 \x01(\t\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"0\n\x11HeartbeatResponse\x12\x0c\n\x04stop\x18\x01 \x03(\t\x12\r\n\x05leave\x18\x02 \x01(\x08\"\xa5\x02\n\nGangReport\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\t\x12,\n\x05phase\x18\x04 \x01(\x0e\x32\x1d.alveary.trainer.v1.GangPhase\x12\x0c\n\x04host\x18\x05 \x01(\t\x12\x15\n\rnetwork_scope\x18\x06 \x01(\t\x12+\n\x04\x65xit\x18\x07 \x01(\x0b\x32\x1d.alveary.common.v1.ExitStatus\x12\x11\n\tfailed_at\x18\x08 \x01(\x01\x12\r\n\x05ranks\x18\t \x03(\x05\x12\x18\n\x10\x66ile_list_digest\x18\n \x01(\t\x12\r\n\x05\x65rror\x18\x0b \x01(\t\x12\x1a\n\x12last_order_version\x18\x0c \x01(\x03\"\xd7\x01\n\tGangOrder\x12\x0f\n\x07version\x18\x01 \x01(\x03\x12,\n\x05phase\x18\x02 \x01(\x0e\x32\x1d.alveary.trainer.v1.GangPhase\x12\r\n\x05hosts\x18\x03 \x03(\t\x12\x0c\n\x04port\x18\x04 \x01(\x05\x12\x0f\n\x07\x63ommand\x18\x05 \x03(\t\x12\x31\n\nend_reason\x18\x06 \x01(\x0e\x32\x1d.alveary.common.v1.ExitReason\x12\x0f\n\x07message\x18\x07 \x01(\t\x12\x19\n\x11\x66ile_names_digest\x18\x08 \x01(\t*\x81\x01\n\x0c\x41ttemptPhase\x12\x1d\n\x19\x41TTEMPT_PHASE_UNSPECIFIED\x10\x00\x12\x19\n\x15\x41TTEMPT_PHASE_STAGING\x10\x01\x12\x19\n\x15\x41TTEMPT_PHASE_RUNNING\x10\x02\x12\x1c\n\x18\x41TTEMPT_PHASE_FINALIZING\x10\x03*\xb1\x01\n\tGangPhase\x12\x1a\n\x16GANG_PHASE_UNSPECIFIED\x10\x00\x12\x16\n\x12GANG_PHASE_STAGING\x10\x01\x12\x14\n\x10GANG_PHASE_READY\x10\x02\x12\x16\n\x12GANG_PHASE_RUNNING\x10\x03\x12\x14\n\x10GANG_PHASE_ENDED\x10\x04\x12\x15\n\x11GANG_PHASE_LISTED\x10\x05\x12\x15\n\x11GANG_PHASE_STORED\x10\x06\x32\x64\n\x0eTrainerService\x12R\n\x07GetNode\x12\".alveary.trainer.v1.GetNodeRequest\x1a#.alveary.trainer.v1.GetNodeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'alveary.trainer.v1.trainer_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_BEAT_LABELSENTRY']._loaded_options = None
-  _globals['_BEAT_LABELSENTRY']._serialized_options = b'8\001'
-  _globals['_ATTEMPTPHASE']._serialized_start=1455
-  _globals['_ATTEMPTPHASE']._serialized_end=1584
-  _globals['_GANGPHASE']._serialized_start=1587
-  _globals['_GANGPHASE']._serialized_end=1764
+  _globals['_HEARTBEAT_LABELSENTRY']._loaded_options = None
+  _globals['_HEARTBEAT_LABELSENTRY']._serialized_options = b'8\001'
+  _globals['_ATTEMPTPHASE']._serialized_start=1457
+  _globals['_ATTEMPTPHASE']._serialized_end=1586
+  _globals['_GANGPHASE']._serialized_start=1589
+  _globals['_GANGPHASE']._serialized_end=1766
   _globals['_GETNODEREQUEST']._serialized_start=88
   _globals['_GETNODEREQUEST']._serialized_end=104
   _globals['_GETNODERESPONSE']._serialized_start=106
   _globals['_GETNODERESPONSE']._serialized_end=225
   _globals['_ATTEMPTINFO']._serialized_start=228
   _globals['_ATTEMPTINFO']._serialized_end=414
-  _globals['_BEAT']._serialized_start=417
-  _globals['_BEAT']._serialized_end=880
-  _globals['_BEAT_LABELSENTRY']._serialized_start=835
-  _globals['_BEAT_LABELSENTRY']._serialized_end=880
-  _globals['_BEATANSWER']._serialized_start=882
-  _globals['_BEATANSWER']._serialized_end=938
-  _globals['_GANGREPORT']._serialized_start=941
-  _globals['_GANGREPORT']._serialized_end=1234
-  _globals['_GANGORDER']._serialized_start=1237
-  _globals['_GANGORDER']._serialized_end=1452
-  _globals['_TRAINERSERVICE']._serialized_start=1766
-  _globals['_TRAINERSERVICE']._serialized_end=1866
+  _globals['_HEARTBEAT']._serialized_start=417
+  _globals['_HEARTBEAT']._serialized_end=890
+  _globals['_HEARTBEAT_LABELSENTRY']._serialized_start=845
+  _globals['_HEARTBEAT_LABELSENTRY']._serialized_end=890
+  _globals['_HEARTBEATRESPONSE']._serialized_start=892
+  _globals['_HEARTBEATRESPONSE']._serialized_end=940
+  _globals['_GANGREPORT']._serialized_start=943
+  _globals['_GANGREPORT']._serialized_end=1236
+  _globals['_GANGORDER']._serialized_start=1239
+  _globals['_GANGORDER']._serialized_end=1454
+  _globals['_TRAINERSERVICE']._serialized_start=1768
+  _globals['_TRAINERSERVICE']._serialized_end=1868
 # @@protoc_insertion_point(module_scope)

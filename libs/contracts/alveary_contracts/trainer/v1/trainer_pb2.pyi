@@ -159,8 +159,10 @@ class AttemptInfo(_message.Message):
 Global___AttemptInfo: _TypeAlias = AttemptInfo  # noqa: Y015
 
 @_typing.final
-class Beat(_message.Message):
-    """A beat, request of NATS subject alveary-beat.<node>; the answer renews the leases of the node's attempts."""
+class Heartbeat(_message.Message):
+    """A node's sign of life: a request of NATS subject alveary-heartbeat.<workspace>.<node>. The response renews the leases of
+    the node's attempts.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -252,17 +254,14 @@ class Beat(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___Beat: _TypeAlias = Beat  # noqa: Y015
+Global___Heartbeat: _TypeAlias = Heartbeat  # noqa: Y015
 
 @_typing.final
-class BeatAnswer(_message.Message):
+class HeartbeatResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
-    KNOWN_FIELD_NUMBER: _builtins.int
     STOP_FIELD_NUMBER: _builtins.int
     LEAVE_FIELD_NUMBER: _builtins.int
-    known: _builtins.bool
-    """The scheduler knows this node and incarnation."""
     leave: _builtins.bool
     """The node must drain and exit: its target shrinks."""
     @_builtins.property
@@ -272,17 +271,16 @@ class BeatAnswer(_message.Message):
     def __init__(
         self,
         *,
-        known: _builtins.bool = ...,
         stop: _abc.Iterable[_builtins.str] | None = ...,
         leave: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["known", b"known", "leave", b"leave", "stop", b"stop"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["leave", b"leave", "stop", b"stop"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___BeatAnswer: _TypeAlias = BeatAnswer  # noqa: Y015
+Global___HeartbeatResponse: _TypeAlias = HeartbeatResponse  # noqa: Y015
 
 @_typing.final
 class GangReport(_message.Message):

@@ -11,6 +11,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
@@ -20,8 +21,9 @@ from alveary_contracts.common.v1 import common_pb2 as c
 from alveary_contracts.events.v1 import events_pb2 as ev
 from alveary_core import machine as limits
 from alveary_core import telemetry
+from alveary_scheduler.providers import NodeProvider
+from alveary_scheduler.state import TargetKey
 
-TargetKey = tuple[str, str]
 # A node that dies again at once is started again later and later, up to this, seconds.
 _MAX_PAUSE = 30.0
 
@@ -40,8 +42,10 @@ def machine(max_nodes: int) -> tuple[c.Resources, list[str]]:
     return c.Resources(cpus=limits.cpus(), memory_bytes=limits.memory_bytes(), gpus=gpus), models
 
 
-class LocalNodes:
+class LocalNodes(NodeProvider):
     """Starts, finds and stops trainer processes."""
+
+    scales = True
 
     def __init__(self, state_dir: Path, environment: dict[str, str]) -> None:
         self._folder = state_dir / "nodes"
@@ -58,11 +62,11 @@ class LocalNodes:
                 telemetry.logger().warning("node.forgotten", file=str(file), error=repr(error))
                 file.unlink()
 
-    def nodes(self, key: TargetKey) -> list[str]:
+    def wanted(self, key: TargetKey) -> list[str]:
         """Ids of the target's nodes that run or are being started."""
         return sorted(self._wanted.get(key, set()))
 
-    def grow(self, key: TargetKey, spec: ev.ComputeSpec, count: int) -> None:
+    def scale_up(self, key: TargetKey, spec: ev.ComputeSpec, count: int) -> None:
         """Start nodes until there are `count`."""
         wanted = self._wanted.setdefault(key, set())
         number = 0
@@ -74,14 +78,18 @@ class LocalNodes:
                 self._start(key, spec, node)
 
     def left(self, node: str) -> None:
-        """The node said good-bye: do not start it again."""
+        """The node has said that it ends: do not start it again."""
         for wanted in self._wanted.values():
             wanted.discard(node)
         (self._folder / f"{node}.json").unlink(missing_ok=True)
 
-    def keep_alive(self, key: TargetKey, spec: ev.ComputeSpec, leaving: set[str]) -> None:
-        """Start again what died."""
-        for node in self.nodes(key):
+    async def tend(self, targets: Mapping[TargetKey, ev.ComputeSpec], leaving: set[str]) -> None:
+        """Start nodes again that have died."""
+        for key, spec in targets.items():
+            self._keep_alive(key, spec, leaving)
+
+    def _keep_alive(self, key: TargetKey, spec: ev.ComputeSpec, leaving: set[str]) -> None:
+        for node in self.wanted(key):
             child = self._children.get(node)
             if child is not None:
                 child.poll()  # reaps
@@ -98,8 +106,8 @@ class LocalNodes:
                 self._pauses[node] = (time.monotonic() + pause, pause)
                 self._start(key, spec, node)
 
-    def kill(self, node: str) -> None:
-        """End a node that lives and says nothing; `keep_alive` starts it anew."""
+    def lost(self, node: str) -> None:
+        """End a node that lives and sends no heartbeat; `tend` starts it again."""
         process = self._process(node)
         if process is not None:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -134,7 +142,7 @@ class LocalNodes:
         }
         try:
             self._launch(key, node, env)
-        except OSError as error:  # no space, no memory, no more processes: `keep_alive` tries again
+        except OSError as error:  # no space, no memory, no more processes: `tend` tries again
             telemetry.logger().warning("node.not_started", node=node, error=str(error))
 
     def _launch(self, key: TargetKey, node: str, env: dict[str, str]) -> None:
@@ -145,7 +153,7 @@ class LocalNodes:
             )  # fmt: skip
         self._children[node] = child
         created = time.time()
-        with contextlib.suppress(psutil.NoSuchProcess):  # it ended already; keep_alive will see that
+        with contextlib.suppress(psutil.NoSuchProcess):  # it ended already; tend will see that
             created = psutil.Process(child.pid).create_time()
         record = {"pid": child.pid, "created": created, "node": node, "workspace": key[0], "target": key[1]}
         part = self._folder / f".{node}.part"

@@ -1,4 +1,4 @@
-"""Beside the scheduler, one for each target of kind `ray`: `python -m alveary_scheduler.adapters.ray_driver ADDRESS NAMESPACE`.
+"""Beside the scheduler, one for each target of kind `ray`: `python -m alveary_scheduler.providers.ray_driver ADDRESS NAMESPACE`.
 
 A process of its own, as Ray's client is large and may have to be started anew. Orders come as JSON lines on stdin:
 

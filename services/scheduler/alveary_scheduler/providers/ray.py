@@ -18,10 +18,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from alveary_contracts.events.v1 import events_pb2 as ev
 from alveary_core import telemetry
 from alveary_scheduler.core.resources import Shape
+from alveary_scheduler.providers import NodeProvider
+from alveary_scheduler.state import TargetKey
 
-TargetKey = tuple[str, str]
 _PAUSE, _MAX_PAUSE = 1.0, 30.0
 # (workspace, target) -> (endpoint, join token)
 Admit = Callable[[str, str], tuple[str, str]]
@@ -61,7 +63,7 @@ def node_name(target: str, run: str, index: int) -> str:
     return f"{target[:40]}-{run[-10:].lower()}-{index}"
 
 
-class RayNodes:
+class RayNodes(NodeProvider):
     """Groups of nodes in Ray clusters."""
 
     def __init__(self, state_dir: Path, admit: Admit, moved: Callable[[], None]) -> None:
@@ -77,13 +79,13 @@ class RayNodes:
         part.write_text(json.dumps(found))
         part.rename(self._file)
 
-    def tend(self, targets: Mapping[TargetKey, str]) -> None:
-        """Keep a driver for each target (by its cluster's address), and none for those that are gone. Call it now and then."""
-        for key, address in targets.items():
+    async def tend(self, targets: Mapping[TargetKey, ev.ComputeSpec], leaving: set[str]) -> None:
+        """Keep a driver for each target, and none for those that are gone."""
+        for key, spec in targets.items():
             cluster = self._clusters.get(key)
             if cluster is None:
                 known = self._known.pop("/".join(key), {})
-                cluster = self._clusters[key] = _Cluster(address, {run: _Group(nodes) for run, nodes in known.items()})
+                cluster = self._clusters[key] = _Cluster(spec.address, {run: _Group(nodes) for run, nodes in known.items()})
             if (cluster.reading is None or cluster.reading.done()) and time.monotonic() >= cluster.again:
                 cluster.again = time.monotonic() + cluster.pause
                 cluster.pause = min(cluster.pause * 2, _MAX_PAUSE)
@@ -91,14 +93,14 @@ class RayNodes:
         for key in [k for k in self._clusters if k not in targets]:
             cluster = self._clusters.pop(key)
             for run in list(cluster.groups):
-                self._say(cluster, {"op": "drop", "group": run})
+                self._send_order(cluster, {"op": "drop", "group": run})
             if cluster.process is not None and cluster.process.stdin is not None:
                 cluster.process.stdin.close()
             self._save()
 
     async def _drive(self, key: TargetKey, cluster: _Cluster) -> None:
         environment = {k: v for k, v in os.environ.items() if not k.startswith("ALVEARY_")} | {"RAY_USAGE_STATS_ENABLED": "0"}
-        command = [sys.executable, "-m", "alveary_scheduler.adapters.ray_driver", cluster.address, f"{self._namespace}-{'-'.join(key)}"]
+        command = [sys.executable, "-m", "alveary_scheduler.providers.ray_driver", cluster.address, f"{self._namespace}-{'-'.join(key)}"]
         process = cluster.process = await asyncio.create_subprocess_exec(
             *command, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL, env=environment,
             start_new_session=True,
@@ -106,7 +108,7 @@ class RayNodes:
         assert process.stdout is not None
         try:
             while line := await process.stdout.readline():
-                self._hear(key, cluster, json.loads(line))
+                self._handle_answer(key, cluster, json.loads(line))
                 self._moved()
         finally:
             cluster.connected = False
@@ -116,7 +118,7 @@ class RayNodes:
             code = await process.wait()
             telemetry.logger().info("ray.driver", target=key[1], address=cluster.address, code=code, trouble=cluster.trouble)
 
-    def _hear(self, key: TargetKey, cluster: _Cluster, said: dict[str, object]) -> None:
+    def _handle_answer(self, key: TargetKey, cluster: _Cluster, said: dict[str, object]) -> None:
         match said:
             case {"event": "connected", "groups": list(there)}:
                 cluster.connected, cluster.trouble, cluster.pause = True, "", _PAUSE
@@ -124,24 +126,24 @@ class RayNodes:
                     if run in there:
                         continue
                     if group.order:  # it never heard of it, or the cluster forgot
-                        self._say(cluster, group.order)
+                        self._send_order(cluster, group.order)
                     else:
                         del cluster.groups[run]
                 for run in [r for r in there if r not in cluster.groups]:
-                    self._say(cluster, {"op": "drop", "group": run})
+                    self._send_order(cluster, {"op": "drop", "group": run})
                 self._save()
             case {"event": "unreachable", "reason": str(reason)}:
                 cluster.trouble = f"the Ray cluster at {cluster.address} does not answer: {reason}"
                 telemetry.logger().warning("ray.unreachable", target=key[1], reason=reason)
 
-    def _say(self, cluster: _Cluster, order: dict[str, object]) -> None:
+    def _send_order(self, cluster: _Cluster, order: dict[str, object]) -> None:
         if cluster.connected and cluster.process is not None and cluster.process.stdin is not None:
             cluster.process.stdin.write(json.dumps(order).encode() + b"\n")
 
     # ---- what the scheduler asks ----------------------------------------------------------------------------------
 
-    def make(self, key: TargetKey, run: str, shape: Shape, count: int, spread: bool) -> None:
-        """Gather nodes for a run; once."""
+    def provision_group(self, key: TargetKey, run: str, shape: Shape, count: int, spread: bool) -> None:
+        """Ask for a placement group for a run; asking twice is asking once."""
         cluster = self._clusters.get(key)
         if cluster is None or run in cluster.groups:
             return
@@ -159,24 +161,28 @@ class RayNodes:
         }  # fmt: skip
         cluster.groups[run] = _Group(nodes, order=order)
         self._save()
-        self._say(cluster, order)
+        self._send_order(cluster, order)
 
-    def drop(self, key: TargetKey, run: str) -> None:
+    def release_group(self, key: TargetKey, run: str) -> None:
         """Give a group up."""
         cluster = self._clusters.get(key)
         if cluster is not None and cluster.groups.pop(run, None) is not None:
-            self._say(cluster, {"op": "drop", "group": run})
+            self._send_order(cluster, {"op": "drop", "group": run})
             self._save()
 
-    def gone(self, node: str) -> None:
-        """A node left, or is lost: end its actor; with the last one its group."""
+    def left(self, node: str) -> None:
+        """A node has ended: end its actor, and with the last one its group."""
         for key, cluster in self._clusters.items():
             for run, group in list(cluster.groups.items()):
                 if node in group.nodes and node not in group.left:
                     group.left.add(node)
-                    self._say(cluster, {"op": "kill", "group": run, "index": group.nodes.index(node)})
+                    self._send_order(cluster, {"op": "kill", "group": run, "index": group.nodes.index(node)})
                     if group.left == set(group.nodes):
-                        self.drop(key, run)
+                        self.release_group(key, run)
+
+    def lost(self, node: str) -> None:
+        """A node is silent: as if it had ended."""
+        self.left(node)
 
     def coming(self, key: TargetKey, joined: set[str]) -> dict[str, int]:
         """Runs whose groups are to bring nodes that have not joined, and how many."""
