@@ -133,7 +133,7 @@ async def test_cancel_and_the_time_limit_work_while_outputs_are_being_stored(nod
     attempt = node.place(code)
     async with asyncio.timeout(60):
         await stuck.wait()
-        while attempt._parts.store.stored < 1:
+        while attempt._parts.store.progress[0] < 1:
             await asyncio.sleep(0.01)
     node.heed(attempt.assignment.run_id, ev.RunCancelRequested(requested_by="u"))
     finished = await node.over(attempt)

@@ -145,8 +145,8 @@ class Attempt:
         """The end of an attempt whose storing was interrupted."""
         assert self.end.interruption is not None
         self._parts.store.stop()
-        done = f"{self._parts.store.stored} of {self._parts.store.total} files were stored by then"
-        text = f"{self.end.interruption.sentence}; {done}"
+        stored, total = self._parts.store.progress
+        text = f"{self.end.interruption.sentence}; {stored} of {total} files were stored by then"
         self._parts.log(text)
         status = self._parts.channel.exit_status(status)
         if not exit_status.was_requested(status.reason):

@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -46,6 +46,18 @@ class Published:
     digest: str
     files: int
     bytes: int
+
+
+@dataclass
+class _Progress:
+    """How far storing is."""
+
+    total_files: int
+    total_bytes: int
+    files: int = 0
+    bytes: int = 0
+    # When the log was told last, time.monotonic().
+    told_at: float = field(default_factory=time.monotonic)
 
 
 def not_stored(failure: BaseException) -> str:
@@ -88,9 +100,14 @@ class OutputStore:
         # When a byte was sent last, time.monotonic().
         self._moved = 0.0
         self._stopped = False
-        # How far `store_all` has come: what is stored, by its own name, and files of ./outputs and ./logs.
+        # What `store_all` has stored, by its own name, and how far it is with ./outputs and ./logs.
         self.done: dict[str, c.FileEntry] = {}
-        self.stored = self.total = 0
+        self._progress = _Progress(0, 0)
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """How many files of ./outputs and ./logs `store_all` has stored, of how many."""
+        return self._progress.files, self._progress.total_files
 
     def key(self, name: str) -> str:
         """Key of a file of the attempt."""
@@ -108,7 +125,7 @@ class OutputStore:
         finally:
             holder.close()
 
-    def _progress(self, _: int) -> None:
+    def _on_sent(self, _: int) -> None:
         # On the threads that send: they cannot be cancelled from outside, so they end here.
         if self._stopped:
             raise InterruptedError("storing was broken off")
@@ -123,7 +140,7 @@ class OutputStore:
         async with self._open(path) as readable:
             key = self.key(final) if final else self._staging_key(name)
             try:
-                entry = await self._store.put_file(BUCKET, key, readable, self._progress)
+                entry = await self._store.put_file(BUCKET, key, readable, self._on_sent)
             except FileChanged as error:
                 raise FileChanged(f"{name} changed while it was stored") from error
         entry.path = name
@@ -166,45 +183,56 @@ class OutputStore:
         files = await self.find()
         if names is not None:
             files = [f for f in files if names.get(f.name)]
-        done = self.done = {n: e for n, e in self.uploaded.items() if e.sha256}
-        self.stored, self.total = 0, len(files)
-        size = sum(f.size for f in files)
+        self.done = {n: e for n, e in self.uploaded.items() if e.sha256}
+        self._progress = _Progress(len(files), sum(f.size for f in files))
         if files:
-            self._log(f"storing {len(files)} files, {size / 1e6:.1f} MB")
-        # The same content under two names (links) is sent once.
+            self._log(f"storing {len(files)} files, {self._progress.total_bytes / 1e6:.1f} MB")
+        # A file under several names (links) is sent once.
         first: dict[tuple[int, int], FoundFile] = {}
         again = [f for f in files if first.setdefault((f.device, f.inode), f) is not f]
-        said, sent = time.monotonic(), 0
 
-        async def one(file: FoundFile) -> None:
-            nonlocal said, sent
-            final = names[file.name] if names is not None else file.name
-            known = self._known.get(file.name)
-            if known is not None and known[0] == file.stamp and final == file.name:
-                entry = known[1]
-            else:
-                entry = await self.put(file.path, file.name, final)
-            done[file.name] = entry
-            self.stored, sent, self._moved = self.stored + 1, sent + entry.size, time.monotonic()
-            if time.monotonic() - said > _PROGRESS_SECONDS:
-                said = time.monotonic()
-                self._log(f"stored {self.stored} of {len(files)} files, {sent / 1e6:.1f} of {size / 1e6:.1f} MB")
+        def final(file: FoundFile) -> str:
+            return names[file.name] if names is not None else file.name
+
+        async def send(file: FoundFile) -> None:
+            await self._send(file, final(file))
 
         async def copy(file: FoundFile) -> None:
-            origin = first[file.device, file.inode].name
-            source, final = (names[n] if names is not None else n for n in (origin, file.name))
-            await self._store.copy(BUCKET, self.key(final), BUCKET, self.key(source))
-            entry = c.FileEntry()
-            entry.CopyFrom(done[origin])
-            entry.path = file.name
-            done[file.name] = entry
-            self.stored, self._moved = self.stored + 1, time.monotonic()
+            origin = first[file.device, file.inode]
+            await self._copy(file, final(file), origin, final(origin))
 
-        await self._run_unless_stalled(each(list(first.values()), one, _WORKERS))
+        await self._run_unless_stalled(each(list(first.values()), send, _WORKERS))
         await self._run_unless_stalled(each(again, copy, _WORKERS))
         if names is not None:
             await self._move_uploads(names, {f.name for f in files})
-        return done
+        return self.done
+
+    async def _send(self, file: FoundFile, final: str) -> None:
+        """Store a file, unless `sync` has stored it as it is now."""
+        known = self._known.get(file.name)
+        if known is not None and known[0] == file.stamp and final == file.name:
+            entry = known[1]
+        else:
+            entry = await self.put(file.path, file.name, final)
+        self._add(entry, sent_bytes=entry.size)
+
+    async def _copy(self, file: FoundFile, final: str, origin: FoundFile, source: str) -> None:
+        """Store a file that is `origin` under another name, which is stored as `source`."""
+        await self._store.copy(BUCKET, self.key(final), BUCKET, self.key(source))
+        entry = c.FileEntry()
+        entry.CopyFrom(self.done[origin.name])
+        entry.path = file.name
+        self._add(entry)
+
+    def _add(self, entry: c.FileEntry, sent_bytes: int = 0) -> None:
+        self.done[entry.path] = entry
+        progress, self._moved = self._progress, time.monotonic()
+        progress.files += 1
+        progress.bytes += sent_bytes
+        if self._moved - progress.told_at > _PROGRESS_SECONDS:
+            progress.told_at = self._moved
+            sent, size = progress.bytes / 1e6, progress.total_bytes / 1e6
+            self._log(f"stored {progress.files} of {progress.total_files} files, {sent:.1f} of {size:.1f} MB")
 
     async def _move_uploads(self, names: Mapping[str, str], present: set[str]) -> None:
         """Copy what the script stored itself, and is not among the files that are `present`, to its final names."""

@@ -6,42 +6,13 @@ import asyncio
 from typing import Any
 
 import pytest
+from gang_wire import Message, Wire
 
 from alveary_contracts.common.v1 import common_pb2 as c
 from alveary_trainer.adapters.runtime import Host
 from alveary_trainer.end_signal import EndReason, EndSignal
 from alveary_trainer.gang import ENDED, READY, RUNNING, STORED, Gang
 from alveary_trainer.rendezvous import Follower, Leader, Solo
-
-
-class Wire:
-    """A connection between one leader and its members; nothing is lost, nothing is late."""
-
-    def __init__(self) -> None:
-        self._hear: Any = None
-
-    async def subscribe(self, subject: str, cb: Any) -> Wire:
-        self._hear = cb
-        return self
-
-    async def unsubscribe(self) -> None:
-        self._hear = None
-
-    async def request(self, subject: str, data: bytes, timeout: float) -> Message:
-        message = Message(data)
-        await self._hear(message)
-        async with asyncio.timeout(timeout):
-            return Message(await message.answer)
-
-
-class Message:
-    def __init__(self, data: bytes) -> None:
-        self.data = data
-        self.answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
-
-    async def respond(self, data: bytes) -> None:
-        if not self.answer.done():
-            self.answer.set_result(data)
 
 
 class BrokenSignal(EndSignal):
