@@ -15,6 +15,7 @@ from alveary_scheduler.core.pool import Pool
 from alveary_scheduler.core.requests import Placement, Preemption, Request
 from alveary_scheduler.core.reservation import Reservation
 from alveary_scheduler.core.resources import HypotheticalNode, Machine, Shape
+from alveary_scheduler.core.sizing import nodes_needed
 from alveary_scheduler.resources import milli
 from alveary_scheduler.state import State, Target, TargetKey, Waiting
 from alveary_scheduler.wait_reason import limit_of, reason_for
@@ -165,7 +166,7 @@ def _plan_scale(
     present = wanted = joined + starting
     # A further node of a machine that has no space has none either.
     if not any(node in pool.nodes for node in cordoned):
-        needed = planner.nodes_needed(_like_new(state, target), starting, spec.max_nodes - joined)
+        needed = nodes_needed(planner.waiting_kinds(), _like_new(state, target), starting, spec.max_nodes - joined)
         wanted = joined + max(starting, needed)
     if wanted == present and not waiting and not planner.placed:
         wanted = max(wanted - idle, spec.min_nodes)

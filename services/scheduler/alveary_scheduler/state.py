@@ -12,13 +12,12 @@ from dataclasses import dataclass, field, replace
 from alveary_contracts.common.v1 import common_pb2 as c
 from alveary_contracts.events.v1 import events_pb2 as ev
 from alveary_core.events import Event
-from alveary_scheduler.core.fairness import Quota
 from alveary_scheduler.core.packing import POLICIES
 from alveary_scheduler.core.pool import Pool
-from alveary_scheduler.core.requests import Account, AllocatedNode, Request
+from alveary_scheduler.core.requests import AllocatedNode, Request
 from alveary_scheduler.core.reservation import Reservation
-from alveary_scheduler.core.resources import UNLIMITED, WHOLE, Machine, ResourceVector
-from alveary_scheduler.resources import milli, shape_of
+from alveary_scheduler.core.resources import Machine
+from alveary_scheduler.resources import milli, quotas_of, shape_of
 
 TargetKey = tuple[str, str]
 # Failures that may be the node's fault rather than the run's.
@@ -189,23 +188,6 @@ def machine_of(node: Node, model: str) -> Machine:
     """A node as its pool sees it."""
     total = node.total
     return Machine(node.id, milli(total.cpus), total.memory_bytes, total.gpus, model, frozenset(node.labels.items()))
-
-
-def quotas_of(workspace: str, spec: ev.ComputeSpec) -> dict[Account, Quota]:
-    """By (workspace, user)."""
-    found = {}
-    for one in spec.quotas:
-        maximum = UNLIMITED
-        if one.HasField("maximum") or one.forbid_gpus:
-            limit = one.maximum
-            maximum = ResourceVector(
-                milli(limit.cpus) or None, limit.memory_bytes or None, 0 if one.forbid_gpus else limit.gpus * WHOLE or None
-            )
-        guaranteed = None
-        if one.HasField("guaranteed"):
-            guaranteed = ResourceVector(milli(one.guaranteed.cpus), one.guaranteed.memory_bytes or None, one.guaranteed.gpus * WHOLE)
-        found[workspace, one.user] = Quota(one.weight or 1.0, guaranteed, maximum)
-    return found
 
 
 def _create(state: State, target: Target) -> None:

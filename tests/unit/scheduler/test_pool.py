@@ -15,6 +15,7 @@ from alveary_scheduler.core.planner import Obstacle, Proposal
 from alveary_scheduler.core.pool import Pool
 from alveary_scheduler.core.requests import AllocatedNode, Request
 from alveary_scheduler.core.resources import WHOLE, Machine, ResourceVector, Shape
+from alveary_scheduler.core.sizing import nodes_needed
 
 GIB = 1 << 30
 QUOTAS = {
@@ -387,10 +388,10 @@ def test_scale_up_is_sized_for_the_whole_queue_and_stays_below_the_maximum() -> 
     world.submit(1, count=4)  # a node each
     for _ in range(100):
         world.submit(8)  # fits no such node: starts none
-    planner = pool.planner(0.0)
-    assert planner.nodes_needed(machine("x"), 0, 10) == 5
-    assert planner.nodes_needed(machine("x"), 0, 2) == 2
-    assert planner.nodes_needed(machine("x"), 3, 10) == 5
+    counts = pool.planner(0.0).waiting_kinds()
+    assert nodes_needed(counts, machine("x"), 0, 10) == 5
+    assert nodes_needed(counts, machine("x"), 0, 2) == 2
+    assert nodes_needed(counts, machine("x"), 3, 10) == 5
 
 
 def test_why_is_it_queued() -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from alveary_scheduler.core.packing import Floats, Ints, Policy, group_of, tightest
-from alveary_scheduler.core.preemption import Room
+from alveary_scheduler.core.preemption import FreeResources
 from alveary_scheduler.core.resources import WHOLE, Machine, Shape
 
 NOWHERE = -np.inf
@@ -213,9 +213,9 @@ class Cluster:
         """Score everything again: the policy has changed."""
         self._views.clear()
 
-    def room(self, row: int) -> Room:
+    def free(self, row: int) -> FreeResources:
         """What is free on a row."""
-        return Room(int(self.cpu[row]), int(self.memory[row]), self.gpu[row])
+        return FreeResources(int(self.cpu[row]), int(self.memory[row]), self.gpu[row])
 
     def allowed(self, models: frozenset[str]) -> npt.NDArray[np.bool_]:
         """Which rows have one of these GPU models."""

@@ -7,25 +7,21 @@ ledger, and the inventory's planning copy.
 from __future__ import annotations
 
 import heapq
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 
-import numpy as np
-
+from alveary_scheduler.core.blocked import hold_for, make_room
 from alveary_scheduler.core.cluster import Cluster
 from alveary_scheduler.core.fairness import FairShares, Rank
 from alveary_scheduler.core.inventory import NodeInventory
-from alveary_scheduler.core.packing import Ints
-from alveary_scheduler.core.preemption import RunningAttempts, cheapest_victims, enough, freed
+from alveary_scheduler.core.overlay import Hold, PlanningOverlay
+from alveary_scheduler.core.preemption import RunningAttempts
 from alveary_scheduler.core.queue import AGED, Line, WaitingQueue
-from alveary_scheduler.core.requests import Account, AllocatedNode, Kind, Placement, Preemption, Request, RunningAttempt
+from alveary_scheduler.core.requests import Account, AllocatedNode, Kind, Placement, Preemption, Request
 from alveary_scheduler.core.reservation import Reservation
-from alveary_scheduler.core.resources import HypotheticalNode, Machine, ResourceVector, Shape
+from alveary_scheduler.core.resources import ResourceVector, Shape
 
-# Rows that are looked at in detail for a reservation or a preemption.
-_CANDIDATES = 64
 # Accounts that are searched for the first request that finds no room.
 _ACCOUNTS_SEARCHED = 4
 # (sequence, run, kind)
@@ -38,15 +34,6 @@ class Obstacle(Enum):
     QUOTA = auto()
     NO_SUCH_NODE = auto()
     IN_USE = auto()
-
-
-@dataclass(frozen=True, slots=True)
-class Hold:
-    """Rows that are kept for a run, and from when on it will have them (infinite: when those on them end)."""
-
-    run: str
-    rows: frozenset[int]
-    at: float
 
 
 @dataclass(frozen=True)
@@ -75,15 +62,13 @@ class Planner:
     ) -> None:
         """`cluster`: the planning copy of `nodes`. `max_placements`: of this round, so that it stays short."""
         self._nodes = nodes
-        self._cluster = cluster
         self._queue = queue
         self.shares = shares
-        self._now = now
+        self._overlay = PlanningOverlay(nodes, cluster, shares, running, now)
         self._max_placements = max_placements
         self._reserved = reservation
-        self.placed: dict[str, RunningAttempt] = {}
-        self._running = running
-        self._planned_on: dict[int, list[str]] = {}
+        # What this round places, by run.
+        self.placed = self._overlay.placed
         self._placements: list[Placement] = []
         self._preemptions: list[Preemption] = []
         # By line: how many of its first entries are placed by this round.
@@ -170,7 +155,7 @@ class Planner:
         for kind in self._queue.kinds(tier):
             shape, count, min_count, spread, _ = kind
             if shape not in fitting:
-                fitting[shape] = self._cluster.fitting(shape)
+                fitting[shape] = self._overlay.cluster.fitting(shape)
             if fitting[shape] >= ((min_count or count) if spread else 1):
                 live.add(kind)
         return live
@@ -212,7 +197,10 @@ class Planner:
         if self._blocked is None and self.possible(request):
             self._blocked = request
             # Room is made before others are placed behind it: a run is not placed only to be stopped for it.
-            self.hold = self._make_room(request) or self._hold_for(request)
+            if (made := make_room(self._overlay, request)) is not None:
+                self.hold, self._preemptions = made
+            else:
+                self.hold = hold_for(self._overlay, request, self._reserved)
 
     # ---- placing --------------------------------------------------------------------------------------------------
 
@@ -220,142 +208,26 @@ class Planner:
         allocation = self.find(request, count, self.hold)
         if allocation is None:
             return False
-        for part in allocation:
-            row = self._cluster.rows[part.node]
-            self._cluster.take(row, request.shape, part.gpus)
-            self._planned_on.setdefault(row, []).append(request.run)
-        self.placed[request.run] = RunningAttempt(request, allocation, self._now, self._now)
-        self.shares.charge(request, len(allocation))
+        self._overlay.place(request, allocation)
         self._placements.append(Placement(request.run, request.attempt, allocation))
         return True
 
     def find(self, request: Request, count: int, hold: Hold | None = None) -> tuple[AllocatedNode, ...] | None:
         """An allocation of at most `count` members that is free now, honouring a hold for another; None: no room."""
-        cluster, shape = self._cluster, request.shape
-        if (restart := getattr(cluster.policy, "restart", None)) is not None:
-            restart(request.sequence)
-        without: set[int] = set()
-        if hold is not None and hold.run != request.run:
-            over = hold.at < math.inf and request.duration and self._now + request.duration <= hold.at
-            without = set() if over else set(hold.rows)
-        taken: list[tuple[int, tuple[int, ...]]] = []
-        while len(taken) < count:
-            found = cluster.choose(shape, without=without)
-            if found is None:
-                break
-            taken.append(found)
-            if count > 1:
-                cluster.take(found[0], shape, found[1])
-                if request.spread:
-                    without.add(found[0])
-        if count > 1:
-            for row, gpus in taken:
-                cluster.give(row, shape, gpus)
-        if len(taken) < request.needed:
-            return None
-        return tuple(AllocatedNode(self._node(row), gpus) for row, gpus in taken)
-
-    def _node(self, row: int) -> str:
-        machine = self._cluster.machines[row]
-        assert machine is not None
-        return machine.id
+        return self._overlay.find(request, count, hold)
 
     def possible(self, request: Request) -> bool:
         """Whether it would have room if nothing ran."""
         return self._nodes.possible(request)
 
-    # ---- keeping nodes for the first that does not fit -----------------------------------------------------------
-
-    def _hold_for(self, request: Request) -> Hold:
-        """The rows that will have room soonest; those that an earlier round kept for it, as long as they take runs."""
-        kept = self._reserved
-        if kept is not None and kept.run == request.run and not any(self._nodes.is_closed(node) for node in kept.nodes):
-            rows = [self._cluster.rows[node] for node in kept.nodes]
-            at = max((self._free_at(row, request.shape)[0] for row in rows), default=self._now)
-            return Hold(request.run, frozenset(rows), at)
-        times = sorted((*self._free_at(row, request.shape), row) for row in self._candidates(request))
-        chosen = times[: request.needed]
-        return Hold(request.run, frozenset(row for *_, row in chosen), max((time for time, *_ in chosen), default=self._now))
-
-    def _candidates(self, request: Request) -> list[int]:
-        """Capable rows, those with the most free first, at most a few."""
-        cluster = self._cluster
-        rows = cluster.capable(request.shape)
-        free = cluster.gpu[rows].sum(axis=1) if request.shape.gpus else cluster.cpu[rows]
-        order: Ints = rows[np.argsort(-free, kind="stable")]
-        return [int(row) for row in order[: max(_CANDIDATES, 2 * request.count)]]
-
-    def _on(self, row: int) -> Iterator[str]:
-        """Runs that hold a part of a row, planned ones included."""
-        yield from self._nodes.runs_on(self._node(row))
-        yield from dict.fromkeys(self._planned_on.get(row, ()))
-
-    def _free_at(self, row: int, shape: Shape) -> tuple[float, int]:
-        """When a row has room for a shape at the latest, and how many attempts end before."""
-        room = self._cluster.room(row)
-        if enough(room, shape):
-            return self._now, 0
-        held = {run: self.placed.get(run) or self._running[run] for run in self._on(row)}
-        for done, (ends, run) in enumerate(sorted((attempt.ends, run) for run, attempt in held.items()), 1):
-            room = freed(room, held[run], self._node(row))
-            if enough(room, shape):
-                return max(ends, self._now), done
-        return math.inf, len(held) + 1
-
     def _next_reservation(self) -> Reservation | None:
         if self._blocked is not None and self.hold is not None:
-            return Reservation(self.hold.run, frozenset(self._node(row) for row in self.hold.rows))
+            return Reservation(self.hold.run, frozenset(self._overlay.node(row) for row in self.hold.rows))
         if not self._full:
             return None
         # The round ended early: what was kept is kept, unless it is for a run that has its nodes now.
         kept = self._reserved
         return kept if kept is not None and kept.run not in self.placed else None
-
-    # ---- preemption -----------------------------------------------------------------------------------------------
-
-    def may_preempt(self, request: Request, run: str) -> bool:
-        """A lower tier gives way to a higher one, and a borrower to a request that a guarantee covers."""
-        held = self._running.get(run)
-        if held is None or not held.request.preemptible:
-            return False  # planned by this round, or never to be stopped
-        victim = held.request
-        if victim.tier < request.tier:
-            return True
-        return victim.tier == request.tier and self.shares.within_guarantee(request) and self.shares.borrows(victim)
-
-    def _make_room(self, request: Request) -> Hold | None:
-        """Plan preemptions that give a request its nodes, and hold these; None: there are none, or some are under way."""
-        running = self._running
-        if running.preempting or self.shares.exceeded_quota(request) is not None:
-            return None
-        if not running.any_preemptible(request.tier, same_tier=self.shares.within_guarantee(request)):
-            return None
-        found: list[tuple[float, int, list[str]]] = []
-        for row in self._rows_with_victims(request):
-            able = [running[run] for run in self._nodes.runs_on(self._node(row)) if self.may_preempt(request, run)]
-            victims = cheapest_victims(self._cluster.room(row), able, request.shape, self._node(row), self._now)
-            if victims is not None:
-                found.append((sum(running[run].preemption_cost(self._now) for run in victims), row, victims))
-        found.sort()
-        chosen = found[: request.needed]
-        doomed = dict.fromkeys(run for *_, victims in chosen for run in victims)
-        if len(chosen) < request.needed or not doomed:
-            return None
-        reason = f"makes room for run {request.run}, which comes first"
-        self._preemptions = [Preemption(run, running[run].request.attempt, request.run, reason) for run in doomed]
-        return Hold(request.run, frozenset(row for _, row, _ in chosen), self._now)
-
-    def _rows_with_victims(self, request: Request) -> list[int]:
-        """Capable rows that are empty or have a run that may be preempted, at most a few."""
-        limit = max(4 * _CANDIDATES, 4 * request.count)
-        found: list[int] = []
-        for row in self._cluster.capable(request.shape):
-            runs = list(self._on(int(row)))
-            if not runs or any(self.may_preempt(request, run) for run in runs):
-                found.append(int(row))
-                if len(found) == limit:
-                    break
-        return found
 
     # ---- those who wait on ----------------------------------------------------------------------------------------
 
@@ -381,32 +253,7 @@ class Planner:
 
         return sorted((r for r in self._queue.ready() if r.run not in self.placed), key=key)
 
-    def nodes_needed(self, machine: Machine, coming: int, limit: int) -> int:
-        """How many empty nodes like `machine` the whole queue could use, counting `coming` that are on their way.
-
-        At least `coming`, at most `limit`. First fit, the most nodes first, then the largest.
-        """
-        counts = self._waiting_kinds()
-        nodes = [HypotheticalNode(machine) for _ in range(coming)]
-        for kind in sorted(counts, key=_size, reverse=True):
-            shape, count, _, spread, _ = kind
-            if not HypotheticalNode(machine).times(shape):
-                continue
-            left = counts[kind] * count
-            per_node = counts[kind] if spread else left
-            index = 0
-            while left > 0:
-                if index == len(nodes):
-                    if len(nodes) >= limit:
-                        break
-                    nodes.append(HypotheticalNode(machine))
-                fitting = min(nodes[index].times(shape), left, per_node)
-                nodes[index].take(shape, fitting)
-                left -= fitting
-                index += 1
-        return len(nodes)
-
-    def _waiting_kinds(self) -> dict[Kind, int]:
+    def waiting_kinds(self) -> dict[Kind, int]:
         """How many of each kind wait on and are within their quotas."""
         counts: dict[Kind, int] = {}
         if self.shares.has_quotas:
@@ -420,9 +267,3 @@ class Planner:
         for held in self.placed.values():
             counts[held.request.kind] -= 1
         return counts
-
-
-def _size(kind: Kind) -> tuple[object, ...]:
-    shape, count, min_count, spread, duration = kind
-    size = (count if spread else 1, shape.gpu_total, shape.cpu_milli, shape.memory, count, duration)
-    return (*size, min_count, shape.gpus, spread, sorted(shape.models), sorted(shape.labels))

@@ -48,7 +48,7 @@ class RunningAttempts(dict[str, RunningAttempt]):
         return any(count and (other < tier or (same_tier and other == tier)) for other, count in self.preemptible.items())
 
 
-class Room(NamedTuple):
+class FreeResources(NamedTuple):
     """What is free on one node."""
 
     cpu: int
@@ -57,14 +57,14 @@ class Room(NamedTuple):
     gpu: Ints
 
 
-def enough(room: Room, shape: Shape) -> bool:
+def enough(room: FreeResources, shape: Shape) -> bool:
     """Whether a shape fits."""
     if room.cpu < shape.cpu_milli or room.memory < shape.memory:
         return False
     return not shape.gpus or int((room.gpu >= shape.gpu_milli).sum()) >= shape.gpus
 
 
-def freed(room: Room, held: RunningAttempt, node: str, sign: int = 1) -> Room:
+def freed(room: FreeResources, held: RunningAttempt, node: str, sign: int = 1) -> FreeResources:
     """The room on a node once an attempt has ended (with sign -1: before it has)."""
     cpu, memory, gpu = room.cpu, room.memory, room.gpu.copy()
     shape = held.request.shape
@@ -73,10 +73,10 @@ def freed(room: Room, held: RunningAttempt, node: str, sign: int = 1) -> Room:
             cpu += sign * shape.cpu_milli
             memory += sign * shape.memory
             gpu[list(part.gpus)] += sign * shape.gpu_milli
-    return Room(cpu, memory, gpu)
+    return FreeResources(cpu, memory, gpu)
 
 
-def cheapest_victims(room: Room, able: Iterable[RunningAttempt], shape: Shape, node: str, now: float) -> list[str] | None:
+def cheapest_victims(room: FreeResources, able: Iterable[RunningAttempt], shape: Shape, node: str, now: float) -> list[str] | None:
     """Runs to end for one member on a node, those of the lowest tier and the least work lost first.
 
     None: it does not fit even if all that are `able` to make room end.
