@@ -353,7 +353,7 @@ def test_children_and_runs_are_filtered_by_tags_properties_and_state(workspace: 
         run = submit(workspace, source, code, experiment=experiment, parent_run_id=above, properties={"kind": name}, tags={"n": name})
         finished(run, "Completed" if name == "good" else "Failed")
         ids[name] = run.id
-    below = submit(workspace, source, "print()", experiment=experiment, parent_run_id=ids["bad"], tags={"n": "below"})
+    below = submit(workspace, source, "print()", experiment=experiment, parent_run_id=ids["bad"][:20], tags={"n": "below"})
     finished(below)
     finished(parent)
 

@@ -482,15 +482,3 @@ def test_commands_that_take_a_runs_id_are_all_tried() -> None:
         if parameter.name in ("run_id", "run_ids") or (parameter.name == "run" and isinstance(parameter, click.Option))
     }
     assert takes == {" ".join(command.split()[:2]) for command in BY_PREFIX}
-
-
-def test_a_specification_may_name_other_runs_by_prefix(platform: Platform) -> None:
-    run = run_named(1, "first")
-    platform.service.runs = [run]
-    done = platform.python(f"""
-from alveary import Workspace
-from alveary_contracts.common.v1 import common_pb2 as c
-workspace = Workspace.from_config()
-workspace._call(workspace._client.runs.submit(c.RunSpec(resume_from={run.id[:12]!r}, parent_run_id={run.id[:14]!r}), None))
-""")
-    assert done.returncode == 0 and platform.service.named == [run.id, run.id], done.stderr

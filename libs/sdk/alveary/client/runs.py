@@ -42,7 +42,7 @@ class Runs:
     async def submit(self, spec: c.RunSpec, source: Path | None, progress: Progress | None = None) -> pb.Run:
         """The run of `spec`, after its source directory was uploaded as far as the platform lacks it.
 
-        Ids of other runs in `spec` may be unique prefixes.
+        Ids of other runs in `spec` may be unique prefixes: the service completes them.
 
         Args:
             source: None: `spec` names a snapshot, or needs none.
@@ -51,9 +51,6 @@ class Runs:
         Raises:
             AlvearyError: the source cannot be uploaded, or the platform refuses the run.
         """
-        for field in ("resume_from", "parent_run_id"):
-            if given := getattr(spec, field):
-                setattr(spec, field, await self.full_id(given))
         if source is not None:
             spec.snapshot = await self.upload_snapshot(source, progress)
         # The key makes repeating the call harmless.
