@@ -405,13 +405,13 @@ def test_torchrun_starts_its_processes(workspace: Workspace, source: Path) -> No
 
     run = submit(workspace, source, """
         import os, torch.distributed as dist, torch
-        dist.init_process_group("gloo")
+        dist.init_process_group(os.environ["ALVEARY_COMMUNICATION_BACKEND"])
         total = torch.tensor([float(dist.get_rank() + 1)])
         dist.all_reduce(total)
         os.write(1, f"sum {total.item()} of {dist.get_world_size()}\\n".encode())
         dist.barrier()  # a rank that leaves while another still listens to it would make that one abort
         dist.destroy_process_group()
-        """, distributed_job_config=PyTorchConfiguration(process_count=2), environment=TORCH)  # fmt: skip
+        """, distributed_job_config=PyTorchConfiguration("Gloo", process_count=2), environment=TORCH)  # fmt: skip
     run_lines = finished(run) and lines(run)
     assert [x for x in run_lines if x.startswith("sum")] == ["sum 3.0 of 2"] * 2
 

@@ -15,9 +15,7 @@ from alveary_contracts.common.v1 import common_pb2 as c
 Launcher = Literal["plain", "torchrun", "mpi"]
 _LAUNCHERS = {"plain": c.LAUNCHER_PLAIN, "torchrun": c.LAUNCHER_TORCHRUN, "mpi": c.LAUNCHER_MPI}
 _SIZE_UNITS = {"": 0, "b": 0, "k": 10, "m": 20, "g": 30}
-# What scripts find the backend of PyTorchConfiguration in.
-BACKEND_VARIABLE = "ALVEARY_COMMUNICATION_BACKEND"
-_BACKENDS = ("nccl", "gloo")
+_BACKENDS = {"nccl": c.COMMUNICATION_BACKEND_NCCL, "gloo": c.COMMUNICATION_BACKEND_GLOO}
 
 
 @dataclass(frozen=True)
@@ -131,7 +129,7 @@ class Distribution:
         if self.backend is not None:
             if self.backend.lower() not in _BACKENDS:
                 raise AlvearyError(f"communication backend {self.backend!r}: 'nccl' or 'gloo'", "INVALID_ARGUMENT")
-            spec.environment.environment_variables[BACKEND_VARIABLE] = self.backend.lower()
+            spec.communication_backend = _BACKENDS[self.backend.lower()]
 
 
 def distribution_of(config: object, node_count: int = 1, processes_per_node: int = 1) -> Distribution:

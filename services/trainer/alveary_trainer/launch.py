@@ -18,6 +18,7 @@ NO_MPIRUN = (
     "mpirun was not found: where the platform builds container images, ask for Horovod (pip_packages) or for "
     "apt_packages=['openmpi-bin']; else install Debian's openmpi-bin on the nodes"
 )
+_BACKENDS = {c.COMMUNICATION_BACKEND_NCCL: "nccl", c.COMMUNICATION_BACKEND_GLOO: "gloo"}
 # How long torchrun's nodes wait for each other: they are launched together.
 _JOIN_SECONDS = 300
 
@@ -133,6 +134,8 @@ def variables(spec: c.RunSpec, view: View, python: str, run_id: str, attempt: in
         "ALVEARY_EXPERIMENT": spec.experiment, "ALVEARY_WORK_DIR": view.work,
         "ALVEARY_NODE_RANK": str(team.index), "ALVEARY_NODE_COUNT": str(team.count),
     }  # fmt: skip
+    if spec.communication_backend in _BACKENDS:
+        env["ALVEARY_COMMUNICATION_BACKEND"] = _BACKENDS[spec.communication_backend]
     if has_ranks(spec):
         env |= {"ALVEARY_RANKS": view.socket.rpartition("/")[0], "ALVEARY_PYTHON": python, "ALVEARY_LIB": view.lib}
     if spec.launcher == c.LAUNCHER_TORCHRUN and spec.max_restarts:

@@ -164,7 +164,8 @@ def test_options_of_a_run_reach_its_specification(tmp_path: Path) -> None:
     )._spec()  # fmt: skip
     assert list(made.arguments) == ["--lr", "0.1", "two words"]
     assert (made.node_count, made.process_count_per_node, made.min_node_count, made.max_restarts, made.pack_nodes) == (3, 2, 2, 4, True)
-    assert dict(made.environment.environment_variables) == {"ALVEARY_COMMUNICATION_BACKEND": "gloo"}
+    # Another backend is no other environment: no image is built for it.
+    assert made.communication_backend == c.COMMUNICATION_BACKEND_GLOO and not made.environment.environment_variables
     assert (made.resources.cpus, made.resources.memory_bytes, made.resources.shm_bytes) == (1.5, 2 << 30, 1 << 30)
     assert (made.resources.gpus, made.resources.gpu_milli, list(made.resources.gpu_models)) == (1, 500, ["A100"])
     assert dict(made.node_labels) == {"zone": "a"}

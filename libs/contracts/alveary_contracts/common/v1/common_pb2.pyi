@@ -96,6 +96,24 @@ LAUNCHER_MPI: Launcher.ValueType  # 3
 """Open MPI's mpirun on the first node; its daemons on the others are started by their trainers."""
 Global___Launcher: _TypeAlias = Launcher  # noqa: Y015
 
+class _CommunicationBackend:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _CommunicationBackendEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_CommunicationBackend.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    COMMUNICATION_BACKEND_UNSPECIFIED: _CommunicationBackend.ValueType  # 0
+    COMMUNICATION_BACKEND_NCCL: _CommunicationBackend.ValueType  # 1
+    COMMUNICATION_BACKEND_GLOO: _CommunicationBackend.ValueType  # 2
+
+class CommunicationBackend(_CommunicationBackend, metaclass=_CommunicationBackendEnumTypeWrapper):
+    """What the processes of a run talk to each other by; for the script to know."""
+
+COMMUNICATION_BACKEND_UNSPECIFIED: CommunicationBackend.ValueType  # 0
+COMMUNICATION_BACKEND_NCCL: CommunicationBackend.ValueType  # 1
+COMMUNICATION_BACKEND_GLOO: CommunicationBackend.ValueType  # 2
+Global___CommunicationBackend: _TypeAlias = CommunicationBackend  # noqa: Y015
+
 class _ExitReason:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -590,6 +608,7 @@ class RunSpec(_message.Message):
     MIN_NODE_COUNT_FIELD_NUMBER: _builtins.int
     MAX_RESTARTS_FIELD_NUMBER: _builtins.int
     PACK_NODES_FIELD_NUMBER: _builtins.int
+    COMMUNICATION_BACKEND_FIELD_NUMBER: _builtins.int
     experiment: _builtins.str
     """Default "default"."""
     snapshot: _builtins.str
@@ -633,6 +652,8 @@ class RunSpec(_message.Message):
     """How often torchrun restarts all workers after one failed, within an attempt; 0 to 100. LAUNCHER_TORCHRUN."""
     pack_nodes: _builtins.bool
     """On as few nodes as possible: several members of the gang may be on one node. Default: each on a node of its own."""
+    communication_backend: Global___CommunicationBackend.ValueType
+    """The script finds it, in lower case, in ALVEARY_COMMUNICATION_BACKEND."""
     @_builtins.property
     def command(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Or an argv; "python" as its first word is the environment's python. Exactly one of entry_script, command and
@@ -691,10 +712,11 @@ class RunSpec(_message.Message):
         min_node_count: _builtins.int = ...,
         max_restarts: _builtins.int = ...,
         pack_nodes: _builtins.bool = ...,
+        communication_backend: Global___CommunicationBackend.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["environment", b"environment", "resources", b"resources", "retry", b"retry"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "command", b"command", "compute_target", b"compute_target", "display_name", b"display_name", "entry_script", b"entry_script", "environment", b"environment", "experiment", b"experiment", "grace_seconds", b"grace_seconds", "inputs", b"inputs", "launcher", b"launcher", "max_attempts", b"max_attempts", "max_restarts", b"max_restarts", "max_run_duration_seconds", b"max_run_duration_seconds", "min_node_count", b"min_node_count", "module", b"module", "node_count", b"node_count", "node_labels", b"node_labels", "pack_nodes", b"pack_nodes", "parent_run_id", b"parent_run_id", "priority", b"priority", "process_count_per_node", b"process_count_per_node", "properties", b"properties", "resources", b"resources", "resume_attempt", b"resume_attempt", "resume_from", b"resume_from", "retry", b"retry", "snapshot", b"snapshot", "tags", b"tags", "use_gpu", b"use_gpu"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "command", b"command", "communication_backend", b"communication_backend", "compute_target", b"compute_target", "display_name", b"display_name", "entry_script", b"entry_script", "environment", b"environment", "experiment", b"experiment", "grace_seconds", b"grace_seconds", "inputs", b"inputs", "launcher", b"launcher", "max_attempts", b"max_attempts", "max_restarts", b"max_restarts", "max_run_duration_seconds", b"max_run_duration_seconds", "min_node_count", b"min_node_count", "module", b"module", "node_count", b"node_count", "node_labels", b"node_labels", "pack_nodes", b"pack_nodes", "parent_run_id", b"parent_run_id", "priority", b"priority", "process_count_per_node", b"process_count_per_node", "properties", b"properties", "resources", b"resources", "resume_attempt", b"resume_attempt", "resume_from", b"resume_from", "retry", b"retry", "snapshot", b"snapshot", "tags", b"tags", "use_gpu", b"use_gpu"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
