@@ -131,7 +131,9 @@ async def _beside_disk(
                 await disk.require(what)
         reply = await calling
     except (TimeoutError, Unavailable, nats.errors.Error):
-        await disk.require(what)
+        # A call that is worth repeating stays so while there is space for it.
+        if uploads or (await disk.look()).critical:
+            await disk.require(what)
         raise
     finally:
         calling.cancel()

@@ -264,7 +264,7 @@ class AmlCompute(ComputeTarget):
         for name, value in azure.items():
             if value is not None:
                 raise ComputeTargetException(f"{name} only makes sense in Azure: leave it out", "INVALID_ARGUMENT")
-        if remote_login_port_public_access != "NotSpecified":
+        if remote_login_port_public_access not in ("NotSpecified", "Disabled"):
             raise ComputeTargetException("remote_login_port_public_access: nodes open no port for logins; leave it out", "INVALID_ARGUMENT")
         spec = ev.ComputeSpec(
             vm_size=vm_size,

@@ -85,16 +85,34 @@ def _is_ours(file: Path) -> bool:
         return False
 
 
+_ENDPOINT = re.compile(r"(?!https?:)[^\s/]+:\d{1,5}|unix:\S+")
+# A file that is larger is no config.
+_MAX_CONFIG_BYTES = 1 << 20
+
+
 def holds_token(file: Path) -> bool:
-    """Whether a file is a config of ours, with the token that it needs."""
+    """Whether a file is a config of ours, under whatever name, with the token that it needs."""
     try:
-        data = json.loads(file.read_bytes())
+        data = json.loads(file.read_bytes()) if file.suffix == ".json" and file.stat().st_size <= _MAX_CONFIG_BYTES else None
     except (OSError, ValueError):
         return False
-    return isinstance(data, dict) and {"endpoint", "token"} <= data.keys() <= Config.__dataclass_fields__.keys()
+    if not isinstance(data, dict):
+        return False
+    endpoint = data.get("endpoint")
+    return isinstance(endpoint, str) and bool(_ENDPOINT.fullmatch(endpoint)) and bool(data.get("token"))
 
 
-_ENDPOINT = re.compile(r"(?!https?:)[^\s/]+:\d{1,5}|unix:\S+")
+def holds_secrets(folder: Path) -> bool:
+    """Whether a folder is the state directory of a platform: `alveary up` writes its secrets into stack.json there."""
+    file = folder / "stack.json"
+    try:
+        data = json.loads(file.read_bytes()) if file.is_file() and file.stat().st_size <= _MAX_CONFIG_BYTES else None
+    except (OSError, ValueError):
+        return False
+    secrets = data.get("secrets") if isinstance(data, dict) and "ports" in data else None
+    return isinstance(secrets, dict) and "tokens" in secrets
+
+
 _TYPES = {"endpoint": str, "token": str, "workspace": str, "endpoints": dict, "allow_cpu_fallback": bool, "tls": bool, "ca": str}
 
 

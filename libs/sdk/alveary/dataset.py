@@ -95,15 +95,16 @@ class Dataset:
         return target_path
 
 
-def references(datasets: Sequence[Any]) -> list[str]:
-    """ "name:version" of each Dataset, or of the Dataset in each pair of a purpose and one.
+def references(datasets: Sequence[Any] | None) -> list[str]:
+    """ "name:version" of each Dataset or Input, or of the one in each pair of a purpose and one.
 
     Raises:
         AlvearyError: there is something else among them.
     """
     found = []
-    for one in datasets:
-        dataset = one[1] if isinstance(one, tuple) and len(one) == 2 else one
+    for one in datasets or ():
+        dataset = one[1] if isinstance(one, (tuple, list)) and len(one) == 2 else one
+        dataset = dataset.dataset if isinstance(dataset, Input) else dataset
         if not isinstance(dataset, Dataset):
             raise AlvearyError(f"datasets: {one!r} is no dataset: use Dataset.get_by_name(...)", "INVALID_ARGUMENT")
         found.append(f"{dataset.name}:{dataset.version}")

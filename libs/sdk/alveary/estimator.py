@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from alveary.environment import Environment
 from alveary.errors import AlvearyError
 from alveary.requirements import requirements_of
-from alveary.run_options import DockerConfiguration, MpiConfiguration, PyTorchConfiguration, distribution_of, refuse_use_docker
+from alveary.run_options import MpiConfiguration, PyTorchConfiguration, Resources, distribution_of, warn_of_use_docker
 from alveary.script_run_config import ScriptRunConfig
 from alveary.unsupported import one_of, refuse_given
 
@@ -66,7 +67,7 @@ class Estimator(ScriptRunConfig):
         Raises:
             AlvearyError: something given is not offered, contradicts something else, or cannot be so.
         """
-        refuse_use_docker(use_docker)
+        warn_of_use_docker(use_docker)
         refuse_given(
             vm_size=(vm_size, "create a compute target and name it in compute_target"),
             vm_priority=(vm_priority, "it is a property of compute targets"),
@@ -90,6 +91,8 @@ class Estimator(ScriptRunConfig):
                 f"environment_definition says which packages and variables there are: give it {', '.join(given)} as well, or leave it out",
                 "INVALID_ARGUMENT",
             )
+        if shm_size:
+            options["resources"] = dataclasses.replace(options.get("resources") or Resources(), shm_size=shm_size)
         super().__init__(
             source_directory,
             entry_script,
@@ -101,7 +104,6 @@ class Estimator(ScriptRunConfig):
             ),
             resume_from=resume_from,
             max_run_duration_seconds=max_run_duration_seconds,
-            docker_runtime_config=DockerConfiguration(shm_size=shm_size) if shm_size else None,
             use_gpu=use_gpu,
             inputs=inputs or (),
             **options,

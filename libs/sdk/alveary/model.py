@@ -25,11 +25,19 @@ def _state(state: int) -> str:
     return state_name(state) if state else ""
 
 
-def _wanted(given: str | Mapping[str, str | None] | None) -> dict[str, str | None]:
-    return {given: None} if isinstance(given, str) else dict(given or {})
+_Wanted = str | Mapping[str, str | None] | Sequence[Any] | None
 
 
-def _has(present: Mapping[str, str], given: str | Mapping[str, str | None] | None) -> bool:
+def _wanted(given: _Wanted) -> dict[str, str | None]:
+    """Values by key, None for any: of one key, a mapping, or Azure's list of keys and of pairs."""
+    if isinstance(given, str):
+        return {given: None}
+    if given is None or isinstance(given, Mapping):
+        return dict(given or {})
+    return {one: None for one in given if isinstance(one, str)} | {one[0]: one[1] for one in given if not isinstance(one, str)}
+
+
+def _has(present: Mapping[str, str], given: _Wanted) -> bool:
     """Whether tags or properties are among those that are there."""
     return all(key in present and value in (None, present[key]) for key, value in _wanted(given).items())
 

@@ -223,7 +223,7 @@ class Experiment:
             AlvearyError: view_type or tags was given.
         """
         refuse_given(
-            view_type=(view_type, "experiments are not archived: all of them are listed"),
+            view_type=(None if view_type in ("ActiveOnly", "All") else view_type, "experiments are not archived: all of them are listed"),
             tags=(tags, "experiments have no tags; filter their runs by tags with get_runs"),
         )
         from alveary_contracts.runs.v1 import runs_pb2

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from alveary.errors import AlvearyError
+from alveary.errors import AlvearyError, AlvearyWarning
 from alveary.unsupported import refuse_given
 from alveary_contracts import exit_reasons
 from alveary_contracts.common.v1 import common_pb2 as c
@@ -226,7 +227,7 @@ class DockerConfiguration:
         Raises:
             AlvearyError: something else was given; the text says what to use.
         """
-        refuse_use_docker(use_docker)
+        warn_of_use_docker(use_docker)
         refuse_given(
             shared_volumes=(None if shared_volumes else False, "containers share no volumes; leave it out"),
             arguments=(arguments or None, "what a container may do is decided by the platform; Resources and shm_size size it"),
@@ -234,15 +235,11 @@ class DockerConfiguration:
         self.shm_size = shm_size
 
 
-def refuse_use_docker(use_docker: bool | None) -> None:
-    """Refuse to choose between containers and processes for one run.
-
-    Raises:
-        AlvearyError: it is not None.
-    """
-    refuse_given(
-        use_docker=(use_docker, "whether runs are in containers is decided where the platform is started; leave it out, or name an image")
-    )
+def warn_of_use_docker(use_docker: bool | None) -> None:
+    """Say that one run does not choose between containers and processes: notebooks pass it by habit."""
+    if use_docker is not None:
+        text = "use_docker has no effect: whether runs are in containers is decided where the platform is started"
+        warnings.warn(AlvearyWarning(text), stacklevel=3)
 
 
 def _bytes(size: str | None) -> int:

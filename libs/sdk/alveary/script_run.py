@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from alveary import context
-from alveary.unsupported import refuse_given, refuse_model_extras
+from alveary.errors import AlvearyError
+from alveary.unsupported import refuse_model_extras
 
 F = TypeVar("F", bound=Callable[..., None])
 _ODD = re.compile(r"[\x00-\x1f\x7f\\%\ud800-\udfff]")
@@ -45,6 +46,15 @@ class Recorder:
 
     def _metric(self, message: dict[str, Any]) -> None:
         raise NotImplementedError
+
+    def _say_what_is_left_out(self, datasets: Any, *extras: Any) -> None:
+        """Of a model's registration. A script ends with it, and hours of training are not lost over what is not offered."""
+        if datasets:
+            self._refuse("register_model: datasets is left out: the run's inputs are the datasets of its models")
+        try:
+            refuse_model_extras(*extras)
+        except AlvearyError as error:
+            self._refuse(f"register_model: {error}")
 
     def _refuse(self, text: str) -> None:
         print(f"alveary: {text}", file=sys.stderr, flush=True)
@@ -177,10 +187,8 @@ class ContextRun(Recorder):
 
         Raises:
             ContextError: it is refused, or the platform does not answer for a minute.
-            AlvearyError: something given is not offered.
         """
-        refuse_given(datasets=(datasets, "a run's inputs are the datasets of its models; leave it out"))
-        refuse_model_extras(sample_input_dataset, sample_output_dataset, resource_configuration)
+        self._say_what_is_left_out(datasets, sample_input_dataset, sample_output_dataset, resource_configuration)
         message = {
             "op": "register",
             "name": model_name,
@@ -241,9 +249,8 @@ class OfflineRun(Recorder):
         sample_output_dataset: Any = None,
         resource_configuration: Any = None,
     ) -> dict[str, Any]:
-        """Say what would be registered; what a run refuses is refused here as well."""
-        refuse_given(datasets=(datasets, "a run's inputs are the datasets of its models; leave it out"))
-        refuse_model_extras(sample_input_dataset, sample_output_dataset, resource_configuration)
+        """Say what would be registered."""
+        self._say_what_is_left_out(datasets, sample_input_dataset, sample_output_dataset, resource_configuration)
         print(f"register {model_path or 'outputs'} as model {model_name}")
         return {"name": model_name, "version": 0}
 

@@ -119,7 +119,12 @@ class ScriptRunConfig:
 
 
 def _words(given: str | Sequence[Any] | None) -> list[Any]:
-    return shlex.split(given) if isinstance(given, str) else list(given or ())
+    if not isinstance(given, str):
+        return list(given or ())
+    try:
+        return shlex.split(given)
+    except ValueError as error:
+        raise AlvearyError(f"{given!r} cannot be split into words: {error}; give a list", "INVALID_ARGUMENT") from error
 
 
 def _as_input(value: Any) -> Input:

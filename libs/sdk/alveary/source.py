@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pathspec
 
-from alveary.config import holds_token
+from alveary.config import holds_secrets, holds_token
 from alveary.errors import AlvearyError, AlvearyWarning
 from alveary_contracts.common.v1 import common_pb2 as c
 from alveary_contracts.names import path_problem
@@ -60,15 +60,6 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _is_state(folder: Path) -> bool:
-    """Whether a folder is the state directory of a platform: `alveary up` writes its secrets there."""
-    file = folder / "stack.json"
-    try:
-        return file.is_file() and b'"secrets"' in file.read_bytes()
-    except OSError:
-        return False
-
-
 class _Walk:
     """The files of a folder, links to folders followed."""
 
@@ -112,7 +103,7 @@ class _Walk:
                 self._odd(relative, f"links that lead nowhere ({error.strerror})")
                 continue
             if stat.S_ISDIR(info.st_mode):
-                if _is_state(full):
+                if holds_secrets(full):
                     self._odd(relative, "state directories of a platform, which hold its secrets,")
                     continue
                 if self._snapshot and f"/{relative}/" in _RUNS_OWN:
@@ -128,7 +119,7 @@ class _Walk:
                     )
                 yield from self._folder(full, relative + "/", (*above, identity))
             elif stat.S_ISREG(info.st_mode):
-                if entry.name == "config.json" and holds_token(full):
+                if holds_token(full):
                     self._odd(relative, "configs with a token of the platform")
                     continue
                 yield relative, full, info
@@ -170,10 +161,12 @@ def manifest_of(
     if path.is_file():
         if problem := path_problem(path.name):
             raise AlvearyError(problem, "INVALID_ARGUMENT")
+        if holds_token(path):
+            raise AlvearyError(f"{path} is a config with a token of the platform: it is not uploaded", "INVALID_ARGUMENT")
         files, sizes = {path.name: path}, {path.name: path.stat().st_size}
     elif not path.is_dir():
         raise AlvearyError(f"{path} is neither a file nor a folder", "INVALID_ARGUMENT")
-    elif _is_state(path):
+    elif holds_secrets(path):
         raise AlvearyError(f"{path} is the state directory of a platform, and holds its secrets: name another folder", "INVALID_ARGUMENT")
     else:
         walk = _Walk(path, snapshot, follow_links)

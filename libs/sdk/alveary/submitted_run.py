@@ -238,9 +238,7 @@ class SubmittedRun:
         """
         refuse_given(
             output_paths=(output_paths, "files keep their names below output_directory; download_file stores one under another"),
-            batch_size=(batch_size, "files are downloaded in parallel as it is; leave it out"),
             append_prefix=(None if append_prefix else False, "files keep their whole names below output_directory"),
-            timeout_seconds=(timeout_seconds, "a download goes on as long as data arrives; leave it out"),
         )
         from alveary.progress import download
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from alveary import config
+from alveary.errors import AlvearyWarning
 from alveary.session import Session
-from alveary.unsupported import refuse_given
 
 # Each is imported when it is first used: a command that lists runs needs none of the others.
 if TYPE_CHECKING:
@@ -26,9 +27,10 @@ class Workspace(Session):
         """From config.json: the one given, or found here, above, or where `alveary up` wrote it.
 
         Raises:
-            AlvearyError: there is none; or `auth` was given.
+            AlvearyError: there is none.
         """
-        refuse_given(auth=(auth, "config.json holds the token; leave it out"))
+        if auth is not None:
+            warnings.warn(AlvearyWarning("auth has no effect: config.json holds the token"), stacklevel=2)
         return cls(config.load(path))
 
     @property

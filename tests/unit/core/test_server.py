@@ -14,7 +14,7 @@ from alveary_contracts.common.v1 import common_pb2 as c
 from alveary_contracts.runs.v1 import runs_pb2 as pb
 from alveary_contracts.runs.v1 import runs_pb2_grpc as rpc
 from alveary_core import auth, server
-from alveary_core.disk import DiskGuard
+from alveary_core.disk import Disk, DiskGuard
 from alveary_core.errors import Unavailable
 
 SECRET = "a secret of at least thirty-two bytes"
@@ -50,6 +50,15 @@ def metadata() -> tuple[tuple[str, str], ...]:
     return (("authorization", "Bearer " + auth.issue(SECRET, auth.Principal("me", "default", "owner"))),)
 
 
+class Full(DiskGuard):
+    """Of a disk with `free` bytes."""
+
+    free = 0
+
+    async def look(self) -> Disk:
+        return Disk(self._path, 1000, self.free, self._bytes)
+
+
 FILE = c.FileEntry(path="a", sha256="0" * 64, size=1)
 
 
@@ -58,7 +67,7 @@ async def test_calls_that_a_full_disk_holds_up_say_so_before_the_caller_stops_wa
 ) -> None:
     stub, made = stuck
     monkeypatch.setattr(server, "_PATIENCE_OF_UPLOADS", 0.1)
-    made.interceptor.disk = DiskGuard(tmp_path, 10**18, 1.0)  # more than there is: as if it were full
+    made.interceptor.disk = Full(tmp_path, 100, 1.0)
     calls = (
         stub.PrepareSnapshot(pb.PrepareSnapshotRequest(), metadata=metadata()),
         stub.PrepareSnapshot(pb.PrepareSnapshotRequest(manifest=c.Manifest(files=[FILE])), metadata=metadata()),
@@ -71,6 +80,17 @@ async def test_calls_that_a_full_disk_holds_up_say_so_before_the_caller_stops_wa
         assert (caught.value.details() or "").startswith(f"{what}: less than ")
     # What writes nothing goes on.
     await stub.GetRun(pb.GetRunRequest(run_id="a" * 12), metadata=metadata())
+
+
+async def test_what_is_worth_repeating_stays_so_while_there_is_some_space(
+    stuck: tuple[rpc.RunServiceAsyncStub, server.Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stub, made = stuck
+    monkeypatch.setattr(Full, "free", 70)
+    made.interceptor.disk = Full(tmp_path, 100, 1.0)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stub.CancelRun(pb.CancelRunRequest(run_id="a" * 12), metadata=metadata())
+    assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
 
 
 async def test_with_space_left_the_reason_is_another(stuck: tuple[rpc.RunServiceAsyncStub, server.Server], tmp_path: Path) -> None:

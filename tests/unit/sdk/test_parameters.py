@@ -24,6 +24,8 @@ ROOT = Path(alveary.__file__).parent
 ALLOWED = {
     "Run.get_context(used_for_context_manager)": "Azure's own flag: a run is ended by its process, with or without `with`",
     "Run.wait_for_completion(wait_post_processing)": "a run's final state always comes after its outputs are stored",
+    "Run.download_files(batch_size)": "files are downloaded in parallel as it is",
+    "Run.download_files(timeout_seconds)": "a download goes on as long as data arrives",
     "Model.__init__(expand)": "what a version refers to is looked up when it is read: there is nothing to leave out",
     "Model.list(expand)": "the same",
     "Model.list(page_count)": "how many versions travel at once changes nothing that is returned",
@@ -121,10 +123,7 @@ def test_an_ignored_parameter_would_be_found() -> None:
 
 
 REFUSED: list[tuple[str, Callable[[Path], Any]]] = [
-    ("use_docker is not offered: whether runs are in containers", lambda folder: alveary.PyTorch(str(folder), use_docker=True)),
-    ("use_docker is not offered", lambda folder: alveary.DockerConfiguration(use_docker=False)),
     ("shared_volumes is not offered", lambda folder: alveary.DockerConfiguration(shared_volumes=False)),
-    ("auth is not offered: config.json", lambda folder: alveary.Workspace.from_config(auth="me")),
     ("run_config is not offered: give environment", lambda folder: alveary.ScriptRunConfig(str(folder), run_config="x")),
     ("pip_version is not offered", lambda folder: alveary.Environment.from_pip_requirements("e", "r.txt", pip_version="20")),
     ("communication backend 'mpi': 'nccl' or 'gloo'", lambda folder: config(folder, alveary.PyTorchConfiguration("mpi"))._spec()),
@@ -137,8 +136,7 @@ REFUSED: list[tuple[str, Callable[[Path], Any]]] = [
         str(folder), environment_definition=alveary.Environment("e"), user_managed=True, pip_packages=["x"])),
     ("pip_requirements_file and pip_requirements_file_path are the same", lambda folder: alveary.PyTorch(
         str(folder), pip_requirements_file="a", pip_requirements_file_path="b")),
-    ("sample_input_dataset is not offered", lambda folder: script_run.OfflineRun().register_model("m", sample_input_dataset=1)),
-    ("datasets is not offered", lambda folder: script_run.OfflineRun().register_model("m", datasets=[1])),
+    ("cannot be split into words: No closing quotation", lambda folder: alveary.ScriptRunConfig(str(folder), "a.py", "--name it's")),
     ("remote_login_port_public_access", lambda folder: alveary.AmlCompute.provisioning_configuration(
         remote_login_port_public_access="Enabled")),
 ]  # fmt: skip
@@ -176,3 +174,32 @@ def test_options_of_a_run_reach_its_specification(tmp_path: Path) -> None:
         3,
     )
     assert not config(tmp_path, None)._spec().HasField("retry")
+
+
+@pytest.mark.parametrize("make", [
+    lambda folder: alveary.PyTorch(str(folder), use_docker=True),
+    lambda folder: alveary.DockerConfiguration(use_docker=False),
+])  # fmt: skip
+def test_what_notebooks_pass_by_habit_is_taken_with_a_warning(tmp_path: Path, make: Callable[[Path], Any]) -> None:
+    with pytest.warns(alveary.AlvearyWarning, match="use_docker has no effect"):
+        make(tmp_path)
+
+
+def test_a_script_that_registers_a_model_does_not_fail_over_what_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    made = script_run.OfflineRun().register_model("m", datasets=[("training", object())], sample_input_dataset=1)
+    assert made["name"] == "m"
+    said = capsys.readouterr().err
+    assert "datasets is left out" in said and "sample_input_dataset is not offered" in said
+
+
+def test_datasets_of_a_model_are_given_as_azure_has_them() -> None:
+    from alveary.dataset import Dataset, references
+    from alveary_contracts.registry.v1 import registry_pb2
+
+    data = Dataset(None, registry_pb2.DatasetVersion(name="d", version=2))  # type: ignore[arg-type]
+    assert references(None) == [] and references([data, ("training", data), ["test", data.as_mount()]]) == ["d:2"] * 3
+
+
+def test_an_estimator_sizes_shared_memory_beside_its_container(tmp_path: Path) -> None:
+    made = alveary.PyTorch(str(tmp_path), entry_script="a.py", docker_runtime_config=alveary.DockerConfiguration(), shm_size="8g")
+    assert made._spec().resources.shm_bytes == 8 << 30

@@ -200,3 +200,16 @@ def test_secrets_of_a_platform_are_never_uploaded(tmp_path: Path) -> None:
             manifest_of(tmp_path / folder, snapshot=False)
     with pytest.raises(AlvearyError, match="state directory of a platform, and holds its secrets: name another"):
         manifest_of(tmp_path / "state", snapshot=True)
+
+
+def test_a_config_with_a_token_is_known_by_what_is_in_it(tmp_path: Path) -> None:
+    write(tmp_path, "train.py")
+    (tmp_path / "config.outside.json").write_text(CONFIG)
+    (tmp_path / "other.json").write_text(json.dumps(json.loads(CONFIG) | {"note": "of mine"}))
+    (tmp_path / "config.json").write_text(json.dumps({"endpoint": "https://api.example.com", "token": "of another program"}))
+    (tmp_path / "stack.json").write_text(json.dumps({"services": {}, "secrets": {"password": {"file": "x"}}}))
+    files, said = names(tmp_path)
+    assert files == ["config.json", "stack.json", "train.py"]
+    assert len(said) == 1 and "config.outside.json" in said[0]
+    with pytest.raises(AlvearyError, match="other.json is a config with a token of the platform"):
+        manifest_of(tmp_path / "other.json", snapshot=False)
