@@ -150,7 +150,12 @@ class Heartbeats:
                 await self._declare_lost(limit)
             except Unavailable as error:
                 telemetry.logger().warning("lost.unavailable", error=str(error))
-            await self._fleet.tend()
+            except OSError as error:  # a provider could not save its nodes, as on a full disk
+                telemetry.logger().warning("tend.failed", error=str(error))
+            try:
+                await self._fleet.tend()
+            except OSError as error:
+                telemetry.logger().warning("tend.failed", error=str(error))
             await asyncio.sleep(min(_WATCH_SECONDS, self._settings.beat_seconds))
 
     async def _declare_lost(self, limit: float) -> None:
