@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import itertools
 import time
+from collections.abc import Coroutine, Iterator
+from typing import Any
 
 from google.protobuf.message import Message
 
@@ -33,6 +36,8 @@ _MIN_RETRY_SECONDS = 1.0
 _MAX_PAUSE_SECONDS = 60.0
 # How much newer a checkpoint must be to be recorded.
 _CHECKPOINT_SECONDS = 60.0
+# Checkpoints recorded in one round, so that they hold up no decisions.
+_MAX_CHECKPOINTS = 20
 
 
 class DecisionLoop:
@@ -85,9 +90,8 @@ class DecisionLoop:
             self._wake.clear()
 
     async def _decide(self) -> None:
-        cordoned = await self._cordoned()
+        cordoned = await self.cordoned()
         await self._release_canceled()
-        await self._record_checkpoints()
         # A lost node of a run frees the run's other nodes, where its processes still run until they hear of it: nothing
         # is decided until the revocation is in the log, and nothing else happens between the last look and the plan.
         while await self._revoke_stale():
@@ -97,6 +101,7 @@ class DecisionLoop:
         )
         for decision in decisions:
             await self._try(decision)
+        await self._record_checkpoints()
 
     async def trouble(self) -> str:
         """Why nothing is placed anywhere; empty: nothing stands against it."""
@@ -106,7 +111,7 @@ class DecisionLoop:
             problem = f"the platform's disk cannot be looked at: {error}"
         return problem and f"{problem}, the platform's own"
 
-    async def _cordoned(self) -> dict[str, str]:
+    async def cordoned(self) -> dict[str, str]:
         """Nodes that take no new runs for now, and why: their own disks, or the platform's."""
         if trouble := await self.trouble():
             return dict.fromkeys(self._state.nodes, trouble)
@@ -140,23 +145,6 @@ class DecisionLoop:
                 self._released.add(run)
         self._released &= self._state.canceled.keys()
 
-    async def _record_checkpoints(self) -> None:
-        """Record when attempts that may be preempted last stored a checkpoint, as their nodes' heartbeats say."""
-        for last in list(self._heartbeats.last.values()):
-            for attempt in last.message.attempts:
-                held = self._state.placed.get(attempt.run_id)
-                if held is None or held.attempt != attempt.attempt or not attempt.seconds_since_checkpoint:
-                    continue
-                stored_at = time.time() - (time.monotonic() - last.at) - attempt.seconds_since_checkpoint
-                if self._is_newer_checkpoint(held, stored_at):
-                    checkpointed = ev.PlacementCheckpointed(attempt=attempt.attempt, stored_at=stored_at)
-                    await self._append(held.workspace, held.run, checkpointed)
-
-    def _is_newer_checkpoint(self, held: Placed, stored_at: float) -> bool:
-        pool = self._state.pool_of(held)
-        running = pool.running.get(held.run) if pool is not None else None
-        return running is not None and running.request.preemptible and stored_at - running.last_checkpoint >= _CHECKPOINT_SECONDS
-
     async def _revoke_stale(self) -> int:
         """Revoke placements of which a node is gone or has restarted; returns how many."""
         stale = [(placed, lost) for placed in self._state.placed.values() if (lost := lost_nodes(self._state, placed))]
@@ -171,16 +159,21 @@ class DecisionLoop:
     async def _try(self, decision: Decision) -> None:
         """Carry a decision out. One that fails is put off, longer each time, and holds up no other run and no other target."""
         subject = getattr(decision, "run", "") or f"{getattr(decision, 'workspace', '')}/{getattr(decision, 'target', '')}"
-        due, pause = self._put_off.get(subject, (0.0, 0.0))
-        if time.monotonic() < due:
-            return
+        if self._is_due(subject):
+            await self._attempt(subject, type(decision).__name__, self._carry_out(decision))
+
+    def _is_due(self, subject: str) -> bool:
+        return time.monotonic() >= self._put_off.get(subject, (0.0, 0.0))[0]
+
+    async def _attempt(self, subject: str, name: str, action: Coroutine[Any, Any, None]) -> None:
         try:
-            await self._carry_out(decision)
+            await action
         except (Unavailable, *_FATAL):
             raise
         except Exception as error:
             telemetry.HANDLED.labels("decide", "error").inc()
-            telemetry.logger().error("decision.failed", decision=type(decision).__name__, subject=subject, exc_info=error)
+            telemetry.logger().error("decision.failed", decision=name, subject=subject, exc_info=error)
+            _, pause = self._put_off.get(subject, (0.0, 0.0))
             pause = min(max(pause * 2, _MIN_RETRY_SECONDS), _MAX_PAUSE_SECONDS)
             self._put_off[subject] = (time.monotonic() + pause, pause)
         else:
@@ -258,6 +251,31 @@ class DecisionLoop:
             message = ev.PlacementProvisioning(reason=sentence, wait_reason=reason, target=waiting.target)
         await self._append(waiting.workspace, decision.run, message)
 
+    # ---- after a plan ---------------------------------------------------------------------------------------------
+
+    async def _record_checkpoints(self) -> None:
+        """Record when attempts that may be preempted last stored a checkpoint, as their nodes' heartbeats say."""
+        for held, stored_at in itertools.islice(self._new_checkpoints(), _MAX_CHECKPOINTS):
+            checkpointed = ev.PlacementCheckpointed(attempt=held.attempt, stored_at=stored_at)
+            action = self._append(held.workspace, held.run, checkpointed)
+            await self._attempt(_checkpoint_of(held), "PlacementCheckpointed", action)
+
+    def _new_checkpoints(self) -> Iterator[tuple[Placed, float]]:
+        """Attempts with a checkpoint to record, and when each was stored, in Unix seconds."""
+        for last in list(self._heartbeats.last.values()):
+            for attempt in last.message.attempts:
+                held = self._state.placed.get(attempt.run_id)
+                if held is None or held.attempt != attempt.attempt or not attempt.seconds_since_checkpoint:
+                    continue
+                stored_at = time.time() - (time.monotonic() - last.at) - attempt.seconds_since_checkpoint
+                if self._is_newer_checkpoint(held, stored_at) and self._is_due(_checkpoint_of(held)):
+                    yield held, stored_at
+
+    def _is_newer_checkpoint(self, held: Placed, stored_at: float) -> bool:
+        pool = self._state.pool_of(held)
+        running = pool.running.get(held.run) if pool is not None else None
+        return running is not None and running.request.preemptible and stored_at - running.last_checkpoint >= _CHECKPOINT_SECONDS
+
     def _set_gauges(self) -> None:
         state = self._state
         for workspace, name in state.targets:
@@ -266,3 +284,8 @@ class DecisionLoop:
             telemetry.NODES.labels(workspace, name).set(nodes)
         for workspace in {w for w, _ in state.targets}:
             telemetry.PLACED.labels(workspace).set(sum(placed.workspace == workspace for placed in state.placed.values()))
+
+
+def _checkpoint_of(held: Placed) -> str:
+    """The subject of an attempt's checkpoint, apart from that of its run's decisions."""
+    return f"{held.run}/checkpoint"
