@@ -316,7 +316,7 @@ def _attribute_end(state: State, event: Event) -> None:
     message = event.message
     names = {name for name, _ in held.nodes if name in pool.nodes}
     if isinstance(message, ev.RunFailed) and message.exit.reason in _NODE_FAULTS:
-        culprit = message.exit.node or held.nodes[0][0]
+        culprit = message.exit.node or (held.nodes[0][0] if held.nodes else "")
         if culprit in names and pool.quarantine.record_node_failure(culprit, event.key.id, event.time):
             pool.reservations.drop_node(culprit)
         return

@@ -433,3 +433,11 @@ def test_a_cordon_ends_neither_a_drain_nor_a_quarantine() -> None:
     )
     (place,) = [d for d in plan(world.state, {T: 0}, {T: 0}, 701.0) if isinstance(d, Placement)]
     assert [s.node for s in place.allocation] == ["t-1"]
+
+
+def test_the_failure_of_a_placement_without_nodes_blames_none() -> None:
+    world = World()
+    run = world.submit(1.0)
+    world.say("placement", run, ev.PlacementMade(attempt=1, target="t"))
+    world.say("run", run, ev.RunFailed(attempt=1, exit=c.ExitStatus(reason=c.EXIT_REASON_STAGING_FAILED)))
+    assert run not in world.state.placed
