@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import time
+from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
@@ -14,22 +15,16 @@ from alveary_contracts.scheduler.v1 import scheduler_pb2_grpc as rpc
 from alveary_core import auth, telemetry
 from alveary_core.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
 from alveary_core.events import Key
-from alveary_scheduler.core.planner import Obstacle
 from alveary_scheduler.core.resources import WHOLE
 from alveary_scheduler.joining import DAY, YEAR, Joining
+from alveary_scheduler.plan import explain
 from alveary_scheduler.service import Scheduler
 from alveary_scheduler.state import Node, Placed, Target, TargetKey, Waiting
 from alveary_scheduler.targets import kind_name, validate_and_default
-from alveary_scheduler.wait_reason import limit_of, reason_for, render
+from alveary_scheduler.wait_reason import reason_for, render
 
 # What may change while runs use a target.
 _CHANGEABLE = ("min_nodes", "max_nodes", "idle_seconds_before_scaledown", "cooldown_seconds", "quotas", "tags", "description")
-
-_WAIT_CODES = {
-    Obstacle.QUOTA: c.WAIT_CODE_QUOTA,
-    Obstacle.NO_SUCH_NODE: c.WAIT_CODE_NO_SUCH_NODE,
-    Obstacle.IN_USE: c.WAIT_CODE_IN_USE,
-}
 
 
 class ComputeService(rpc.ComputeServiceServicer):
@@ -214,6 +209,7 @@ class QueueService(rpc.QueueServiceServicer):
 
     async def ExplainRun(self, request: pb.ExplainRunRequest, context: Any) -> pb.ExplainRunResponse:
         who = auth.require("reader")
+        cordoned = await self._scheduler.loop.cordoned()
         waiting = self._scheduler.state.queue.get(request.run_id)
         if waiting is None or waiting.workspace != who.workspace:
             raise NotFound("waiting run", request.run_id, "it does not wait for a place: `alveary run show` says what it does")
@@ -224,19 +220,22 @@ class QueueService(rpc.QueueServiceServicer):
             answer.waiting.wait_reason.CopyFrom(reason_for(c.WAIT_CODE_RETRY_DELAY, waiting.request, waiting.target))
             answer.waiting.wait_reason.seconds = until - now
             answer.expected_start.FromNanoseconds(int(until * 1e9))
-        elif pool is not None:
-            found = pool.explain(request.run_id, now)
-            answer.waiting.position = found.position
-            if waiting.reason is None:
-                answer.waiting.wait_reason.CopyFrom(reason_for(_WAIT_CODES[found.obstacle], waiting.request, waiting.target))
-                answer.waiting.wait_reason.target_kind = self._scheduler.state.targets[target_key(waiting)].spec.kind
-                answer.waiting.wait_reason.nodes = len(pool.nodes)
-                if found.limit is not None:
-                    answer.waiting.wait_reason.limit.CopyFrom(limit_of(found.limit))
-            if found.expected is not None:
-                answer.expected_start.FromNanoseconds(int(found.expected * 1e9))
+        else:
+            if waiting.reason is None and (reason := self._explain(waiting, now, cordoned)) is not None:
+                answer.waiting.wait_reason.CopyFrom(reason)
+            if pool is not None:
+                found = pool.explain(request.run_id, now, cordoned)
+                answer.waiting.position = found.position
+                if found.expected is not None:
+                    answer.expected_start.FromNanoseconds(int(found.expected * 1e9))
         answer.would_help = render(answer.waiting.wait_reason)
         return answer
+
+    def _explain(self, waiting: Waiting, now: float, cordoned: Mapping[str, str]) -> c.WaitReason | None:
+        """The reason that the next round gives for a run that none has explained yet."""
+        fleet, key = self._scheduler.fleet, target_key(waiting)
+        starting, coming = fleet.starting().get(key, 0), fleet.coming().get(key, {})
+        return explain(self._scheduler.state, waiting, starting, now, coming, fleet.troubles().get(key, ""), cordoned)
 
 
 def target_key(waiting: Waiting) -> TargetKey:

@@ -124,6 +124,20 @@ def plan(
     return decisions
 
 
+def explain(
+    state: State, waiting: Waiting, starting: int, now: float, coming: Mapping[str, int], trouble: str, cordoned: Mapping[str, str]
+) -> c.WaitReason | None:
+    """The reason that a round at `now` gives for a waiting run; None: the round places it.
+
+    `starting`, `coming` and `trouble` are those of its target, as in `plan`.
+    """
+    target = state.targets.get((waiting.workspace, waiting.target))
+    found = _plan_target(state, target, starting, 0, now, coming, cordoned) if target is not None else None
+    if found is not None and waiting.run in found.planner.placed:
+        return None
+    return _explain(state, waiting, found, trouble, cordoned)
+
+
 def _to_explain(state: State, now: float) -> list[Waiting]:
     """Runs whose wait reason is looked at: the first without one, and the first of the queue."""
     unexplained = (run for run in state.unexplained if state.queue[run].request.not_before <= now)
@@ -224,13 +238,16 @@ def _explain(state: State, waiting: Waiting, found: _TargetPlan | None, trouble:
     obstacle, limit = found.planner.obstacle(request)
     reason = reason_for(_wait_code(state, target, found, request, obstacle), request, name)
     reason.target_kind = target.spec.kind
-    reason.nodes = len(pool.nodes)
     reason.max_nodes = target.spec.max_nodes
+    # Only where the sentence names the number: a reason that differs is told again.
+    if target.spec.kind == c.TARGET_KIND_NODES:
+        reason.nodes = len(pool.nodes)
     closed = sorted(node for node in cordoned if node in pool.nodes)
     if obstacle is Obstacle.QUOTA and limit is not None:
         reason.limit.CopyFrom(limit_of(limit))
     elif closed and not found.grows_for(request.run):
         reason.code = c.WAIT_CODE_CORDONED
+        reason.nodes = len(pool.nodes)
         reason.cordoned_nodes = len(closed)
         reason.node = closed[0]
         reason.detail = cordoned[closed[0]]

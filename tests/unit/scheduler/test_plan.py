@@ -13,7 +13,7 @@ from alveary_contracts.common.v1 import common_pb2 as c
 from alveary_contracts.events.v1 import events_pb2 as ev
 from alveary_core.events import Event, Key, name_of
 from alveary_scheduler.core.requests import Placement, Preemption
-from alveary_scheduler.plan import Decision, ProvisionGroup, ReleaseGroup, Reserve, Scale, Wait, plan
+from alveary_scheduler.plan import Decision, ProvisionGroup, ReleaseGroup, Reserve, Scale, Wait, explain, plan
 from alveary_scheduler.resources import resources_of
 from alveary_scheduler.state import State, evolve
 from alveary_scheduler.wait_reason import render
@@ -433,6 +433,43 @@ def test_a_cordon_ends_neither_a_drain_nor_a_quarantine() -> None:
     )
     (place,) = [d for d in plan(world.state, {T: 0}, {T: 0}, 701.0) if isinstance(d, Placement)]
     assert [s.node for s in place.allocation] == ["t-1"]
+
+
+def test_nodes_that_join_or_leave_give_no_new_reason_where_the_sentence_is_the_same() -> None:
+    world = World(max_nodes=3)
+    for _ in range(3):
+        world.join()
+        world.submit(4.0)
+    world.act()
+    waiting = world.submit(4.0)
+    world.act()
+    assert _code(world, waiting) == c.WAIT_CODE_IN_USE
+    world.say("node", "t-9", ev.NodeJoined(target="t", incarnation="9", resources=c.Resources(cpus=0.5)))
+    assert not [d for d in plan(world.state, {}, {}, world.now) if isinstance(d, Wait)]
+    (wait,) = [d for d in plan(world.state, {}, {}, world.now, cordoned={"t-0": "x", "t-1": "x"}) if isinstance(d, Wait)]
+    assert render(wait.reason).endswith("2 of the 4 nodes of t take no new runs: x")
+
+
+def test_a_run_that_no_round_has_explained_is_explained_as_the_next_one_does() -> None:
+    world = World(max_nodes=1)
+    world.join()
+    first, second = world.submit(4.0), world.submit(4.0)
+    assert explain(world.state, world.state.queue[first], 0, world.now, {}, "", {}) is None, "the next round places it"
+    world.act()
+    big = world.submit(64.0)
+    for run in (second, big):
+        found = explain(world.state, world.state.queue[run], 0, world.now, {}, "", {})
+        told = {d.run: d.reason for d in plan(world.state, {}, {}, world.now) if isinstance(d, Wait)}
+        assert found == told.get(run, world.state.queue[run].reason)
+    assert found is not None and found.code == c.WAIT_CODE_NO_SUCH_NODE
+    found = explain(world.state, world.state.queue[second], 0, world.now, {}, "", {"t-0": "its disk is full"})
+    assert found is not None and (found.code, found.node) == (c.WAIT_CODE_CORDONED, "t-0")
+    empty = World(max_nodes=2)
+    found = explain(empty.state, empty.state.queue[empty.submit(1.0)], 0, empty.now, {}, "", {})
+    assert found is not None and found.code == c.WAIT_CODE_PROVISIONING
+    empty.say("target", "t", ev.TargetDeleted())
+    found = explain(empty.state, next(iter(empty.state.queue.values())), 0, empty.now, {}, "", {})
+    assert found is not None and found.code == c.WAIT_CODE_TARGET_DELETED
 
 
 def test_the_failure_of_a_placement_without_nodes_blames_none() -> None:

@@ -405,6 +405,8 @@ def test_why_is_it_queued() -> None:
     assert found[waits].position == 2 and found[waits].expected == 100.0
     assert found[big].expected is None
     assert running in world.pool.running, "asking changes nothing"
+    closed = world.pool.explain(waits, 1.0, cordoned=["n0"])
+    assert closed.obstacle is Obstacle.NO_SUCH_NODE and closed.expected is None, "the node takes nothing, however long it waits"
 
 
 def test_shares_of_a_node_that_is_lost_go_with_it() -> None:

@@ -174,26 +174,29 @@ class Pool:
         """All that wait and may start, in the order in which they would be looked at."""
         return self.planner(now).order()
 
-    def explain(self, run: str, now: float) -> QueueExplanation:
-        """Why a run waits.
+    def explain(self, run: str, now: float, cordoned: Collection[str] = ()) -> QueueExplanation:
+        """Why a run waits, without the `cordoned` nodes.
 
         Raises:
             KeyError: it does not wait, or its time has not come yet.
         """
-        planner = self.planner(now)
+        planner = self.planner(now, cordoned)
         position = next((i for i, request in enumerate(planner.order(), 1) if request.run == run), None)
         if position is None:
             raise KeyError(run)
         obstacle, limit = planner.obstacle(self.waiting[run])
-        return QueueExplanation(position, obstacle, limit, self.forecast(run, now))
+        return QueueExplanation(position, obstacle, limit, self.forecast(run, now, cordoned=cordoned))
 
-    def forecast(self, run: str, now: float, steps: int = 200) -> float | None:
-        """When a run starts at the latest, if no other arrives and all take as long as they may; None: not foreseeable."""
+    def forecast(self, run: str, now: float, steps: int = 200, cordoned: Collection[str] = ()) -> float | None:
+        """When a run starts at the latest, if no other arrives and all take as long as they may; None: not foreseeable.
+
+        The `cordoned` nodes are taken to stay so.
+        """
         if len(self.waiting) > _MAX_FORECAST_QUEUE:
             return None
         world = copy.deepcopy(self)
         for _ in range(steps):
-            while (proposal := world.propose(now)).placements:
+            while (proposal := world.propose(now, cordoned)).placements:
                 world.apply(proposal, now)
                 if run in world.running:
                     return now
