@@ -79,6 +79,11 @@ def library(cache: Path) -> Path:
     return final
 
 
+def runs_dir_of(settings: TrainerSettings) -> Path:
+    """The folder of this node's attempts, without symbolic links: its path in their variables tells a later life whose they were."""
+    return (settings.state_dir / "work" / settings.node).resolve()
+
+
 def claimed(runs_dir: Path) -> int:
     """An empty folder for this node's attempts, held by a lock that goes with this process.
 
@@ -136,7 +141,7 @@ async def main() -> None:
     service = Service("trainer", settings)
     await service.open()
     cache = settings.cache_dir or settings.state_dir / "cache"
-    runs_dir = settings.state_dir / "work" / settings.node
+    runs_dir = runs_dir_of(settings)
     claim = claimed(runs_dir)
     await asyncio.to_thread(remove_unclaimed, runs_dir.parent)
     limit = settings.data_bytes

@@ -19,11 +19,13 @@ import psutil
 import pytest
 from support import until
 
+from alveary_trainer.__main__ import runs_dir_of
 from alveary_trainer.adapters import process
 from alveary_trainer.adapters.cgroups import Groups, Offer, Support, describe
 from alveary_trainer.adapters.process import ProcessTree, become_subreaper
 from alveary_trainer.adapters.runtime import Outcome
 from alveary_trainer.lines import Lines
+from alveary_trainer.settings import TrainerSettings
 from alveary_trainer.shipper import pump
 from alveary_trainer.short_paths import ShortLinks
 
@@ -139,6 +141,13 @@ async def test_a_process_of_a_dead_trainer_is_found_by_its_variables(tmp_path: P
         for one in (stray, other):
             one.kill()
             one.wait()
+
+
+def test_runs_are_named_by_the_path_that_their_strays_are_found_by(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "state").symlink_to(tmp_path / "disk")
+    runs_dir = runs_dir_of(TrainerSettings(node="n", state_dir=tmp_path / "state"))
+    assert runs_dir == tmp_path.resolve() / "disk" / "work" / "n" == ShortLinks(runs_dir).runs_dir
 
 
 async def test_what_the_trainer_starts_itself_is_no_orphan(groups: Groups, tmp_path: Path) -> None:
