@@ -174,7 +174,7 @@ async def main() -> None:
     await agent.stop()
     await context.close()
     await service.close()
-    await asyncio.to_thread(context.runtime.close)
+    await context.runtime.close()
     await asyncio.to_thread(shutil.rmtree, context.sockets_dir, ignore_errors=True)
     os.close(claim)
     if service.failed.done():

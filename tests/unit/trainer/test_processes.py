@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
 import json
 import os
 import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +26,7 @@ from alveary_trainer.__main__ import runs_dir_of
 from alveary_trainer.adapters import process
 from alveary_trainer.adapters.cgroups import Groups, Offer, Support, describe
 from alveary_trainer.adapters.process import ProcessTree, become_subreaper
-from alveary_trainer.adapters.runtime import Outcome
+from alveary_trainer.adapters.runtime import Outcome, StagingFailed
 from alveary_trainer.lines import Lines
 from alveary_trainer.settings import TrainerSettings
 from alveary_trainer.shipper import pump
@@ -444,7 +447,7 @@ async def test_an_attempt_gets_the_shim_that_is_ready_and_another_takes_its_plac
     assert tree is spare and outcome.exit_code == 4
     assert (await spare_of(runtime)) is not spare
     spare = await spare_of(runtime)
-    runtime.close()
+    await runtime.close()
     assert not psutil.pid_exists(spare._shim.pid) and not any(folder.exists() for folder in spare.group._folders)
 
 
@@ -458,7 +461,7 @@ async def test_a_spare_that_was_killed_costs_no_attempt(groups: Groups, tmp_path
     await asyncio.to_thread(until, lambda: spare._shim.poll() is not None, "it has ended")
     tree, outcome = await launched(runtime, tmp_path, "sys.exit(4)")
     assert tree is not spare and outcome.exit_code == 4 and not outcome.left
-    runtime.close()
+    await runtime.close()
     assert not psutil.pid_exists(child.pid) or child.status() == psutil.STATUS_ZOMBIE
 
 
@@ -470,4 +473,135 @@ async def test_the_memory_of_an_attempt_is_limited_in_a_shim_that_was_ready(tmp_
     runtime = await runtime_with_spare(Groups(tmp_path, support), tmp_path)
     _, outcome = await launched(runtime, tmp_path, "held = bytearray(300 << 20)", memory=128 << 20)
     assert outcome.out_of_memory
-    runtime.close()
+    await runtime.close()
+
+
+async def test_a_spare_that_was_stopped_runs_its_program(groups: Groups, tmp_path: Path) -> None:
+    runtime = await runtime_with_spare(groups, tmp_path)
+    spare = await spare_of(runtime)
+    (child,) = children_of(spare._shim.pid)
+    child.suspend()
+    await asyncio.to_thread(until, lambda: child.status() == psutil.STATUS_STOPPED, "it is stopped")
+    tree, outcome = await launched(runtime, tmp_path, "sys.exit(4)")
+    assert tree is spare and outcome.exit_code == 4
+    await runtime.close()
+
+
+async def test_an_out_of_memory_kill_before_the_launch_is_not_the_attempts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    become_subreaper()
+    runtime = await runtime_with_spare(Groups(tmp_path, Support(NOWHERE, NOWHERE, NOWHERE)), tmp_path)
+    monkeypatch.setattr(process, "oom_kills", lambda: 1_000_000)
+    _, outcome = await launched(runtime, tmp_path, "os.kill(os.getpid(), signal.SIGKILL)")
+    assert outcome.signal == signal.SIGKILL and not outcome.out_of_memory
+    await runtime.close()
+
+
+def descriptors() -> set[str]:
+    """The open descriptors of this process, and what they are."""
+    found = set()
+    for one in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):  # the one that lists them
+            found.add(f"{one.name} {one.readlink()}")
+    return found
+
+
+@pytest.mark.parametrize("fails", ["limit", "start", "started"])
+async def test_a_launch_that_fails_leaves_nothing(groups: Groups, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOMEM if fails == "start" else errno.EIO, "the test says so")
+
+    before = descriptors()
+    runtime = await runtime_with_spare(groups, tmp_path)
+    spare = await spare_of(runtime)
+    if fails == "limit":
+        monkeypatch.setattr(spare.group, "limit_memory", fail)
+    else:
+        owner, name = (process, "_write_json") if fails == "start" else (ProcessTree, "_wake_waiting")
+        monkeypatch.setattr(cast(Any, owner), name, fail)
+    with pytest.raises(StagingFailed, match="control groups" if fails == "limit" else "cannot start a process"):
+        await launched(runtime, tmp_path, "sys.exit(4)")
+    assert not psutil.pid_exists(spare._shim.pid) and spare._shim.pid not in ProcessTree._shims
+    assert not any(folder.exists() for folder in spare.group._folders)
+    monkeypatch.undo()
+    await runtime.close()
+    assert descriptors() <= before
+
+
+@pytest.mark.parametrize("pipes", range(4))
+async def test_a_shim_that_cannot_be_prepared_leaves_nothing(
+    groups: Groups, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pipes: int
+) -> None:
+    made, pipe = 0, os.pipe
+
+    def few() -> tuple[int, int]:
+        nonlocal made
+        made += 1
+        if made > pipes:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return pipe()
+
+    runtime = process.ProcessRuntime(cast(Any, None), groups, ShortLinks(tmp_path))
+    before = descriptors()
+    monkeypatch.setattr(os, "pipe", few)
+    with pytest.raises(StagingFailed, match="this node cannot start a process: .* Too many open files"):
+        await runtime._prepare("r-1")
+    monkeypatch.undo()
+    assert descriptors() <= before
+    assert not any((base / "r-1").exists() for base, _ in groups._bases())
+
+
+async def test_a_spare_that_is_being_prepared_at_the_end_leaves_nothing(
+    groups: Groups, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    making, go, make = threading.Event(), threading.Event(), groups.make
+
+    def slowly(name: str, memory_bytes: int, processes: int) -> Any:
+        making.set()
+        go.wait(60)
+        return make(name, memory_bytes, processes)
+
+    monkeypatch.setattr(groups, "make", slowly)
+    runtime = process.ProcessRuntime(cast(Any, None), groups, ShortLinks(tmp_path))
+    await runtime.sweep()
+    await asyncio.to_thread(making.wait, 60)
+    closing = asyncio.create_task(runtime.close())
+    await asyncio.sleep(0.1)
+    go.set()
+    async with asyncio.timeout(60):
+        await closing
+    assert runtime._spare is None and not any(base.exists() for base, _ in groups._bases())
+
+
+async def test_a_launch_that_is_cancelled_leaves_no_groups(groups: Groups, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    making, go, make = threading.Event(), threading.Event(), groups.make
+
+    def slowly(name: str, memory_bytes: int, processes: int) -> Any:
+        making.set()
+        go.wait(60)
+        return make(name, memory_bytes, processes)
+
+    monkeypatch.setattr(groups, "make", slowly)
+    runtime = process.ProcessRuntime(cast(Any, None), groups, ShortLinks(tmp_path))
+    launching = asyncio.create_task(launched(runtime, tmp_path, "pass"))
+    await asyncio.to_thread(making.wait, 60)
+    launching.cancel()
+    await asyncio.sleep(0.05)
+    go.set()
+    with pytest.raises(asyncio.CancelledError):
+        await launching
+    await runtime.close()
+    assert not any(base.exists() for base, _ in groups._bases())
+
+
+async def test_no_two_spares_have_groups_of_the_same_name(groups: Groups, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names, make = [], groups.make
+
+    def noted(name: str, memory_bytes: int, processes: int) -> Any:
+        names.append(name)
+        return make(name, memory_bytes, processes)
+
+    monkeypatch.setattr(groups, "make", noted)
+    for _ in range(2):
+        runtime = await runtime_with_spare(groups, tmp_path)
+        await runtime.close()
+    assert len(set(names)) == 2 and all(name.startswith("spare-") for name in names)

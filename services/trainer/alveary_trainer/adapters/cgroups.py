@@ -9,7 +9,8 @@ Three things are wanted, and each is looked for by itself, as machines differ (c
 What is not there is done without: see `adapters/process.py`. `describe()` says which of them this machine offers, and
 why not the others.
 
-Groups are called `alveary/<node>/<attempt>`, below the first group, from the trainer's own upwards, in which that works.
+Groups are called `alveary/<node>/<name>`, below the first group, from the trainer's own upwards, in which that works. The name
+is that of the attempt, or `spare-<id>` where a shim enters it before there is an attempt; no name is used twice.
 """
 
 from __future__ import annotations
@@ -359,29 +360,36 @@ class Groups:
             OSError: the machine offered them before, and does not any more.
         """
         group = Group()
-        for base, uses in self._bases():
-            folder = base / name
-            for _ in range(3):  # a sweep of another node may remove `base` in between, while it is empty
-                try:
-                    folder.mkdir(parents=True, exist_ok=True)
-                    break
-                except FileNotFoundError:
-                    continue
-            wanted = [use[:-1] for use in uses if use in ("memory2", "pids2")]
-            for parent in (base.parent, base) if wanted else ():
-                if set(wanted) - _words(parent / "cgroup.subtree_control"):
-                    _write(parent / "cgroup.subtree_control", " ".join(f"+{use}" for use in wanted))
-            group._folders.append(folder)
-            if "kill2" in uses:
-                group.kill_folder = folder
-            if "pids1" in uses or "pids2" in uses:
-                group.pids_folder = folder
-                _write(folder / "pids.max", str(processes))
-            for version in (1, 2):
-                if f"memory{version}" in uses:
-                    group.memory_folder, group.memory_version = folder, version
-        group.limit_memory(memory_bytes)
+        try:
+            for base, uses in self._bases():
+                self._add_folder(group, base, name, uses, processes)
+            group.limit_memory(memory_bytes)
+        except OSError:
+            group.remove()
+            raise
         return group
+
+    def _add_folder(self, group: Group, base: Path, name: str, uses: list[str], processes: int) -> None:
+        folder = base / name
+        for _ in range(3):  # a sweep of another node may remove `base` in between, while it is empty
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                break
+            except FileNotFoundError:
+                continue
+        group._folders.append(folder)
+        wanted = [use[:-1] for use in uses if use in ("memory2", "pids2")]
+        for parent in (base.parent, base) if wanted else ():
+            if set(wanted) - _words(parent / "cgroup.subtree_control"):
+                _write(parent / "cgroup.subtree_control", " ".join(f"+{use}" for use in wanted))
+        if "kill2" in uses:
+            group.kill_folder = folder
+        if "pids1" in uses or "pids2" in uses:
+            group.pids_folder = folder
+            _write(folder / "pids.max", str(processes))
+        for version in (1, 2):
+            if f"memory{version}" in uses:
+                group.memory_folder, group.memory_version = folder, version
 
     def sweep(self) -> int:
         """Kill and remove what an earlier life of this node left; returns how many processes that were."""

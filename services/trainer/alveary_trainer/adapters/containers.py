@@ -327,7 +327,7 @@ class DockerRuntime:
 
         await self._do(work)
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Nothing: the daemon removes the containers."""
 
 

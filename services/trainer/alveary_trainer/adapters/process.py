@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import ipaddress
 import json
 import os
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,6 +24,7 @@ from urllib.parse import urlsplit
 import psutil
 
 from alveary_contracts.common.v1 import common_pb2 as c
+from alveary_contracts.ids import new_id
 from alveary_contracts.proxies import for_runs
 from alveary_core import telemetry
 from alveary_trainer.adapters import alveary_exec
@@ -52,6 +54,10 @@ _INHERITED = ("PATH", "HOME", "TZ", "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_C
 _SPARE_DELAY_SECONDS = 0.3
 # How long killed processes may take to be gone, and a shim to report them, seconds.
 _REST_SECONDS, _INSIST_SECONDS = 10.0, 30.0
+_NO_GROUPS = "the control groups of this node cannot be used any more"
+_NO_PROCESS = "this node cannot start a process"
+# Too many processes, too little memory, too many open files: whatever was tried.
+_SHORTAGES = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 
 
 class ProcessRuntime:
@@ -64,7 +70,6 @@ class ProcessRuntime:
         self._environments, self._groups, self._links, self._address = environments, groups, links, address
         # A shim that waits for the next attempt.
         self._spare: ProcessTree | None = None
-        self._spares = 0
         self._preparing: asyncio.Task[None] | None = None
         self._replenishing: asyncio.TimerHandle | None = None
         self._closed = False
@@ -120,24 +125,48 @@ class ProcessRuntime:
     async def launch(self, paths: AttemptPaths, staged: Staged, argv: Sequence[str], env: Mapping[str, str], limits: Limits) -> ProcessTree:
         """See Runtime."""
         gpus = {"CUDA_VISIBLE_DEVICES": ",".join(str(g) for g in limits.gpus)}
-        tree, self._spare = self._spare, None
+        tree = await self._take_spare() or await self._prepare(paths.name)
         try:
-            if tree is None or not tree.is_ready():
-                if tree is not None:
-                    await asyncio.to_thread(tree.discard)
-                tree = await self._prepare(paths.name)
-            await asyncio.to_thread(tree.group.limit_memory, limits.resources.memory_bytes)
-        except OSError as error:
-            raise StagingFailed(f"the control groups of this node cannot be used any more: {error}") from error
-        tree.start(argv, paths.work, dict(env) | gpus)
+            with _explained(_NO_GROUPS):
+                await asyncio.to_thread(tree.group.limit_memory, limits.resources.memory_bytes)
+            with _explained(_NO_PROCESS):
+                tree.start(argv, paths.work, dict(env) | gpus)
+        except BaseException:
+            await asyncio.shield(asyncio.to_thread(tree.discard))
+            raise
         # Later: it would take CPU time from the program that starts.
         self._replenishing = asyncio.get_running_loop().call_later(_SPARE_DELAY_SECONDS, self._replenish)
         return tree
 
+    async def _take_spare(self) -> ProcessTree | None:
+        """The shim that is kept ready; None: there is none, or it was killed."""
+        spare, self._spare = self._spare, None
+        if spare is None or spare.is_ready():
+            return spare
+        await asyncio.to_thread(spare.discard)
+        return None
+
     async def _prepare(self, name: str) -> ProcessTree:
-        group = await asyncio.to_thread(self._groups.make, name, 0, MOST_PROCESSES)
-        # On this thread: the kernel tells the shim of the end of the thread that started it.
-        return ProcessTree.prepare(group, self._links)
+        """A shim that waits, in groups of its own.
+
+        Raises:
+            StagingFailed: it cannot be had; nothing of it is left.
+        """
+        making = asyncio.ensure_future(asyncio.to_thread(self._groups.make, name, 0, MOST_PROCESSES))
+        with _explained(_NO_GROUPS):
+            try:
+                group = await asyncio.shield(making)
+            except asyncio.CancelledError:  # the thread goes on
+                with contextlib.suppress(OSError):
+                    await asyncio.to_thread((await making).remove)
+                raise
+        try:
+            with _explained(_NO_PROCESS):
+                # On this thread: the kernel tells the shim of the end of the thread that started it.
+                return ProcessTree.prepare(group, self._links)
+        except BaseException:
+            await asyncio.shield(asyncio.to_thread(group.remove))
+            raise
 
     def _replenish(self) -> None:
         """Have a shim ready for the next attempt: starting one, and entering control groups, takes longer than the rest of a launch."""
@@ -146,10 +175,9 @@ class ProcessRuntime:
         self._preparing = asyncio.create_task(self._prepare_spare(), name="processes.spare")
 
     async def _prepare_spare(self) -> None:
-        self._spares += 1
         try:
-            made = await self._prepare(f"spare-{self._spares}")
-        except OSError as error:  # the next launch says so, where it is needed
+            made = await self._prepare(f"spare-{new_id()}")
+        except StagingFailed as error:  # the next launch says so, where it is needed
             telemetry.logger().warning("processes.spare", error=str(error))
             return
         if self._closed or self._spare is not None:
@@ -164,15 +192,30 @@ class ProcessRuntime:
         self._links.sweep()
         self._replenish()
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """The node is no more."""
         self._closed = True
         if self._replenishing is not None:
             self._replenishing.cancel()
+        if self._preparing is not None:  # it discards what it makes
+            await asyncio.wait({self._preparing})
         if self._spare is not None:
-            self._spare.discard()
+            await asyncio.to_thread(self._spare.discard)
             self._spare = None
-        self._groups.close()
+        await asyncio.to_thread(self._groups.close)
+
+
+@contextlib.contextmanager
+def _explained(problem: str) -> Iterator[None]:
+    """Turn an error of the operating system into a failure to stage: `problem`, unless the node is merely short of something.
+
+    Raises:
+        StagingFailed: instead of OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise StagingFailed(f"{_NO_PROCESS if error.errno in _SHORTAGES else problem}: {error}") from error
 
 
 class ProcessTree:
@@ -191,7 +234,7 @@ class ProcessTree:
         self._group, self._links = group, links
         self._cpu: dict[int, psutil.Process] = {}
         self._spent: tuple[float, float] | None = None
-        self._oom_before = oom_kills()
+        self._oom_before = 0
         self._first_kill = 0.0
 
     @classmethod
@@ -213,30 +256,24 @@ class ProcessTree:
         group = group or Group()
         # A shim that its script stopped cannot hear of the trainer's end: the next trainer finds it by this, see end_strays.
         marked = {"PATH": "/usr/bin:/bin", "ALVEARY_WORK_DIR": f"{links.runs_dir}/shim" if links else ""}
-        # A file: a pipe would block here until the shim reads it, where the environment is large.
-        order, program = os.memfd_create("alveary-order"), os.memfd_create("alveary-program")
-        out_read, out_write = os.pipe()
-        err_read, err_write = os.pipe()
-        status_read, status_write = os.pipe()
-        go_read, go_write = os.pipe()
-        passed = [status_write, order, program, go_read]
-        try:
+        with contextlib.ExitStack() as own, contextlib.ExitStack() as passed:
+            # A file: a pipe would block here until the shim reads it, where the environment is large.
+            order, program = _memory_file("alveary-order", passed), _memory_file("alveary-program", own)
+            out_read, out_write = _pipe(own, passed)
+            err_read, err_write = _pipe(own, passed)
+            status_read, status_write = _pipe(own, passed)
+            go_read, go_write = _pipe(passed, own)
+            os.set_blocking(out_read, False)
+            os.set_blocking(err_read, False)
             _write_json(order, {"group": group.order, "trainer": os.getpid()})
+            inherited = [status_write, order, program, go_read]
             with cls._starting:
                 shim = subprocess.Popen(
-                    [sys.executable, "-I", "-S", str(_SHIM), *map(str, passed)], stdin=subprocess.DEVNULL, stdout=out_write,
-                    stderr=err_write, pass_fds=passed, env=marked, start_new_session=True,
+                    [sys.executable, "-I", "-S", str(_SHIM), *map(str, inherited)], stdin=subprocess.DEVNULL, stdout=out_write,
+                    stderr=err_write, pass_fds=inherited, env=marked, start_new_session=True,
                 )  # fmt: skip
                 cls._shims.add(shim.pid)
-        except BaseException:
-            for fd in (out_read, err_read, status_read, program, go_write):
-                os.close(fd)
-            raise
-        finally:
-            for fd in (out_write, err_write, status_write, order, go_read):
-                os.close(fd)
-        os.set_blocking(out_read, False)
-        os.set_blocking(err_read, False)
+            own.pop_all()
         return cls(shim, out_read, err_read, status_read, program, go_write, group, links)
 
     @property
@@ -250,17 +287,29 @@ class ProcessTree:
 
     def start(self, argv: Sequence[str], cwd: Path, env: Mapping[str, str]) -> None:
         """Let the child become the program. Where shim or child were killed meanwhile, `wait` reports an end without an exit code."""
+        self._oom_before = oom_kills()
         _write_json(self._program, {"argv": list(argv), "cwd": str(cwd), "env": dict(env)})
+        program, self._program = self._program, -1
+        os.close(program)
         go, self._go = self._go, -1
         with contextlib.suppress(BrokenPipeError):  # nobody waits for it: both are dead
             os.write(go, b"1")
         os.close(go)
-        os.close(self._program)
+        self._wake_waiting()
+
+    def _wake_waiting(self) -> None:
+        """Another script may have stopped the shim or its child while they waited, and a stopped one never reads its order."""
+        self._shim.send_signal(signal.SIGCONT)
+        for pid in alveary_exec.parents().get(self._shim.pid, []):
+            with contextlib.suppress(ProcessLookupError):  # it has ended
+                os.kill(pid, signal.SIGCONT)
 
     def discard(self) -> None:
-        """End a shim that was never started."""
+        """End a shim whose program nobody waits for."""
         for fd in (self._go, self._program, self.stdout, self.stderr, self._status):
-            os.close(fd)
+            if fd >= 0:  # `start` closes some
+                os.close(fd)
+        self._go = self._program = self.stdout = self.stderr = self._status = -1
         self._shim.kill()
         self._shim.wait()
         self._end_rest()
@@ -353,6 +402,21 @@ class ProcessTree:
         with contextlib.suppress(OSError, IndexError):  # it has ended
             if Path(f"/proc/{self._shim.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T":
                 self._shim.send_signal(signal.SIGCONT)
+
+
+def _memory_file(name: str, closing: contextlib.ExitStack) -> int:
+    """A file in memory, which `closing` closes."""
+    descriptor = os.memfd_create(name)
+    closing.callback(os.close, descriptor)
+    return descriptor
+
+
+def _pipe(reading: contextlib.ExitStack, writing: contextlib.ExitStack) -> tuple[int, int]:
+    """Both ends of a pipe, each closed by its stack."""
+    read, write = os.pipe()
+    reading.callback(os.close, read)
+    writing.callback(os.close, write)
+    return read, write
 
 
 def _write_json(file: int, value: dict[str, Any]) -> None:

@@ -209,7 +209,7 @@ class Runtime(Protocol):
         """Remove what an earlier life of this node left."""
         ...
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Remove what the node made for itself; no attempt is left."""
         ...
 
