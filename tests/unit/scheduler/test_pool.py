@@ -419,3 +419,32 @@ def test_shares_of_a_node_that_is_lost_go_with_it() -> None:
         and int(world.pool.nodes.cluster.gpu[world.pool.nodes.cluster.rows["n1"]].sum()) == 4 * WHOLE
     )
     assert AllocatedNode("n1") != AllocatedNode("n0")
+
+
+def test_an_aged_run_over_its_quota_holds_up_no_other_account() -> None:
+    world = World(1, quotas={("w", "x"): Quota(maximum=ResourceVector(None, None, 1000))})
+    world.submit(1, user="x")
+    world.placed()
+    over, free = world.submit(1, user="x"), [world.submit(1, user=user) for user in ("y", "z")]
+    world.now = 7 * 3600.0
+    assert world.placed() == free and over in world.pool.waiting
+
+
+def test_of_the_aged_the_first_within_its_quota_gets_the_reservation() -> None:
+    world = World(1, quotas={("w", "x"): Quota(maximum=ResourceVector(None, None, 1000))})
+    world.submit(1, user="x")
+    world.submit(3, user="y")
+    world.placed()
+    world.submit(1, user="x")
+    first = world.submit(1, user="y")
+    world.now = 7 * 3600.0
+    assert world.placed() == []
+    reservation = world.pool.reservations.current
+    assert reservation is not None and reservation.run == first
+
+
+def test_aged_runs_of_one_round_keep_to_their_quotas() -> None:
+    world = World(1, quotas={("w", "x"): Quota(maximum=ResourceVector(None, None, 1000))})
+    one, two, other = world.submit(1, user="x"), world.submit(1, user="x"), world.submit(1, user="y")
+    world.now = 7 * 3600.0
+    assert world.placed() == [one, other] and two in world.pool.waiting

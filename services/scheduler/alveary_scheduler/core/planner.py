@@ -73,6 +73,9 @@ class Planner:
         self._preemptions: list[Preemption] = []
         # By line: how many of its first entries are placed by this round.
         self._taken: dict[int, int] = {}
+        # The aged of all accounts share a line: by line, the accounts whose quota refuses the kind in this round.
+        self._refused: dict[int, set[Account]] = {}
+        self._mixed = False
         # The first that finds no room though there could be some, and the rows kept for it. They bind those behind it;
         # those before it may take what an earlier round kept.
         self._blocked: Request | None = None
@@ -103,6 +106,7 @@ class Planner:
         lines = self._queue.lines(tier)
         live = self._live_kinds(tier)
         self._ranks.clear()
+        self._mixed = tier == AGED and self.shares.has_quotas
         heap = [self.shares.rank(account) for account in lines]
         heapq.heapify(heap)
         self._block_first(tier, heap, live)
@@ -132,6 +136,8 @@ class Planner:
         request = self._queue.requests[run]
         count = self.shares.allowed_count(request)
         if not count:
+            if (after := self._head(line, kind)) is not None and after[1] != run:
+                heapq.heappush(heads, after)
             return True
         if self._try_place(request, count):
             self._ranks = {account: rank for account, rank in self._ranks.items() if account[0] != request.workspace}
@@ -168,15 +174,24 @@ class Planner:
         return heads
 
     def _head(self, line: Line, kind: Kind) -> _Head | None:
-        """The earliest of a kind that this round has not placed."""
+        """The earliest of a kind that this round has not placed; of the aged, the earliest that its quota allows."""
         entries = line.get(kind)
         if entries is None:
             return None
         index = self._taken.get(id(entries), 0)
-        while index < len(entries) and entries[index][1] in self.placed:
+        while index < len(entries) and (entries[index][1] in self.placed or (self._mixed and self._is_refused(entries, index))):
             index += 1
         self._taken[id(entries)] = index
         return (*entries[index], kind) if index < len(entries) else None
+
+    def _is_refused(self, entries: list[tuple[int, str]], index: int) -> bool:
+        """Whether an entry is over the quota of its account. What an account holds only grows in a round."""
+        request = self._queue.requests[entries[index][1]]
+        refused = self._refused.setdefault(id(entries), set())
+        account = (request.workspace, request.user)
+        if account not in refused and not self.shares.allowed_count(request):
+            refused.add(account)
+        return account in refused
 
     def _block_first(self, tier: int, ranks: list[Rank], live: set[Kind]) -> None:
         """Keep nodes for the request that comes before all others of a tier, if it finds no room now though it could."""
