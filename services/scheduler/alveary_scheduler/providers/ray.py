@@ -81,6 +81,14 @@ class RayNodes(NodeProvider):
 
     async def tend(self, targets: Mapping[TargetKey, ev.ComputeSpec], leaving: set[str]) -> None:
         """Keep a driver for each target, and none for those that are gone."""
+        # A target may have been created again with another address.
+        for key in [k for k, cluster in self._clusters.items() if k not in targets or targets[k].address != cluster.address]:
+            gone = self._clusters.pop(key)
+            for run in list(gone.groups):
+                self._send_order(gone, {"op": "drop", "group": run})
+            if gone.process is not None and gone.process.stdin is not None:
+                gone.process.stdin.close()
+            self._save()
         for key, spec in targets.items():
             cluster = self._clusters.get(key)
             if cluster is None:
@@ -90,13 +98,6 @@ class RayNodes(NodeProvider):
                 cluster.again = time.monotonic() + cluster.pause
                 cluster.pause = min(cluster.pause * 2, _MAX_PAUSE)
                 cluster.reading = asyncio.create_task(self._drive(key, cluster))
-        for key in [k for k in self._clusters if k not in targets]:
-            cluster = self._clusters.pop(key)
-            for run in list(cluster.groups):
-                self._send_order(cluster, {"op": "drop", "group": run})
-            if cluster.process is not None and cluster.process.stdin is not None:
-                cluster.process.stdin.close()
-            self._save()
 
     async def _drive(self, key: TargetKey, cluster: _Cluster) -> None:
         environment = {k: v for k, v in os.environ.items() if not k.startswith("ALVEARY_")} | {"RAY_USAGE_STATS_ENABLED": "0"}
