@@ -86,6 +86,8 @@ class _TargetPlan:
     decisions: list[Decision] = field(default_factory=list)
     # Whether nodes are on their way: for all that wait, or for these runs.
     growing: bool = False
+    # Nodes that take no new runs, and why.
+    closed: Mapping[str, str] = field(default_factory=dict)
     served: set[str] = field(default_factory=set)
 
     def grows_for(self, run: str) -> bool:
@@ -118,7 +120,7 @@ def plan(
         target_plan = plans.get(key)
         if target_plan is not None and waiting.run in target_plan.planner.placed:
             continue
-        reason = _explain(state, waiting, target_plan, (troubles or {}).get(key, ""), cordoned or {})
+        reason = _explain(state, waiting, target_plan, (troubles or {}).get(key, ""))
         if reason != waiting.reason:
             decisions.append(Wait(waiting.run, reason))
     return decisions
@@ -135,7 +137,7 @@ def explain(
     found = _plan_target(state, target, starting, 0, now, coming, cordoned) if target is not None else None
     if found is not None and waiting.run in found.planner.placed:
         return None
-    return _explain(state, waiting, found, trouble, cordoned)
+    return _explain(state, waiting, found, trouble)
 
 
 def _to_explain(state: State, now: float) -> list[Waiting]:
@@ -152,6 +154,7 @@ def _plan_target(
     planner = pool.planner(now, cordoned.keys())
     proposal = planner.propose()
     found = _TargetPlan(planner, [*proposal.placements, *proposal.preemptions])
+    found.closed = _closed_nodes(target, pool, now, cordoned)
     found.decisions += _reserve(target.workspace, pool, planner, proposal.reservation)
     joined = sum((n.workspace, n.target) == (target.workspace, target.name) and not n.draining for n in state.nodes.values())
     if target.spec.kind == c.TARGET_KIND_RAY:
@@ -159,6 +162,14 @@ def _plan_target(
     elif target.spec.kind == c.TARGET_KIND_LOCAL:
         _plan_scale(found, state, target, pool, joined, starting, idle, cordoned)
     return found  # of other kinds nodes come and go as those who run them say
+
+
+def _closed_nodes(target: Target, pool: Pool, now: float, cordoned: Mapping[str, str]) -> dict[str, str]:
+    """Nodes of a pool that take no new runs, and why. Where the scheduler starts nodes, drained ones are replaced."""
+    closed = dict.fromkeys(pool.quarantine.active(now), "different runs failed there in a row")
+    if target.spec.kind == c.TARGET_KIND_NODES:
+        closed |= dict.fromkeys(pool.nodes.drained, "it is being drained")
+    return closed | {node: reason for node, reason in cordoned.items() if node in pool.nodes}
 
 
 def _reserve(workspace: str, pool: Pool, planner: Planner, wanted: Reservation | None) -> list[Decision]:
@@ -226,7 +237,7 @@ def _like_new(state: State, target: Target) -> Machine:
     return Machine("", milli(whole.cpus), whole.memory_bytes, whole.gpus, like.model, like.labels)
 
 
-def _explain(state: State, waiting: Waiting, found: _TargetPlan | None, trouble: str, cordoned: Mapping[str, str]) -> c.WaitReason:
+def _explain(state: State, waiting: Waiting, found: _TargetPlan | None, trouble: str) -> c.WaitReason:
     request, name = waiting.request, waiting.target
     if trouble:
         reason = reason_for(c.WAIT_CODE_PROVIDER_UNAVAILABLE, request, name)
@@ -242,15 +253,15 @@ def _explain(state: State, waiting: Waiting, found: _TargetPlan | None, trouble:
     # Only where the sentence names the number: a reason that differs is told again.
     if target.spec.kind == c.TARGET_KIND_NODES:
         reason.nodes = len(pool.nodes)
-    closed = sorted(node for node in cordoned if node in pool.nodes)
+    closed = found.closed
     if obstacle is Obstacle.QUOTA and limit is not None:
         reason.limit.CopyFrom(limit_of(limit))
     elif closed and not found.grows_for(request.run):
         reason.code = c.WAIT_CODE_CORDONED
         reason.nodes = len(pool.nodes)
         reason.cordoned_nodes = len(closed)
-        reason.node = closed[0]
-        reason.detail = cordoned[closed[0]]
+        reason.node = min(closed)
+        reason.detail = closed[reason.node]
     return reason
 
 

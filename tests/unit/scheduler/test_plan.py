@@ -478,3 +478,19 @@ def test_the_failure_of_a_placement_without_nodes_blames_none() -> None:
     world.say("placement", run, ev.PlacementMade(attempt=1, target="t"))
     world.say("run", run, ev.RunFailed(attempt=1, exit=c.ExitStatus(reason=c.EXIT_REASON_STAGING_FAILED)))
     assert run not in world.state.placed
+
+
+def test_drains_and_quarantines_are_told_as_cordons_are() -> None:
+    world = World()
+    world.say("target", "t", ev.TargetCreated(spec=ev.ComputeSpec(kind=c.TARGET_KIND_NODES, max_nodes=2)))
+    world.join()
+    world.join()
+    world.submit(1.0)
+    world.say("node", "t-1", ev.NodeDraining(reason="for repair"))
+    for run in ("a", "b", "c"):
+        world.state.pools[T].quarantine.record_node_failure("t-0", run, 0.0)
+    (told,) = _reasons(plan(world.state, {}, {}, 1.0))
+    assert told.endswith("2 of the 2 nodes of t take no new runs: different runs failed there in a row")
+    world.say("node", "t-0", ev.NodeLost(incarnation=world.state.nodes["t-0"].incarnation))
+    (told,) = _reasons(plan(world.state, {}, {}, 1.0))
+    assert told.endswith("node t-1 takes no new runs: it is being drained")
