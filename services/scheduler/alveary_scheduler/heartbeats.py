@@ -95,7 +95,24 @@ class Heartbeats:
         last.message = heartbeat
         stop = [f"{a.run_id}-{a.attempt}" for a in heartbeat.attempts if not self._may_run(heartbeat, a)]
         await self._revoke_missing(heartbeat)
-        return tr.HeartbeatResponse(stop=stop, leave=heartbeat.node in self._fleet.leaving)
+        if self._is_drained(heartbeat.node):
+            self._fleet.leaving.add(heartbeat.node)
+        return tr.HeartbeatResponse(stop=stop, leave=heartbeat.node in self._fleet.leaving or self._is_stale(heartbeat, workspace))
+
+    def _is_stale(self, heartbeat: tr.Heartbeat, workspace: str) -> bool:
+        """Whether a node joined a target that was deleted and created again since: the new one does not have it."""
+        pool = self._state.pools.get((workspace, heartbeat.target))
+        return pool is not None and heartbeat.node in self._state.nodes and heartbeat.node not in pool.nodes
+
+    def _is_drained(self, name: str) -> bool:
+        """Whether a drained node is empty and makes room for another; machines that joined by themselves stay."""
+        node = self._state.nodes.get(name)
+        if node is None or not node.draining:
+            return False
+        target = self._state.targets.get((node.workspace, node.target))
+        if target is None or target.spec.kind == c.TARGET_KIND_NODES:
+            return False
+        return not any(placed.on(name) for placed in self._state.placed.values())
 
     async def _leave(self, heartbeat: tr.Heartbeat, workspace: str) -> None:
         node = self._state.nodes.get(heartbeat.node)
