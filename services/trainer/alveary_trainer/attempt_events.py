@@ -80,12 +80,7 @@ class AttemptEventWriter:
         tries = 0
         while not self._end.fenced:
             try:
-                self._sequence = (await self._log.append(self._key, [event], self._sequence)).sequence
-                return
-            except Conflict:
-                present = await self._log.read(self._key)
-                self._sequence = present[-1].sequence if present else 0
-                if present and type(present[-1].message) is type(event):
+                if await self._append_once(event):
                     return
             except AlvearyError as error:  # the log is away: keep trying for as long as the attempt has its lease
                 telemetry.logger().warning("attempt.event", attempt=self._key.id, error=str(error))
@@ -96,6 +91,16 @@ class AttemptEventWriter:
                 if tries == _MAX_TRIES:
                     raise  # the scheduler revokes the placement once this node no longer names the attempt
                 await asyncio.sleep(_RETRY_SECONDS)
+
+    async def _append_once(self, event: Message) -> bool:
+        """Whether the event is in the log now; false: the newest event was another than thought, and the next try follows it."""
+        try:
+            self._sequence = (await self._log.append(self._key, [event], self._sequence)).sequence
+            return True
+        except Conflict:
+            present = await self._log.read(self._key)
+            self._sequence = present[-1].sequence if present else 0
+            return bool(present) and type(present[-1].message) is type(event)
 
 
 class NoEventWriter:

@@ -12,7 +12,7 @@ from google.protobuf.message import Message
 from alveary_contracts.events.v1 import events_pb2 as ev
 from alveary_core.errors import Unavailable
 from alveary_core.eventlog import Appended
-from alveary_core.events import Key
+from alveary_core.events import Event, Key
 from alveary_trainer import attempt_events
 from alveary_trainer.attempt_events import AttemptEventWriter, NoEventWriter
 from alveary_trainer.end_signal import EndReason, EndSignal
@@ -54,6 +54,25 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("error", [Unavailable("away"), LookupError("a bug")], ids=["away", "bug"])
 async def test_each_event_is_appended_once_and_in_order(error: Exception, after: bool) -> None:
     log = FrailLog(error, after=after)
+    writer = AttemptEventWriter(log, KEY, EndSignal())  # type: ignore[arg-type]
+    for event in EVENTS:
+        writer.publish(event)
+    async with asyncio.timeout(10):
+        await writer.finish()
+    assert await names(log) == ["AttemptAccepted", "AttemptStarted", "AttemptFinished"]
+
+
+async def test_a_log_that_is_away_while_a_conflict_is_looked_at_is_asked_again() -> None:
+    class SilentLog(FrailLog):
+        silent = 3
+
+        async def read(self, key: Key) -> list[Event]:
+            if self.silent:
+                self.silent -= 1
+                raise Unavailable("away")
+            return await super().read(key)
+
+    log = SilentLog(Unavailable("away"), after=True)
     writer = AttemptEventWriter(log, KEY, EndSignal())  # type: ignore[arg-type]
     for event in EVENTS:
         writer.publish(event)
