@@ -204,7 +204,8 @@ class Leader(Solo):
 
     def _nothing_new_for(self, report: pb.GangReport) -> bool:
         seen = self._orders[report.index].version <= report.last_order_version
-        return seen and report.phase < STORED and not self._closing
+        # Once the conversation has failed, _moved stays set.
+        return seen and report.phase < STORED and not self._closing and self._failure is None
 
     async def close(self) -> None:
         """Answer the requests that wait with the newest orders, and listen no more."""

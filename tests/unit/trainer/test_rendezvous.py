@@ -9,6 +9,7 @@ import pytest
 from gang_wire import Message, Wire
 
 from alveary_contracts.common.v1 import common_pb2 as c
+from alveary_contracts.trainer.v1.trainer_pb2 import GangReport
 from alveary_trainer.adapters.runtime import Host
 from alveary_trainer.end_signal import EndReason, EndSignal
 from alveary_trainer.gang import ENDED, READY, RUNNING, STORED, Gang
@@ -105,6 +106,27 @@ def test_a_leader_that_cannot_answer_says_so_where_it_waits(monkeypatch: pytest.
                 with pytest.raises(LookupError):
                     await task
         await follower.close()
+        await leader.close()
+
+    asyncio.run(main())
+
+
+def test_a_leader_that_failed_holds_no_answer_back_and_the_loop_goes_on() -> None:
+    async def main() -> None:
+        wire: Any = Wire()
+        leader = Leader(wire, "where", Gang(2), "a", "1", EndSignal(), lambda text: None)
+        await leader.start()
+        asking = asyncio.create_task(wire.request("where", GangReport(index=1, last_order_version=9).SerializeToString(), 60))
+        await asyncio.sleep(0.05)
+        assert not asking.done()
+
+        async def fail() -> None:
+            raise LookupError("a bug")
+
+        failed = asyncio.create_task(fail())
+        failed.add_done_callback(leader._conversation_ended)
+        async with asyncio.timeout(1):
+            await asking
         await leader.close()
 
     asyncio.run(main())
