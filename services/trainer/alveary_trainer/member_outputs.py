@@ -67,6 +67,14 @@ def _finished(status: c.ExitStatus, published: Published) -> ev.AttemptFinished:
     return ev.AttemptFinished(exit=status, manifest_digest=published.digest, output_files=published.files, output_bytes=published.bytes)
 
 
+def _with_error(status: c.ExitStatus, stored: Stored) -> c.ExitStatus:
+    """The status of an attempt that failed for another reason, and why not everything is stored."""
+    told = c.ExitStatus()
+    told.CopyFrom(status)
+    told.message = "; ".join(filter(None, [status.message, stored.error]))
+    return told
+
+
 def upload_failed(failure: BaseException) -> ev.AttemptFinished:
     """The last event of an attempt whose outputs could not be stored."""
     return ev.AttemptFinished(exit=c.ExitStatus(reason=c.EXIT_REASON_UPLOAD_FAILED, message=not_stored(failure)))
@@ -90,7 +98,8 @@ class SoloOutputs:
         if status.reason == c.EXIT_REASON_UPLOAD_FAILED:
             return ev.AttemptFinished(exit=status)
         try:
-            return _finished(status, await self._storing.retry(lambda: self._storing.outputs.publish_manifest(stored.files)))
+            published = await self._storing.retry(lambda: self._storing.outputs.publish_manifest(stored.files))
+            return _finished(_with_error(status, stored), published)
         except STORING as failure:
             return upload_failed(failure)
 
@@ -152,6 +161,8 @@ class LeaderOutputs(FollowerOutputs):
         """See MemberOutputs."""
         if status.reason == c.EXIT_REASON_UPLOAD_FAILED:
             return ev.AttemptFinished(exit=status)
+        if stored.file_names_digest == NO_FILE_NAMES:  # it failed before that, and for another reason
+            return ev.AttemptFinished(exit=_with_error(status, stored))
         try:
             return _finished(status, await self._storing.retry(lambda: self._files.publish(stored.file_names_digest)))
         except STORING as failure:

@@ -17,9 +17,9 @@ from alveary_core.errors import Unavailable
 from alveary_trainer.adapters.runtime import Host
 from alveary_trainer.end_signal import EndSignal
 from alveary_trainer.gang import Gang
-from alveary_trainer.gang_channel import GangChannel
+from alveary_trainer.gang_channel import NO_FILE_NAMES, GangChannel
 from alveary_trainer.gang_outputs import GangFiles
-from alveary_trainer.member_outputs import FollowerOutputs, LeaderOutputs, MemberOutputs, SoloOutputs, Storing
+from alveary_trainer.member_outputs import FollowerOutputs, LeaderOutputs, MemberOutputs, SoloOutputs, Stored, Storing
 from alveary_trainer.outputs import OutputStore
 from alveary_trainer.rendezvous import Follower, Leader
 
@@ -110,3 +110,16 @@ async def test_one_node_publishes_what_was_stored_by_an_interruption(tmp_path: P
     assert "the object store is away" in (await outputs.store()).error
     finished = await outputs.publish_partial(c.ExitStatus(reason=c.EXIT_REASON_CANCELED))
     assert (finished.exit.reason, finished.output_files) == (c.EXIT_REASON_CANCELED, 1)
+
+
+async def test_a_failed_run_whose_outputs_are_not_stored_keeps_its_reason_and_says_both(tmp_path: Path) -> None:
+    store, died = FailingStore(), c.ExitStatus(reason=c.EXIT_REASON_OUT_OF_MEMORY, message="it needed too much")
+    store.failing = "outputs/b"
+    solo = SoloOutputs(storing(store, tmp_path / "solo", 0, a="a", b="b"))
+    of_leader = storing(store, tmp_path / "gang", 0, a="a")
+    files = GangFiles(store, of_leader.outputs, 0)  # type: ignore[arg-type]
+    leader = LeaderOutputs(of_leader, Leader(Wire(), "where", Gang(2), "a", "1", EndSignal(), lambda text: None), files)  # type: ignore[arg-type]
+    undecided = Stored(error="its outputs could not be stored: the object store is away", file_names_digest=NO_FILE_NAMES)
+    for finished in (await solo.publish(died, await solo.store()), await leader.publish(died, undecided)):
+        assert finished.exit.reason == c.EXIT_REASON_OUT_OF_MEMORY
+        assert finished.exit.message == "it needed too much; its outputs could not be stored: the object store is away"
