@@ -78,7 +78,8 @@ class Attempt:
         except Exception as error:
             status = self._fault(error, "staging or running it")
         self.end.raise_if_fenced()
-        return status, supervised
+        # Where supervising failed, its ranks are known all the same.
+        return status, SupervisedOutcome(supervised.outcome, self._parts.supervisor.ranks)
 
     async def _prepare(self) -> tuple[StagedAttempt, launch.Team, Sequence[str]]:
         """Everything the processes need: files, the other nodes, a free place here, and of an MPI follower its command."""

@@ -75,6 +75,8 @@ class ProcessSupervisor:
         self.tree: ProcessTree | None = None
         # The newest lines of what was launched.
         self.tail: deque[str] = deque(maxlen=_TAIL_LINES)
+        # Ranks of this node by number, as far as they are known; empty where the attempt has one process.
+        self.ranks: Mapping[int, Rank] = {}
         # Unix seconds.
         self._ended_at = 0.0
         end.subscribe(lambda end: self.kill() if end.reason is EndReason.FENCED else None)
@@ -103,6 +105,7 @@ class ProcessSupervisor:
             closing.push_async_callback(asyncio.to_thread, shutil.rmtree, sockets, ignore_errors=True)
             server = self._make_script_server(paths)
             ranks = Ranks(sockets, self._logs.lines, it.number, self._channel.launch_on)
+            self.ranks = ranks.ranks
             closing.push_async_callback(ranks.finish, _HURRIED_SECONDS)
             await server.start()
             closing.push_async_callback(server.finish, _HURRIED_SECONDS)
@@ -111,7 +114,8 @@ class ProcessSupervisor:
             launcher = ProcessLauncher(it, paths, staged, team)
             self.tree = await launcher.launch(ranks, command)
             outcome = await self._watch(self.tree, ranks, server, background)
-            return SupervisedOutcome(outcome, self._ranks(ranks, outcome))
+            self.ranks = self._ranks(ranks, outcome)
+            return SupervisedOutcome(outcome, self.ranks)
 
     def _ranks(self, ranks: Ranks, outcome: Outcome) -> Mapping[int, Rank]:
         """Those that the launcher reported; of a gang without a launcher, the program itself is a rank."""
