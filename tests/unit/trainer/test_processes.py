@@ -565,7 +565,8 @@ async def test_a_spare_that_is_being_prepared_at_the_end_leaves_nothing(
     await runtime.sweep()
     await asyncio.to_thread(making.wait, 60)
     closing = asyncio.create_task(runtime.close())
-    await asyncio.sleep(0.1)
+    await asyncio.wait({closing}, timeout=0.3)
+    assert not closing.done(), "what is being made would be left behind"
     go.set()
     async with asyncio.timeout(60):
         await closing
