@@ -300,7 +300,7 @@ class ProcessTree:
     def _wake_waiting(self) -> None:
         """Another script may have stopped the shim or its child while they waited, and a stopped one never reads its order."""
         self._shim.send_signal(signal.SIGCONT)
-        for pid in alveary_exec.parents().get(self._shim.pid, []):
+        for pid in children_of(self._shim.pid):
             with contextlib.suppress(ProcessLookupError):  # it has ended
                 os.kill(pid, signal.SIGCONT)
 
@@ -402,6 +402,14 @@ class ProcessTree:
         with contextlib.suppress(OSError, IndexError):  # it has ended
             if Path(f"/proc/{self._shim.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T":
                 self._shim.send_signal(signal.SIGCONT)
+
+
+def children_of(pid: int) -> list[int]:
+    """Children of a process that has one thread; where the kernel keeps no list of them (CONFIG_PROC_CHILDREN), found among all processes."""
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except FileNotFoundError:
+        return alveary_exec.parents().get(pid, []) if Path(f"/proc/{pid}").exists() else []
 
 
 def _memory_file(name: str, closing: contextlib.ExitStack) -> int:
