@@ -14,6 +14,9 @@ T = TypeVar("T")
 _lock = threading.Lock()
 _loop: asyncio.AbstractEventLoop | None = None
 _THREAD = "alveary-loop"
+# How often the waiting thread looks for signals. A wait without a limit misses a Ctrl-C that arrives just before it begins, or
+# that the kernel gives to another thread: nothing interrupts it then.
+_LOOK_SECONDS = 0.5
 
 
 def loop() -> asyncio.AbstractEventLoop:
@@ -47,7 +50,12 @@ def run(work: Coroutine[Any, Any, T]) -> T:
         work.close()
         raise
     try:
-        return future.result()
+        while True:
+            try:
+                return future.result(_LOOK_SECONDS)
+            except TimeoutError:
+                if future.done():  # it is the work's own
+                    return future.result()
     except BaseException:
         future.cancel()
         raise
