@@ -127,11 +127,11 @@ async def _beside_disk(
         if limit is not None:
             patience = min(limit * 0.75, _PATIENCE_OF_UPLOADS) if uploads else limit * 0.75
             await asyncio.wait([calling], timeout=patience)
-            if not calling.done():
+            # A call that is worth waiting for, or repeating, stays so while there is space for it.
+            if not calling.done() and (uploads or (await disk.look()).critical):
                 await disk.require(what)
         reply = await calling
     except (TimeoutError, Unavailable, nats.errors.Error):
-        # A call that is worth repeating stays so while there is space for it.
         if uploads or (await disk.look()).critical:
             await disk.require(what)
         raise

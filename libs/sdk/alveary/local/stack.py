@@ -39,8 +39,8 @@ READY_SECONDS = 60.0
 # How often a process may end before the start is given up.
 _DEATHS = 5
 _TOLD_SECONDS = 10.0
-# How long a server that is started anew after the disk was full has to end. What it acknowledged survives SIGKILL, SeaweedFS
-# ends late or never once a write has failed, and until it is there again nobody else is looked after.
+# How long a server has to end when it is restarted after the disk was full, in seconds. What it acknowledged survives SIGKILL;
+# SeaweedFS ends late or never once a write has failed, and the supervisor tends no other process meanwhile.
 _SERVER_ENDS_SECONDS = 3.0
 _FOR_TRAINERS = ("ALVEARY_REGISTRY", "ALVEARY_ENVIRONMENTS_", "ALVEARY_DATA_", "ALVEARY_DISK_", "ALVEARY_METRIC_")
 # Open files of a process.
